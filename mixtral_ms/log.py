@@ -1,0 +1,24 @@
+"""One logger, one line per fact, rank 0 only by default."""
+
+import logging
+import os
+import sys
+
+LOGGER_NAME = "mixtral_ms"
+
+
+def rank_from_environment() -> int:
+    """Rank of this process as msrun sets it; 0 when not launched by msrun."""
+    return int(os.environ.get("RANK_ID", "0") or 0)
+
+
+def get_logger() -> logging.Logger:
+    """The package's logger, set up on first use to write plain lines to stderr."""
+    logger = logging.getLogger(LOGGER_NAME)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+        logger.setLevel(logging.INFO if rank_from_environment() == 0 else logging.WARNING)
+    return logger
