@@ -1,9 +1,14 @@
 """How a configuration field says what it is besides its type and default."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 INERT = "inert"
+VARIANTS = "variants"
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+"""Names of the number formats a tensor may have."""
 
 
 def inert(default: Any, why: str) -> Any:
@@ -15,3 +20,8 @@ def inert(default: Any, why: str) -> Any:
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def variants(table: Mapping[str, type]) -> Any:
+    """A list of sections, each of the dataclass that `table` names for its `type`."""
+    return dataclasses.field(default_factory=list, metadata={VARIANTS: dict(table)})

@@ -4,8 +4,10 @@ Section 2 of the Mixtral paper (arXiv 2401.04088) gives the sizes of 8x7B.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from mixtral_ms.config.fields import inert
+from mixtral_ms.config.fields import Dtype, inert
+from mixtral_ms.errors import UserError
 
 _MULTI_DEVICE = "it tunes collectives on Ascend only"
 _OTHER_MODEL = "Mixtral has no such part"
@@ -21,12 +23,12 @@ class MoEConfig:
     """Slots per expert relative to an even load; 0 or less means dropless (nothing is dropped)."""
     enable_sdrop: bool = False
     """Hand out slots token by token (True) or all first choices before all second ones (False)."""
-    routing_policy: str = "TopkRouterV2"
+    routing_policy: Literal["TopkRouterV2"] = "TopkRouterV2"
     aux_loss_factor: float = 0.0
     """Weight of the load-balancing loss; 0.01-0.05 are usual, 0 switches it off."""
     z_loss_factor: float = 0.0
     """Weight of mean(logsumexp(router logits)^2); 1e-3 is usual."""
-    router_dense_type: str = "float32"
+    router_dense_type: Dtype = "float32"
     router_jitter: float = 0.0
     """Multiply the router's input by uniform(1-j, 1+j) in training; 0 switches it off."""
     uniform_routing: bool = False
@@ -77,7 +79,7 @@ class MoEConfig:
 class MixtralConfig:
     """`model.model_config`: the network (MindFormers' `LlamaConfig`, `type: LlamaConfig`)."""
 
-    type: str = "MixtralConfig"
+    type: Literal["LlamaConfig", "MixtralConfig"] = "MixtralConfig"
     # sizes
     batch_size: int = 1
     seq_length: int = 2048
@@ -99,13 +101,13 @@ class MixtralConfig:
     rms_norm_eps: float = 1e-5
     theta: float = 10000.0
     """Base of the rotary embedding; Mixtral uses 1e6."""
-    compute_dtype: str = "float16"
-    param_init_type: str = "float32"
-    layernorm_compute_type: str = "float32"
-    softmax_compute_type: str = "float32"
-    rotary_dtype: str = "float32"
-    residual_dtype: str | None = None
-    embedding_init_type: str | None = None
+    compute_dtype: Dtype = "float16"
+    param_init_type: Dtype = "float32"
+    layernorm_compute_type: Dtype = "float32"
+    softmax_compute_type: Dtype = "float32"
+    rotary_dtype: Dtype = "float32"
+    residual_dtype: Dtype | None = None
+    embedding_init_type: Dtype | None = None
     init_method_std: float = 0.02
     # tokens
     bos_token_id: int = 1
@@ -156,6 +158,11 @@ class MixtralConfig:
     return_hidden_states: bool = inert(False, _OTHER_MODEL)
     mlp_has_gate: bool = inert(True, "experts are always SwiGLU")
     llm_backend: str = inert("", "the backend is chosen by device_target")
+    pretrain_seqlen: int | None = inert(None, "seq_length says it")
+    compute_in_2d: bool = inert(True, "tensors have the shapes the kernels like best")
+    use_past_shard: bool = inert(False, "the cache is split as the heads are")
+    max_length: int | None = inert(None, "max_decode_length says it")
+    hidden_act: Literal["silu"] = "silu"
     parallel_decoding_params: dict | None = inert(None, _OTHER_MODEL)
 
     def __post_init__(self) -> None:
@@ -164,6 +171,11 @@ class MixtralConfig:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.num_heads
         if self.head_dim is None:
+            if self.num_heads < 1 or self.hidden_size % self.num_heads:
+                raise UserError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_heads "
+                    f"{self.num_heads}: change one of them or give head_dim"
+                )
             self.head_dim = self.hidden_size // self.num_heads
         if self.max_position_embedding is None:
             self.max_position_embedding = self.seq_length
@@ -176,4 +188,6 @@ def _llama_intermediate_size(config: MixtralConfig) -> int:
     size = int(2 * 4 * config.hidden_size / 3)
     if config.ffn_dim_multiplier is not None:
         size = int((config.ffn_dim_multiplier + 0.01) * size)
+    if config.multiple_of < 1:
+        raise UserError(f"multiple_of must be 1 or more, not {config.multiple_of}")
     return config.multiple_of * ((size + config.multiple_of - 1) // config.multiple_of)

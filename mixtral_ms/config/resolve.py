@@ -1,0 +1,73 @@
+"""What follows from the keys that were given, filled in the way MindFormers does."""
+
+from mixtral_ms.config.parallel_sections import ParallelConfig
+from mixtral_ms.config.schema import RunConfig
+from mixtral_ms.config.training_sections import TensorBoardSection
+from mixtral_ms.log import get_logger
+
+
+def resolve(config: RunConfig, *, moe_given_at_top: bool = True) -> RunConfig:
+    """Fill in what other keys determine; changes and returns `config`."""
+    if moe_given_at_top:
+        config.model.model_config.moe_config = config.moe_config
+    else:
+        config.moe_config = config.model.model_config.moe_config
+    config.load_checkpoint = config.load_checkpoint or ""
+    config.src_strategy_path_or_dir = config.src_strategy_path_or_dir or ""
+    _resolve_datasets(config)
+    _resolve_batch(config)
+    if config.tensorboard is not None:
+        config.callbacks.append(TensorBoardSection(log_dir=config.tensorboard.tensorboard_dir))
+        config.tensorboard = None
+    return config
+
+
+def effective_parallel(config: RunConfig) -> ParallelConfig:
+    """The rank grid of this run: `parallel_config`, or a single rank without `use_parallel`."""
+    return config.parallel_config if config.use_parallel else ParallelConfig()
+
+
+def rank_count(config: RunConfig) -> int:
+    """How many processes the run needs."""
+    grid = effective_parallel(config)
+    return grid.data_parallel * grid.model_parallel * grid.pipeline_stage * grid.context_parallel
+
+
+def rows_per_micro_step(config: RunConfig) -> int:
+    """Rows of all ranks whose gradients one accumulation step takes.
+
+    In a pipeline that is one row of micro batches.
+    """
+    grid = effective_parallel(config)
+    micro_batches = grid.micro_batch_num if grid.pipeline_stage > 1 else 1
+    return (config.runner_config.batch_size or 0) * grid.data_parallel * micro_batches
+
+
+def _resolve_datasets(config: RunConfig) -> None:
+    for name in ("train_dataset", "eval_dataset"):
+        task = getattr(config, f"{name}_task")
+        dataset = getattr(config, name)
+        if task is None:
+            continue
+        if dataset is None:
+            setattr(config, name, task.dataset_config)
+        else:
+            task.dataset_config = dataset
+
+
+def _resolve_batch(config: RunConfig) -> None:
+    """One micro-batch size for all, and the accumulation that global_batch_size asks for."""
+    runner, train = config.runner_config, config.train_dataset
+    if runner.batch_size is None:
+        runner.batch_size = train.batch_size if train else 1
+    if train is not None and train.batch_size != runner.batch_size:
+        get_logger().info(
+            "train_dataset.batch_size %d gives way to runner_config.batch_size %d",
+            train.batch_size,
+            runner.batch_size,
+        )
+        train.batch_size = runner.batch_size
+    rows = rows_per_micro_step(config)
+    wanted = runner.global_batch_size
+    if wanted and runner.gradient_accumulation_steps == 1 and rows > 0 and wanted % rows == 0:
+        runner.gradient_accumulation_steps = wanted // rows
