@@ -1,0 +1,149 @@
+"""The manifest of a checkpoint: what must be in the folder, and whether it still is.
+
+<checkpoint>/state.json                  step, epoch, ...: whatever the Trainer keeps
+<checkpoint>/rank_0/model.safetensors    one folder a rank, one file a group of tensors
+<checkpoint>/manifest.json               every file and tensor with its size and hash
+<checkpoint>/manifest.sha256             hash of manifest.json, as `sha256sum` writes it
+"""
+
+import hashlib
+import json
+import mmap
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mixtral_ms.checkpoint.safetensors_file import FileEntry, TensorEntry, header_names
+from mixtral_ms.files import sha256_file
+
+MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.sha256"
+STATE = "state.json"
+FORMAT_VERSION = 1
+_NAMES_SHOWN = 3
+
+
+class DamagedManifestError(ValueError):
+    """The manifest itself is missing or not what was written."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of manifest.json; `files` maps a path inside the checkpoint to its entry."""
+
+    world: int
+    state_sha256: str
+    files: dict[str, FileEntry]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json and manifest.sha256 into `folder` (not flushed to disk)."""
+    body = {"format_version": FORMAT_VERSION, **asdict(manifest)}
+    text = (json.dumps(body, indent=1) + "\n").encode()
+    (folder / MANIFEST).write_bytes(text)
+    (folder / MANIFEST_HASH).write_text(_hash_line(text))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        DamagedManifestError: it is missing, changed, or of a format this version cannot read.
+    """
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        hash_line = (folder / MANIFEST_HASH).read_bytes()
+    except FileNotFoundError as error:
+        raise DamagedManifestError(f"{Path(error.filename).name} is missing") from error
+    if hash_line != _hash_line(text).encode():
+        raise DamagedManifestError(f"{MANIFEST} does not have the hash in {MANIFEST_HASH}")
+    body = json.loads(text)
+    if body["format_version"] != FORMAT_VERSION:
+        raise DamagedManifestError(
+            f"{MANIFEST} has format_version {body['format_version']}, "
+            f"this version of mixtral-ms reads {FORMAT_VERSION}"
+        )
+    files = {path: _file_entry(entry) for path, entry in body["files"].items()}
+    return Manifest(body["world"], body["state_sha256"], files)
+
+
+def _hash_line(text: bytes) -> str:
+    return f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n"
+
+
+def _file_entry(entry: dict[str, Any]) -> FileEntry:
+    tensors = {
+        name: TensorEntry(**{**tensor, "shape": tuple(tensor["shape"])})
+        for name, tensor in entry["tensors"].items()
+    }
+    return FileEntry(**{**entry, "tensors": tensors})
+
+
+def verify_checkpoint(path: str | Path) -> list[str]:
+    """Every way in which a checkpoint differs from what was saved; empty when it is whole.
+
+    Reads all bytes once (about 1 s a gigabyte). Each problem is one line that names the file
+    and, where it is known, the tensor.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return [f"{folder} is not a folder"]
+    try:
+        manifest = read_manifest(folder)
+    except DamagedManifestError as error:
+        return [str(error)]
+    problems = _state_problems(folder, manifest)
+    for name, entry in manifest.files.items():
+        problems += _file_problems(folder, name, entry)
+    present = {file.relative_to(folder).as_posix() for file in folder.glob("*/*.safetensors")}
+    problems += [f"{name} is not in the manifest" for name in sorted(present - set(manifest.files))]
+    return problems
+
+
+def _state_problems(folder: Path, manifest: Manifest) -> list[str]:
+    if not (folder / STATE).is_file():
+        return [f"{STATE} is missing"]
+    if sha256_file(folder / STATE) != manifest.state_sha256:
+        return [f"{STATE} was changed: its hash is not the manifest's"]
+    return []
+
+
+def _file_problems(folder: Path, name: str, entry: FileEntry) -> list[str]:
+    path = folder / name
+    if not path.is_file():
+        return [f"{name} is missing"]
+    size = path.stat().st_size
+    if size < entry.size:
+        return [f"{name} is truncated: {size} of {entry.size} bytes"]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        view = memoryview(data)
+        try:
+            if hashlib.sha256(view[: entry.header_size]).hexdigest() != entry.header_sha256:
+                return _header_problems(path, name, entry)
+            if size > entry.size:
+                return [f"{name} has {size} bytes, {entry.size} were saved"]
+            return [
+                f"{name}: tensor {tensor} was changed: its hash is not the manifest's"
+                for tensor, saved in entry.tensors.items()
+                if hashlib.sha256(view[saved.start : saved.start + saved.size]).hexdigest()
+                != saved.sha256
+            ]
+        finally:
+            view.release()
+
+
+def _header_problems(path: Path, name: str, entry: FileEntry) -> list[str]:
+    """A header that is not the saved one: other tensors, or damage."""
+    names = header_names(path)
+    if names is None or names == set(entry.tensors):
+        return [f"{name}: its header was changed"]
+    problems = []
+    for what, those in (
+        ("lacks", set(entry.tensors) - names),
+        ("also has", names - set(entry.tensors)),
+    ):
+        if those:
+            shown = ", ".join(sorted(those)[:_NAMES_SHOWN])
+            more = f" and {len(those) - _NAMES_SHOWN} more" if len(those) > _NAMES_SHOWN else ""
+            problems.append(f"{name} {what} tensor {shown}{more}")
+    return problems
