@@ -1,0 +1,29 @@
+"""A configuration written back as YAML."""
+
+import dataclasses
+from typing import Any
+
+import yaml
+
+from mixtral_ms.config.schema import RunConfig
+
+
+def render_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads to an equal `RunConfig`."""
+    data = _plain(config)
+    # what is the same object in two places is written once
+    del data["model"]["model_config"]["moe_config"]
+    for name in ("train_dataset_task", "eval_dataset_task"):
+        if data[name] is not None:
+            del data[name]["dataset_config"]
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return dict(value) if isinstance(value, dict) else value
