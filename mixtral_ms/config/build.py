@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from mixtral_ms.config.fields import INERT, VARIANTS
+from mixtral_ms.config.fields import INERT, UNSUPPORTED, VARIANTS
 from mixtral_ms.config.tree import Value
 from mixtral_ms.errors import UserError
 
@@ -57,17 +57,21 @@ class SectionBuilder:
             return self._variant_list(field.metadata[VARIANTS], value, path)
         before = len(self.errors)
         converted = self._convert(hint, value, path)
-        if INERT in field.metadata and len(self.errors) == before:
-            self._note_inert(field, converted, value, path)
+        if len(self.errors) == before and converted != field.default:
+            self._note_effect(field, converted, value, path)
         return converted
 
-    def _note_inert(
+    def _note_effect(
         self, field: dataclasses.Field, converted: Any, value: Value, path: str
     ) -> None:
-        default = field.default
-        if default is dataclasses.MISSING:
-            default = field.default_factory()
-        if converted != default:
+        """Say that a value other than the default changes nothing here, or cannot be had."""
+        if UNSUPPORTED in field.metadata:
+            why = field.metadata[UNSUPPORTED]
+            self.errors.append(
+                f"{value.where}: {path}: {converted!r} given; only {field.default!r} is "
+                f"supported: {why}"
+            )
+        elif INERT in field.metadata:
             why = field.metadata[INERT]
             self.notices.append(f"{value.where}: {path}: {converted!r} has no effect here: {why}")
 

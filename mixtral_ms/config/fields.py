@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 INERT = "inert"
+UNSUPPORTED = "unsupported"
 VARIANTS = "variants"
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -16,10 +17,12 @@ def inert(default: Any, why: str) -> Any:
 
     When a YAML sets it to something other than `default`, the log says so in one line with `why`.
     """
-    metadata = {INERT: why}
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={INERT: why})
+
+
+def unsupported(default: Any, why: str) -> Any:
+    """A key that would change the result but is not built: only `default` is accepted."""
+    return dataclasses.field(default=default, metadata={UNSUPPORTED: why})
 
 
 def variants(table: Mapping[str, type]) -> Any:

@@ -6,7 +6,7 @@ Section 2 of the Mixtral paper (arXiv 2401.04088) gives the sizes of 8x7B.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mixtral_ms.config.fields import Dtype, inert
+from mixtral_ms.config.fields import Dtype, inert, unsupported
 from mixtral_ms.errors import UserError
 
 _MULTI_DEVICE = "it tunes collectives on Ascend only"
@@ -34,13 +34,13 @@ class MoEConfig:
     uniform_routing: bool = False
     """Debug switch: send tokens to the experts in turn, whatever the router says."""
     norm_topk_prob: bool = True
-    expert_group_size: int | None = inert(None, "capacity is counted per data-parallel group")
+    expert_group_size: int | None = unsupported(None, "capacity is counted per data-parallel group")
     group_wise_a2a: bool = inert(False, _MULTI_DEVICE)
     comp_comm_parallel: bool = inert(False, _MULTI_DEVICE)
     comp_comm_parallel_degree: int = inert(2, _MULTI_DEVICE)
     save_token_distribution: bool = inert(False, "expert load is always in metrics.jsonl")
     cur_layer: int = inert(0, "it is set by the network")
-    enable_cold_hot_expert: bool = inert(False, _OTHER_MODEL)
+    enable_cold_hot_expert: bool = unsupported(False, _OTHER_MODEL)
     update_step: int = inert(10000, _OTHER_MODEL)
     hot_expert_num: int = inert(0, _OTHER_MODEL)
     cold_token_percent: float = inert(1.0, _OTHER_MODEL)
@@ -49,22 +49,24 @@ class MoEConfig:
     use_fused_ops_permute: bool = inert(False, "the backend chooses its kernels")
     use_gmm: bool = inert(False, "dropless experts always use the grouped matmul")
     enable_gmm_safe_tokens: bool = inert(False, "empty experts are always safe")
-    shared_expert_num: int = inert(0, _OTHER_MODEL)
-    use_shared_expert_gating: bool = inert(False, _OTHER_MODEL)
+    shared_expert_num: int = unsupported(0, _OTHER_MODEL)
+    use_shared_expert_gating: bool = unsupported(False, _OTHER_MODEL)
     max_router_load: int = inert(128 * 1024, _OTHER_MODEL)
-    topk_method: str = inert("greedy", _OTHER_MODEL)
-    topk_group: int | None = inert(None, _OTHER_MODEL)
-    n_group: int | None = inert(None, _OTHER_MODEL)
-    first_k_dense_replace: int = inert(0, _OTHER_MODEL)
-    moe_intermediate_size: int | None = inert(None, "intermediate_size is the experts' size")
-    routed_scaling_factor: float = inert(1.0, _OTHER_MODEL)
-    aux_loss_types: list | None = inert(None, "aux_loss_factor weighs the one auxiliary loss")
-    aux_loss_factors: list | None = inert(None, "aux_loss_factor weighs the one auxiliary loss")
-    balance_via_topk_bias: bool = inert(False, _OTHER_MODEL)
+    topk_method: str = unsupported("greedy", _OTHER_MODEL)
+    topk_group: int | None = unsupported(None, _OTHER_MODEL)
+    n_group: int | None = unsupported(None, _OTHER_MODEL)
+    first_k_dense_replace: int = unsupported(0, _OTHER_MODEL)
+    moe_intermediate_size: int | None = unsupported(None, "use intermediate_size")
+    routed_scaling_factor: float = unsupported(1.0, _OTHER_MODEL)
+    aux_loss_types: list | None = unsupported(None, "aux_loss_factor weighs the one auxiliary loss")
+    aux_loss_factors: list | None = unsupported(
+        None, "aux_loss_factor weighs the one auxiliary loss"
+    )
+    balance_via_topk_bias: bool = unsupported(False, _OTHER_MODEL)
     topk_bias_update_rate: float = inert(0.0, _OTHER_MODEL)
     use_allgather_dispatcher: bool = inert(False, _MULTI_DEVICE)
     expert_model_parallel: int | None = inert(None, "experts are split as parallel_config says")
-    use_gating_sigmoid: bool = inert(False, _OTHER_MODEL)
+    use_gating_sigmoid: bool = unsupported(False, _OTHER_MODEL)
     enable_deredundency: bool = inert(False, _MULTI_DEVICE)
     npu_nums_per_device: int = inert(8, _MULTI_DEVICE)
     callback_moe_droprate: bool = inert(False, "the drop rate is always in metrics.jsonl")
@@ -134,16 +136,16 @@ class MixtralConfig:
     do_sample: bool = True
     # execution
     use_flash_attention: bool = False
-    offset: int | list = 0
+    offset: int | list[int] = 0
     """Uneven pipeline stages: layers added to (or taken from) each stage."""
     pp_interleave_num: int = inert(1, "the pipeline schedule is plain 1F1B")
     pipeline_stage: dict | None = inert(None, "parallel_config.pipeline_stage says it")
     checkpoint_name_or_path: str | None = None
     qkv_concat: bool = inert(False, "checkpoints keep wq, wk and wv apart")
-    rl_config: dict | None = inert(None, _OTHER_MODEL)
-    quant_config: dict | None = inert(None, "weight-only quantisation is chosen at prediction")
-    extend_method: str = inert("None", "Mixtral scales no positions")
-    scaling_factor: float | dict = inert(1.0, "Mixtral scales no positions")
+    rl_config: dict | None = unsupported(None, _OTHER_MODEL)
+    quant_config: dict | None = unsupported(None, "weights are not quantised")
+    extend_method: str = unsupported("None", "Mixtral scales no positions")
+    scaling_factor: float | dict = unsupported(1.0, "Mixtral scales no positions")
     is_dynamic: bool = inert(False, "the engine chooses its shapes")
     use_rope_slice: bool = inert(False, "rotary tables are computed once")
     use_ring_attention: bool = inert(False, "parallel_config.context_parallel chooses it")
@@ -156,7 +158,7 @@ class MixtralConfig:
     chunk_prefill: bool = inert(False, "the engine always fills in chunks")
     calculate_per_token_loss: bool = inert(True, "the loss is always per token")
     return_hidden_states: bool = inert(False, _OTHER_MODEL)
-    mlp_has_gate: bool = inert(True, "experts are always SwiGLU")
+    mlp_has_gate: bool = unsupported(True, "experts are always SwiGLU")
     llm_backend: str = inert("", "the backend is chosen by device_target")
     pretrain_seqlen: int | None = inert(None, "seq_length says it")
     compute_in_2d: bool = inert(True, "tensors have the shapes the kernels like best")

@@ -90,7 +90,7 @@ class ParallelConfig:
 class RecomputeConfig:
     """`recompute_config`: what is computed again in the backward pass to save memory."""
 
-    recompute: bool | list = False
+    recompute: bool = False
     """Recompute every decoder layer: half the activations' memory and more, a third more time."""
     select_recompute: bool | list | dict = inert(False, "recompute acts on whole layers")
     select_comm_recompute: bool | list | dict = inert(False, "recompute acts on whole layers")

@@ -12,10 +12,12 @@ def resolve(config: RunConfig, *, moe_given_at_top: bool = True) -> RunConfig:
         config.model.model_config.moe_config = config.moe_config
     else:
         config.moe_config = config.model.model_config.moe_config
-    config.load_checkpoint = config.load_checkpoint or ""
+    named = config.model.model_config.checkpoint_name_or_path
+    config.load_checkpoint = config.load_checkpoint or named or ""
     config.src_strategy_path_or_dir = config.src_strategy_path_or_dir or ""
     _resolve_datasets(config)
     _resolve_batch(config)
+    _resolve_warmup(config)
     if config.tensorboard is not None:
         config.callbacks.append(TensorBoardSection(log_dir=config.tensorboard.tensorboard_dir))
         config.tensorboard = None
@@ -71,3 +73,14 @@ def _resolve_batch(config: RunConfig) -> None:
     wanted = runner.global_batch_size
     if wanted and runner.gradient_accumulation_steps == 1 and rows > 0 and wanted % rows == 0:
         runner.gradient_accumulation_steps = wanted // rows
+
+
+def _resolve_warmup(config: RunConfig) -> None:
+    """Where both ways to give the warm-up are there and one says 0, the other one counts."""
+    schedule = config.lr_schedule
+    if schedule is None or schedule.warmup_ratio is None or schedule.warmup_steps is None:
+        return
+    if schedule.warmup_ratio == 0:
+        schedule.warmup_ratio = None
+    elif schedule.warmup_steps == 0:
+        schedule.warmup_steps = None

@@ -13,6 +13,7 @@ from typing import Literal
 
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.config.parallel_sections import ParallelConfig
+from mixtral_ms.config.stages import layers_per_stage
 from mixtral_ms.errors import UserError
 
 EMBEDDING = "model.tok_embeddings.embedding_weight"
@@ -119,35 +120,6 @@ def active_parameter_count(config: MixtralConfig) -> int:
             size = size * chosen // moe.expert_num
         count += size
     return count
-
-
-def layers_per_stage(config: MixtralConfig, stages: int) -> list[int]:
-    """How many decoder layers each pipeline stage holds.
-
-    `config.offset` as a list is added to the even share num_layers // stages; with one stage it
-    has no meaning and is not read.
-
-    Raises:
-        UserError: the layers cannot be shared out so.
-    """
-    if stages == 1:
-        return [config.num_layers]
-    share, left = divmod(config.num_layers, stages)
-    offsets = config.offset if isinstance(config.offset, list) else [config.offset] * stages
-    if len(offsets) != stages or sum(offsets) != left:
-        example = [0] * (stages - 1) + [left]
-        raise UserError(
-            f"model_config.num_layers {config.num_layers} over parallel_config.pipeline_stage "
-            f"{stages} leaves {left} over, but model_config.offset {config.offset} adds up to "
-            f"{sum(offsets)} over {len(offsets)} stages: set offset: {example}, for example"
-        )
-    counts = [share + offset for offset in offsets]
-    if min(counts) < 1:
-        raise UserError(
-            f"model_config.num_layers {config.num_layers} with offset {config.offset} leaves a "
-            f"stage of parallel_config.pipeline_stage {stages} without a layer: {counts}"
-        )
-    return counts
 
 
 def stages_of(name: str, config: MixtralConfig, stages: int) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.config.parallel_sections import ParallelConfig
 from mixtral_ms.config.resolve import effective_parallel
 from mixtral_ms.config.schema import RunConfig
-from mixtral_ms.parallel.layout import layers_per_stage, local_parameter_shapes, rule_of
+from mixtral_ms.config.stages import layers_per_stage
+from mixtral_ms.parallel.layout import local_parameter_shapes, rule_of
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -1,0 +1,116 @@
+"""Contradictions within the network and between it and the rank grid."""
+
+from collections.abc import Iterator
+
+from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.config.resolve import effective_parallel
+from mixtral_ms.config.schema import RunConfig
+from mixtral_ms.config.stages import layers_per_stage
+from mixtral_ms.errors import UserError
+
+_MAX_CAPACITY_FACTOR = 64.0
+
+
+def check_model(config: RunConfig) -> Iterator[str]:
+    """What is wrong with model_config and moe_config, and with splitting them."""
+    model = config.model.model_config
+    yield from _check_attention(model)
+    yield from _check_experts(model)
+    yield from _check_tokens(model)
+    yield from _check_split(config)
+    yield from _check_stages(config)
+
+
+def _divides(value: int, by: int, value_key: str, by_key: str) -> Iterator[str]:
+    if value % by:
+        yield f"{value_key} {value} is not divisible by {by_key} {by}"
+
+
+def _check_attention(model: MixtralConfig) -> Iterator[str]:
+    heads, kv_heads = model.num_heads, model.n_kv_heads
+    yield from _divides(heads, kv_heads, "model_config.num_heads", "model_config.n_kv_heads")
+    if model.head_dim % 2:
+        yield (
+            f"model_config.head_dim {model.head_dim} (hidden_size {model.hidden_size} / num_heads "
+            f"{heads}, unless given) is odd: rotary embedding turns pairs of values"
+        )
+    if model.seq_length > model.max_position_embedding:
+        yield (
+            f"model_config.seq_length {model.seq_length} is longer than max_position_embedding "
+            f"{model.max_position_embedding}"
+        )
+
+
+def _check_experts(model: MixtralConfig) -> Iterator[str]:
+    moe = model.moe_config
+    if moe.num_experts_chosen > moe.expert_num:
+        yield (
+            f"moe_config.num_experts_chosen {moe.num_experts_chosen} is more than "
+            f"moe_config.expert_num {moe.expert_num}"
+        )
+    if moe.capacity_factor > _MAX_CAPACITY_FACTOR:
+        yield (
+            f"moe_config.capacity_factor {moe.capacity_factor} is more than "
+            f"{_MAX_CAPACITY_FACTOR:g}: 1 to 4 are usual, 0 or less drops no token"
+        )
+
+
+def _check_tokens(model: MixtralConfig) -> Iterator[str]:
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(model, key)
+        lowest = -1 if key == "pad_token_id" else 0  # -1: the data holds no padding
+        if not lowest <= token < model.vocab_size:
+            yield (
+                f"model_config.{key} {token} is not in {lowest} … vocab_size - 1 = "
+                f"{model.vocab_size - 1}"
+            )
+    if 0 <= model.ignore_token_id < model.vocab_size:
+        yield (
+            f"model_config.ignore_token_id {model.ignore_token_id} is a token of vocab_size "
+            f"{model.vocab_size}: every label of that token would be left out; use -100"
+        )
+
+
+def _check_split(config: RunConfig) -> Iterator[str]:
+    """Everything that is cut must divide."""
+    model, grid = config.model.model_config, effective_parallel(config)
+    moe, tensor = model.moe_config, grid.model_parallel
+    cut = {
+        "model_config.num_heads": model.num_heads,
+        "model_config.n_kv_heads": model.n_kv_heads,
+        "model_config.intermediate_size": model.intermediate_size,
+        "model_config.vocab_size": model.vocab_size,
+    }
+    for key, size in cut.items():
+        yield from _divides(size, tensor, key, "parallel_config.model_parallel")
+    experts, ranks = grid.expert_parallel, grid.data_parallel * grid.context_parallel
+    yield from _divides(
+        moe.expert_num, experts, "moe_config.expert_num", "parallel_config.expert_parallel"
+    )
+    if ranks % experts:
+        yield (
+            f"parallel_config.data_parallel {grid.data_parallel} * context_parallel "
+            f"{grid.context_parallel} = {ranks} is not divisible by "
+            f"parallel_config.expert_parallel {experts}: experts are spread over those ranks"
+        )
+    split_sequence = grid.context_parallel * (tensor if grid.use_seq_parallel else 1)
+    yield from _divides(
+        model.seq_length,
+        split_sequence,
+        "model_config.seq_length",
+        "the parallel_config.context_parallel (and use_seq_parallel's model_parallel) product",
+    )
+
+
+def _check_stages(config: RunConfig) -> Iterator[str]:
+    model, grid = config.model.model_config, effective_parallel(config)
+    try:
+        layers_per_stage(model, grid.pipeline_stage)
+    except UserError as error:
+        yield str(error)
+    training = config.run_mode in ("train", "finetune")
+    if training and grid.pipeline_stage > 1 and grid.micro_batch_num < grid.pipeline_stage:
+        yield (
+            f"parallel_config.micro_batch_num {grid.micro_batch_num} is less than "
+            f"parallel_config.pipeline_stage {grid.pipeline_stage}: stages would stand idle"
+        )
