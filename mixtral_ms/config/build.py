@@ -158,6 +158,8 @@ class SectionBuilder:
     def _not_allowed(self, value: Value, path: str, allowed: tuple) -> None:
         close = nearest(str(value.data), [str(choice) for choice in allowed])
         hint = f"; did you mean {close}?" if close else ""
+        if isinstance(value.data, bool) and isinstance(allowed[0], str):
+            hint = ": put it in quotes"  # YAML reads on, off, yes and no as True and False
         self._wrong(value, path, f"one of {_listed(allowed)}", hint)
 
     def _unknown_key(self, key: str, value: Value, path: str, fields: dict) -> None:

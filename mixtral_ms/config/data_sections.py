@@ -33,8 +33,9 @@ class DatasetSection:
     num_parallel_workers: int = inert(8, _LOADER_NO_EFFECT)
     drop_remainder: bool = True
     """Leave out the last rows that do not fill a batch; evaluation should keep them."""
-    batch_size: int = 1
-    """Rows of a micro batch of one rank; runner_config.batch_size wins where it is given."""
+    batch_size: int | None = None
+    """Rows of a micro batch of one rank; runner_config.batch_size wins for training and stands in
+    for evaluation where this is empty."""
     repeat: int = inert(1, "runner_config.epochs says how often the data is read")
     eod_reset: bool = False
     """Let attention see only its own document in a packed record."""

@@ -15,6 +15,8 @@ class Override:
     """`section.key`; an item of a list by its number: `callbacks.1.save_checkpoint_steps`."""
     value: Any
     flag: str
+    if_present: bool = False
+    """Leave the key unset where the file has no such section."""
 
 
 def parse_override(text: str, flag: str = "--set") -> Override:
@@ -36,6 +38,8 @@ def apply_override(root: Value, override: Override) -> Value:
     value = override.value
     if not isinstance(value, Value):
         value = from_python(value, override.flag)
+    if override.if_present and override.path.split(".")[0] not in root.data:
+        return root
     return _set(root, override.path.split("."), value, override)
 
 

@@ -5,11 +5,15 @@ from typing import Any
 
 import yaml
 
+from mixtral_ms.config.fields import INERT, UNSUPPORTED
 from mixtral_ms.config.schema import RunConfig
 
 
 def render_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML that `load_config` reads to an equal `RunConfig`."""
+    """The resolved configuration as YAML that `load_config` reads to an equal `RunConfig`.
+
+    Keys without effect here are left out where they hold their default.
+    """
     data = _plain(config)
     # what is the same object in two places is written once
     del data["model"]["model_config"]["moe_config"]
@@ -22,8 +26,14 @@ def render_config(config: RunConfig) -> str:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {
-            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+            field.name: _plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if getattr(value, field.name) != field.default or not _without_effect(field)
         }
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return dict(value) if isinstance(value, dict) else value
+
+
+def _without_effect(field: dataclasses.Field) -> bool:
+    return INERT in field.metadata or UNSUPPORTED in field.metadata

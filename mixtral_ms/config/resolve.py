@@ -60,15 +60,19 @@ def _resolve_datasets(config: RunConfig) -> None:
 def _resolve_batch(config: RunConfig) -> None:
     """One micro-batch size for all, and the accumulation that global_batch_size asks for."""
     runner, train = config.runner_config, config.train_dataset
+    given = train.batch_size if train else None
     if runner.batch_size is None:
-        runner.batch_size = train.batch_size if train else 1
-    if train is not None and train.batch_size != runner.batch_size:
+        runner.batch_size = 1 if given is None else given
+    if given is not None and given != runner.batch_size:
         get_logger().info(
             "train_dataset.batch_size %d gives way to runner_config.batch_size %d",
-            train.batch_size,
+            given,
             runner.batch_size,
         )
+    if train is not None:
         train.batch_size = runner.batch_size
+    if config.eval_dataset is not None and config.eval_dataset.batch_size is None:
+        config.eval_dataset.batch_size = runner.batch_size
     rows = rows_per_micro_step(config)
     wanted = runner.global_batch_size
     if wanted and runner.gradient_accumulation_steps == 1 and rows > 0 and wanted % rows == 0:

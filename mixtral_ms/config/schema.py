@@ -174,6 +174,7 @@ class RunConfig:
     # prediction
     predict_data: list[str] | str | None = None
     predict_batch_size: int | None = None
+    modal_type: list[str] | str | None = inert(None, "prompts are text")
     adapter_id: list[str] | str | None = inert(None, "adapters are merged before prediction")
     # ranks and device
     use_parallel: bool = False
@@ -208,6 +209,7 @@ class RunConfig:
     ignore_data_skip: bool = inert(False, "resume_training finds the position in the data")
     data_size: int | None = inert(None, "the loader counts the records")
     device_num: int | None = inert(None, "the launcher says how many processes there are")
+    register_path: str | None = inert(None, "the network is part of this package")
     use_legacy: bool = inert(True, "there is one network")
     train_precision_sync: bool | None = inert(None, "context.deterministic says it")
     infer_precision_sync: bool | None = inert(None, "context.deterministic says it")

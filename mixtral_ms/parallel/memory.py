@@ -79,8 +79,8 @@ def _stage_memory(config: RunConfig, grid: ParallelConfig, stage: int) -> RankMe
         stage=stage,
         ranks=grid.data_parallel * grid.model_parallel * grid.context_parallel,
         parameters=count * width,
-        # accumulated gradients are float32, beside those of the micro batch at hand
-        gradients=count * (width + 4 * accumulates) if training else 0,
+        # gradients are summed over micro batches in float32
+        gradients=count * (4 if accumulates else width) if training else 0,
         optimizer=_optimizer_bytes(config, grid, sizes, width) if training else 0,
         activations=(
             _activation_bytes(config, grid, stage)
@@ -114,7 +114,7 @@ def _activation_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> in
     per_layer = tokens * _layer_values_per_token(model, grid) * width
     kept = per_layer * layers
     if config.recompute_config.recompute:  # a layer's input stays, one layer at a time is redone
-        kept = tokens * model.hidden_size * width * layers
+        kept = tokens * _hidden(model, grid) * width * layers
     # 1F1B: the first stage has as many micro batches under way as there are stages
     kept *= min(grid.pipeline_stage - stage, max(grid.micro_batch_num, 1))
     if config.recompute_config.recompute:
@@ -122,6 +122,11 @@ def _activation_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> in
     if stage == grid.pipeline_stage - 1:  # float32 logits and their gradient
         kept += 2 * 4 * tokens * model.vocab_size // grid.model_parallel
     return kept
+
+
+def _hidden(model: MixtralConfig, grid: ParallelConfig) -> int:
+    """Width of the residual stream on one rank, were it cut there."""
+    return model.hidden_size // (grid.model_parallel if grid.use_seq_parallel else 1)
 
 
 def _layer_values_per_token(model: MixtralConfig, grid: ParallelConfig) -> int:
@@ -133,7 +138,7 @@ def _layer_values_per_token(model: MixtralConfig, grid: ParallelConfig) -> int:
     if not model.use_flash_attention:
         probabilities = model.num_heads * model.seq_length // split
     # before and after rotation; the heads' output; both norms' input and output; wo's output
-    attention = 3 * query + 3 * key_value + probabilities + 5 * model.hidden_size
+    attention = 3 * query + 3 * key_value + probabilities + 5 * _hidden(model, grid)
     slots = moe.num_experts_chosen * (1.0 if moe.dropless else moe.capacity_factor)
     # dispatched rows, w1's and w3's output, their product, w2's output
     experts = slots * (2 * model.hidden_size + 3 * model.intermediate_size // split)
