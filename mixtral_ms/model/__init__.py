@@ -1,0 +1,1 @@
+"""The network: Mixtral with explicit tensors, router and experts."""

@@ -1,0 +1,106 @@
+"""Causal grouped-query attention: a plain reference and one that skips what the mask hides.
+
+Legend: B batch, S sequence, H heads, K kv heads, G heads per kv head, d head_dim.
+"""
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+# Finite, so that a row that is wholly masked gives no NaN; far below any score in float16 too.
+_MASKED = -3.0e4
+_MIN_CHUNK = 64
+_CHUNKS = 4
+
+
+def visible(query: np.ndarray, key: np.ndarray, window: int | None) -> np.ndarray:
+    """Which (query, key) position pairs are allowed: causal, and within the sliding window."""
+    distance = query[:, None] - key[None, :]
+    allowed = distance >= 0
+    return allowed if window is None else allowed & (distance < window)
+
+
+class CausalAttention(nn.Cell):
+    """softmax(q k^T / sqrt(d) + mask) v over blocks of queries.
+
+    A block of queries reads only the keys that some query of it may see, which leaves about
+    five eighths of the products of a full causal score matrix with the four blocks used here.
+
+    Args:
+        seq_length: S, fixed for the compiled graph.
+        num_heads: H.
+        n_kv_heads: K, a divisor of H.
+        head_dim: d.
+        window: a position sees itself and window - 1 before it; None for all before it.
+        softmax_dtype: dtype of the scores and their softmax.
+        chunk: queries per block; S gives the plain reference, None a quarter of S.
+    """
+
+    def __init__(  # noqa: PLR0913 - the sizes of attention
+        self,
+        seq_length: int,
+        num_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
+        softmax_dtype: mstype.Type = mstype.float32,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_kv_heads, self.groups, self.head_dim = n_kv_heads, num_heads // n_kv_heads, head_dim
+        self.seq_length = seq_length
+        self.scale = 1.0 / float(np.sqrt(head_dim))
+        self.softmax_dtype = softmax_dtype
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.weighted = ops.BatchMatMul()
+        self.softmax = ops.Softmax(-1)
+        self.spans = _spans(seq_length, chunk or max(_MIN_CHUNK, -(-seq_length // _CHUNKS)), window)
+        positions = np.arange(seq_length)
+        masks = [visible(positions[a:b], positions[lo:b], window) for a, b, lo in self.spans]
+        self.masks = tuple(
+            Tensor(np.where(mask, 0.0, _MASKED)[None, None].astype(np.float32)) for mask in masks
+        )
+
+    def construct(
+        self, q_BHSd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, segment_ids_BS: Tensor | None = None
+    ) -> Tensor:
+        """Returns (B, H, S, d); positions of different segments do not see each other."""
+        batch = q_BHSd.shape[0]
+        q = ops.reshape(
+            q_BHSd * self.scale,
+            (batch, self.n_kv_heads, self.groups, self.seq_length, self.head_dim),
+        )
+        outputs = ()
+        for i in range(len(self.spans)):
+            begin, end, low = self.spans[i]
+            rows = end - begin
+            q_rows = ops.reshape(
+                q[:, :, :, begin:end], (batch, self.n_kv_heads, self.groups * rows, self.head_dim)
+            )
+            scores = ops.cast(self.scores(q_rows, k_BKSd[:, :, low:end]), self.softmax_dtype)
+            scores = ops.reshape(
+                scores, (batch, self.n_kv_heads * self.groups, rows, end - low)
+            ) + ops.cast(self.masks[i], self.softmax_dtype)
+            if segment_ids_BS is not None:
+                same = ops.equal(
+                    ops.expand_dims(segment_ids_BS[:, begin:end], 2),
+                    ops.expand_dims(segment_ids_BS[:, low:end], 1),
+                )
+                hidden = ops.cast(ops.logical_not(same), self.softmax_dtype) * _MASKED
+                scores = scores + ops.expand_dims(hidden, 1)
+            weights = ops.cast(self.softmax(scores), v_BKSd.dtype)
+            weights = ops.reshape(weights, (batch, self.n_kv_heads, self.groups * rows, end - low))
+            out = self.weighted(weights, v_BKSd[:, :, low:end])
+            outputs += (
+                ops.reshape(out, (batch, self.n_kv_heads * self.groups, rows, self.head_dim)),
+            )
+        return outputs[0] if len(outputs) == 1 else ops.cat(outputs, 2)
+
+
+def _spans(length: int, chunk: int, window: int | None) -> tuple[tuple[int, int, int], ...]:
+    """(first query, end of queries, first key) of each block."""
+    spans = []
+    for begin in range(0, length, chunk):
+        low = 0 if window is None else max(0, begin - window + 1)
+        spans.append((begin, min(begin + chunk, length), low))
+    return tuple(spans)

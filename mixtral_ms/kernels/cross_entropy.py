@@ -1,0 +1,93 @@
+"""The loss straight from hidden states: logits are never held whole.
+
+Legend: T tokens, D hidden, V vocabulary.
+"""
+
+from pathlib import Path
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from mixtral_ms.kernels.native import custom
+
+# Logits held at once, in values: 64 MB in float32.
+_CHUNK_VALUES = 1 << 24
+
+
+class PlainSoftmaxCrossEntropy(nn.Cell):
+    """Loss of each token and the gradient of its logits, in plain operators."""
+
+    def construct(self, logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens with a negative label have loss 0 and gradient 0."""
+        tokens, vocabulary = logits_TV.shape
+        supervised_T1 = ops.cast(ops.expand_dims(labels_T >= 0, 1), mstype.float32)
+        safe_T = ops.maximum(labels_T, Tensor(0, mstype.int32))
+        shifted = logits_TV - ops.max(logits_TV, 1, keepdims=True)[0]
+        exp = ops.exp(shifted)
+        total_T1 = ops.sum(exp, 1, keepdim=True)
+        picked_T1 = ops.gather_elements(shifted, 1, ops.expand_dims(safe_T, 1))
+        loss_T1 = (ops.log(total_T1) - picked_T1) * supervised_T1
+        hot_TV = ops.one_hot(
+            safe_T, vocabulary, Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+        )
+        gradient_TV = (exp / total_T1 - hot_TV) * supervised_T1
+        return ops.reshape(loss_T1, (tokens,)), gradient_TV
+
+
+class LinearCrossEntropy(nn.Cell):
+    """sum over tokens of cross_entropy(hidden weight^T, label), with logits a chunk at a time.
+
+    The gradients of hidden and weight are computed with the forward, where each chunk of logits
+    is at hand (the method of Liger Kernel, arXiv 2410.10989); without a gradient graph they are
+    dead code and pruned.
+    """
+
+    def __init__(self, library: Path | None = None) -> None:
+        super().__init__()
+        self.with_gradients = _LossAndGradients(library)
+
+    def construct(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+        """Returns the summed loss, a float32 scalar; negative labels are left out."""
+        return self.with_gradients(hidden_TD, weight_VD, labels_T)[0]
+
+
+class _LossAndGradients(nn.Cell):
+    def __init__(self, library: Path | None) -> None:
+        super().__init__()
+        self.native = library is not None
+        self.loss = (
+            custom.softmax_cross_entropy(library) if self.native else PlainSoftmaxCrossEntropy()
+        )
+        self.logits = ops.MatMul(transpose_b=True)
+        self.to_hidden = ops.MatMul()
+        self.to_weight = ops.MatMul(transpose_a=True)
+
+    def construct(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> tuple:
+        tokens = hidden_TD.shape[0]
+        chunk = max(1, min(tokens, _CHUNK_VALUES // weight_VD.shape[0]))
+        # Chunks of equal size: one shape compiles once, and no small rest is left over.
+        count = -(-tokens // chunk)
+        loss = Tensor(0.0, mstype.float32)
+        d_hidden, d_weight = (), None
+        for i in range(count):
+            begin, end = tokens * i // count, tokens * (i + 1) // count
+            hidden = hidden_TD[begin:end]
+            logits = ops.cast(self.logits(hidden, weight_VD), mstype.float32)
+            losses, d_logits = self.loss(logits, labels_T[begin:end])
+            d_logits = ops.cast(d_logits, hidden_TD.dtype)
+            loss = loss + ops.sum(losses)
+            d_hidden += (ops.cast(self.to_hidden(d_logits, weight_VD), mstype.float32),)
+            part = ops.cast(self.to_weight(d_logits, hidden), mstype.float32)
+            d_weight = part if d_weight is None else d_weight + part
+        return loss, (d_hidden[0] if count == 1 else ops.cat(d_hidden, 0)), d_weight
+
+    def bprop(
+        self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, out: tuple, dout: tuple
+    ) -> tuple:
+        _, d_hidden, d_weight = out
+        scale = dout[0]
+        return (
+            ops.cast(d_hidden * scale, hidden_TD.dtype),
+            ops.cast(d_weight * scale, weight_VD.dtype),
+            ops.zeros_like(labels_T),
+        )

@@ -1,0 +1,105 @@
+"""Builds the C++ kernels once per machine and source, and says why when it cannot."""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mindspore
+
+from mixtral_ms.errors import UserError
+from mixtral_ms.files import write_aside
+from mixtral_ms.log import get_logger
+
+SWITCH = "MIXTRAL_MS_NATIVE"
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+# -ffast-math vectorises expf; infinities and NaN must still flow to the overflow check.
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-ffast-math",
+          "-fno-finite-math-only")  # fmt: skip
+_BUILD_TIMEOUT_S = 180
+
+
+@functools.cache
+def native_library() -> Path | None:
+    """Path of the built kernels, or None (with one log line) when this machine cannot use them.
+
+    The environment variable MIXTRAL_MS_NATIVE chooses: "auto" (default), "0" never, "1" must.
+
+    Raises:
+        UserError: MIXTRAL_MS_NATIVE=1 and the kernels cannot be built, or another value.
+    """
+    switch = os.environ.get(SWITCH, "auto")
+    if switch not in ("auto", "0", "1"):
+        raise UserError(f"{SWITCH}={switch!r}: allowed are auto, 0 (never) and 1 (must)")
+    if switch == "0":
+        return None
+    library, problem = _load_or_build()
+    if library is None:
+        if switch == "1":
+            raise UserError(f"{SWITCH}=1, but the C++ kernels cannot be used: {problem}")
+        get_logger().info("C++ kernels are off, plain MindSpore operators serve: %s", problem)
+    return library
+
+
+def _load_or_build() -> tuple[Path | None, str]:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        return None, "no g++ on this machine"
+    path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
+    try:
+        with _locked(path.with_suffix(".lock")):
+            if not path.exists():
+                _compile(compiler, path)
+        ready = ctypes.CDLL(str(path)).native_ready()
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"building {_SOURCE.name} failed: {error}"
+    if not ready:
+        return None, "MindSpore's oneDNN does not export the matrix product they call"
+    return path, ""
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mixtral_ms"
+
+
+def _fingerprint(compiler: str) -> str:
+    """Changes with anything that the binary depends on, the processor's features included."""
+    cpu_flags = ""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        cpu_flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    parts = (_SOURCE.read_bytes(), compiler.encode(), " ".join(_FLAGS).encode(), cpu_flags.encode(),
+             mindspore.__version__.encode())  # fmt: skip
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+class _locked:  # noqa: N801 - reads as a verb in `with _locked(path)`
+    """Only one process builds; the others wait for it."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "w")  # noqa: SIM115 - closed in __exit__
+
+    def __enter__(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _compile(compiler: str, path: Path) -> None:
+    get_logger().info("building the C++ kernels (once on this machine)")
+    with write_aside(path) as aside:
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(aside), "-ldl", "-lpthread"]
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False
+        )
+        if result.returncode != 0:
+            first = next((s for s in result.stderr.splitlines() if "error" in s), result.stderr)
+            raise OSError(first.strip()[:300])

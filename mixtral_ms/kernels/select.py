@@ -1,0 +1,58 @@
+"""The one place that chooses which implementation of each operator a run uses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from mindspore import dtype as mstype
+from mindspore import nn
+
+from mixtral_ms.errors import UserError
+from mixtral_ms.kernels.attention import CausalAttention
+from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
+from mixtral_ms.kernels.experts import BlockedExperts, NativeExperts, PaddedExperts
+from mixtral_ms.kernels.native.build import native_library
+
+BACKENDS = ("cpu", "reference", "ascend")
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """Builders of the operators' cells."""
+
+    name: str
+    experts: Callable[[], nn.Cell]
+    attention: Callable[..., nn.Cell]
+    cross_entropy: Callable[[], nn.Cell]
+
+
+def select_kernels(
+    backend: str, *, dropless: bool, dtype: mstype.Type = mstype.float32
+) -> KernelChoice:
+    """Kernels of a backend.
+
+    Args:
+        backend: "cpu" (C++ where it builds, plain operators elsewhere), "reference" (plain
+            operators everywhere) or "ascend".
+        dropless: whether experts have any number of rows (True) or a fixed capacity.
+        dtype: compute dtype; the C++ kernels take float32.
+
+    Raises:
+        UserError: an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"kernel backend {backend!r}: allowed are {', '.join(BACKENDS)}")
+    if backend == "ascend":
+        from mixtral_ms.kernels import ascend  # noqa: PLC0415 - only that backend needs it
+
+        return KernelChoice(
+            "ascend", ascend.GroupedExperts, ascend.FlashAttention, LinearCrossEntropy
+        )
+    library = native_library() if backend == "cpu" and dtype == mstype.float32 else None
+    plain_experts = BlockedExperts if dropless else PaddedExperts
+    return KernelChoice(
+        "cpu-native" if library else "plain",
+        partial(NativeExperts, library) if library else plain_experts,
+        CausalAttention,
+        partial(LinearCrossEntropy, library),
+    )

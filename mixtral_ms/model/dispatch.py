@@ -1,0 +1,190 @@
+"""Where each token's copies go: slots by index, never by a one-hot product.
+
+Legend: T tokens, k experts a token, A = T * k assignments, R rows, E experts, C capacity, D hidden.
+"""
+
+import math
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from mixtral_ms.kernels.experts import BLOCK
+
+
+def expert_capacity(
+    tokens: int, top_k: int, experts: int, capacity_factor: float, multiple_of: int = 1
+) -> int:
+    """Slots per expert, C = min(ceil(k * N * factor / E), N), rounded up to `multiple_of`.
+
+    Args:
+        tokens: N, the tokens of one data-parallel group.
+        top_k: k, experts a token.
+        experts: E.
+        capacity_factor: above 0.
+        multiple_of: ranks that share an expert's slots (expert tensor parallel).
+
+    Source: TopkRouterV2 of MindFormers.
+    """
+    # The product in Python floats, as upstream: 1.1 * 2 * 40 / 8 is 11.000000000000002 -> 12.
+    capacity = min(math.ceil(top_k * tokens * capacity_factor / experts), tokens)
+    return multiple_of * math.ceil(capacity / multiple_of)
+
+
+class Dispatch(nn.Cell):
+    """Gives every assignment (token, choice) a row of its expert's group, or drops it.
+
+    Args:
+        experts: E.
+        capacity: C, slots per expert; None for dropless.
+        token_first: hand out slots token by token (sdrop) instead of choice by choice (kdrop).
+        layout: how the experts want their rows: "packed", "blocked" or "padded".
+    """
+
+    def __init__(self, experts: int, capacity: int | None, token_first: bool, layout: str) -> None:
+        super().__init__()
+        self.experts, self.capacity, self.token_first = experts, capacity, token_first
+        self.layout = layout
+        self.scatter = ops.ScatterNd()
+
+    def rows(self, assignments: int) -> int:
+        """R, the static number of rows that this many assignments may need."""
+        if self.layout == "padded":
+            return self.experts * self.capacity
+        if self.layout == "blocked":
+            return (math.ceil(assignments / BLOCK) + self.experts) * BLOCK
+        return assignments
+
+    def construct(self, expert_Tk: Tensor, valid_T: Tensor) -> tuple:
+        """Places the assignments of expert_Tk (int32); those of invalid (padding) tokens nowhere.
+
+        Returns:
+            row_Tk: the row of each assignment, 0 where dropped.
+            kept_Tk: whether it has a row.
+            assignment_R: index into the flattened (T, k) of what fills each row, -1 for empty.
+            sizes_E: rows used by each expert.
+            counts_E: assignments to each expert before dropping.
+        """
+        tokens, top_k = expert_Tk.shape
+        count = tokens * top_k
+        valid_Tk = ops.broadcast_to(ops.expand_dims(valid_T, 1), (tokens, top_k))
+        if not self.token_first:  # priority order: all first choices, then all second ones
+            expert_A = ops.reshape(ops.transpose(expert_Tk, (1, 0)), (count,))
+            valid_A = ops.reshape(ops.transpose(valid_Tk, (1, 0)), (count,))
+        else:
+            expert_A = ops.reshape(expert_Tk, (count,))
+            valid_A = ops.reshape(valid_Tk, (count,))
+        ids_E = ops.arange(0, self.experts, 1, dtype=mstype.int32)
+        chosen_AE = ops.logical_and(
+            ops.equal(ops.expand_dims(expert_A, 1), ids_E), ops.expand_dims(valid_A, 1)
+        )
+        chosen_AE = ops.cast(chosen_AE, mstype.int32)
+        # A place in the queue of each expert, read off at the assignment's own expert.
+        queue_AE = ops.cumsum(chosen_AE, 0)
+        counts_E = queue_AE[count - 1]
+        place_A = ops.sum(queue_AE * chosen_AE, 1) - 1
+        kept_A, sizes_E = valid_A, counts_E
+        if self.capacity is not None:
+            kept_A = ops.logical_and(valid_A, place_A < self.capacity)
+            sizes_E = ops.minimum(counts_E, Tensor(self.capacity, mstype.int32))
+        row_A = ops.sum(chosen_AE * self._offsets(sizes_E), 1) + place_A
+        row_A = ops.where(kept_A, row_A, Tensor(0, mstype.int32))
+        if not self.token_first:
+            row_Tk = ops.transpose(ops.reshape(row_A, (top_k, tokens)), (1, 0))
+            kept_Tk = ops.transpose(ops.reshape(kept_A, (top_k, tokens)), (1, 0))
+        else:
+            row_Tk = ops.reshape(row_A, (tokens, top_k))
+            kept_Tk = ops.reshape(kept_A, (tokens, top_k))
+        return row_Tk, kept_Tk, self._inverse(row_Tk, kept_Tk), sizes_E, counts_E
+
+    def _offsets(self, sizes_E: Tensor) -> Tensor:
+        """First row of each expert's group."""
+        if self.layout == "padded":
+            return ops.arange(0, self.experts, 1, dtype=mstype.int32) * self.capacity
+        reserved_E = sizes_E
+        if self.layout == "blocked":
+            reserved_E = (sizes_E + (BLOCK - 1)) // BLOCK * BLOCK
+        return ops.cumsum(reserved_E, 0) - reserved_E
+
+    def _inverse(self, row_Tk: Tensor, kept_Tk: Tensor) -> Tensor:
+        """The assignment of each row; dropped ones are scattered to a row past the end."""
+        count = row_Tk.shape[0] * row_Tk.shape[1]
+        rows = self.rows(count)
+        target_Tk = ops.where(kept_Tk, row_Tk, Tensor(rows, mstype.int32))
+        # ScatterNd starts from zero, so assignment a is written as a + 1 and empty rows read -1.
+        numbers_A = ops.arange(1, count + 1, 1, dtype=mstype.int32)
+        filled = self.scatter(ops.reshape(target_Tk, (count, 1)), numbers_A, (rows + 1,))
+        return filled[:rows] - 1
+
+
+class PermuteTokens(nn.Cell):
+    """Copies tokens to their rows; the gradient comes back by index too, without a scatter."""
+
+    def __init__(self, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+
+    def construct(
+        self, x_TD: Tensor, assignment_R: Tensor, row_Tk: Tensor, kept_Tk: Tensor
+    ) -> Tensor:
+        """Returns (R, D); empty rows hold token 0, and nothing reads them."""
+        token_R = ops.maximum(assignment_R, Tensor(0, mstype.int32)) // self.top_k
+        return ops.gather(x_TD, token_R, 0)
+
+    def bprop(  # noqa: PLR0913 - MindSpore's signature: inputs, output, its gradient
+        self,
+        x_TD: Tensor,
+        assignment_R: Tensor,
+        row_Tk: Tensor,
+        kept_Tk: Tensor,
+        out: Tensor,
+        dout: Tensor,
+    ) -> tuple:
+        """Each token sums the gradients of its own rows."""
+        tokens, hidden = x_TD.shape
+        d_AD = ops.gather(dout, ops.reshape(row_Tk, (tokens * self.top_k,)), 0)
+        d_TkD = ops.reshape(d_AD, (tokens, self.top_k, hidden))
+        # where, not a product: what a dropped assignment's row holds is not its own.
+        d_TkD = ops.where(ops.expand_dims(kept_Tk, 2), d_TkD, ops.zeros_like(d_TkD))
+        return (
+            ops.sum(d_TkD, 1),
+            ops.zeros_like(assignment_R),
+            ops.zeros_like(row_Tk),
+            ops.zeros_like(kept_Tk),
+        )
+
+
+class CombineTokens(nn.Cell):
+    """Sums each token's expert outputs, weighted by its gates (0 where dropped)."""
+
+    def __init__(self, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+
+    def construct(
+        self, y_RD: Tensor, gates_Tk: Tensor, assignment_R: Tensor, row_Tk: Tensor
+    ) -> Tensor:
+        """Returns (T, D)."""
+        return ops.sum(self._picked(y_RD, row_Tk) * ops.expand_dims(gates_Tk, 2), 1)
+
+    def _picked(self, y_RD: Tensor, row_Tk: Tensor) -> Tensor:
+        tokens = row_Tk.shape[0]
+        y_AD = ops.gather(y_RD, ops.reshape(row_Tk, (tokens * self.top_k,)), 0)
+        return ops.reshape(y_AD, (tokens, self.top_k, y_RD.shape[1]))
+
+    def bprop(  # noqa: PLR0913 - MindSpore's signature: inputs, output, its gradient
+        self,
+        y_RD: Tensor,
+        gates_Tk: Tensor,
+        assignment_R: Tensor,
+        row_Tk: Tensor,
+        out: Tensor,
+        dout: Tensor,
+    ) -> tuple:
+        """Each row takes its token's gradient times its gate; empty rows take none."""
+        filled_R = assignment_R >= 0
+        index_R = ops.maximum(assignment_R, Tensor(0, mstype.int32))
+        gates_A = ops.reshape(gates_Tk, (gates_Tk.shape[0] * self.top_k,))
+        gate_R = ops.gather(gates_A, index_R, 0) * ops.cast(filled_R, gates_Tk.dtype)
+        d_y_RD = ops.gather(dout, index_R // self.top_k, 0) * ops.expand_dims(gate_R, 1)
+        d_gates_Tk = ops.sum(self._picked(y_RD, row_Tk) * ops.expand_dims(dout, 1), 2)
+        return d_y_RD, d_gates_Tk, ops.zeros_like(assignment_R), ops.zeros_like(row_Tk)

@@ -1,0 +1,29 @@
+"""Initial weights that depend on the seed and the parameter's name alone.
+
+So a run starts from the same weights on every layout, and on every number of ranks.
+"""
+
+import zlib
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from mixtral_ms.config.model import MixtralConfig
+
+
+def initialize(network: nn.Cell, config: MixtralConfig, seed: int) -> None:
+    """Fill every parameter: norms with 1, biases with 0, weights from normal(0, init std)."""
+    for name, parameter in network.parameters_and_names():
+        if parameter.requires_grad:
+            value = initial_value(name, parameter.shape, config.init_method_std, seed)
+            parameter.set_data(Tensor(value))
+
+
+def initial_value(name: str, shape: tuple[int, ...], std: float, seed: int) -> np.ndarray:
+    """The float32 initial value of one parameter."""
+    if name.endswith(("norm.weight", "norm_out.weight")):
+        return np.ones(shape, np.float32)
+    if name.endswith(".bias"):
+        return np.zeros(shape, np.float32)
+    generator = np.random.default_rng((seed, zlib.crc32(name.encode())))
+    return generator.standard_normal(shape, dtype=np.float32) * np.float32(std)

@@ -1,0 +1,43 @@
+"""Dense layer with MindFormers' parameter names and (out, in) weights."""
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+
+def empty_parameter(name: str, *shape: int) -> Parameter:
+    """A float32 parameter of zeros, filled later by model/initialize.py or a checkpoint."""
+    return Parameter(Tensor(np.zeros(shape, np.float32)), name=name)
+
+
+class Linear(nn.Cell):
+    """y = x W^T + b in the compute dtype.
+
+    Args:
+        inputs: size of x's last axis.
+        outputs: size of y's last axis.
+        bias: whether there is b.
+        compute_dtype: dtype that x and W are cast to; y has it too.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool = False,
+        compute_dtype: mstype.Type = mstype.float32,
+    ) -> None:
+        super().__init__()
+        self.outputs, self.compute_dtype = outputs, compute_dtype
+        self.weight = empty_parameter("weight", outputs, inputs)
+        self.bias = empty_parameter("bias", outputs) if bias else None
+        self.product = ops.MatMul(transpose_b=True)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Maps (..., inputs) to (..., outputs)."""
+        shape = x.shape
+        x = ops.reshape(ops.cast(x, self.compute_dtype), (-1, shape[-1]))
+        y = self.product(x, ops.cast(self.weight, self.compute_dtype))
+        if self.bias is not None:
+            y = y + ops.cast(self.bias, self.compute_dtype)
+        return ops.reshape(y, shape[:-1] + (self.outputs,))
