@@ -186,7 +186,7 @@ def _draw_entropy(train: Records, _: Records, title: str) -> "Figure | None":
     figure, axes = _new_axes(title, "entropy (nats)")
     _layer_lines(axes, steps, values_NL)
     _, loads = layer_series(train, "expert_load")
-    if loads.ndim == 3:
+    if loads.ndim == 3 and loads.shape[2] > 1:
         even = math.log(loads.shape[2])
         axes.axhline(even, color=_GREY, linewidth=1, linestyle="--")
         axes.annotate(
