@@ -7,7 +7,6 @@ array is stored wrong without an error. Reading goes through the library.
 
 import hashlib
 import json
-import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -152,12 +151,3 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._entry.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
-        return self._entry.tensors[name].shape
-
-    @property
-    def parameters(self) -> int:
-        """Number of elements in the file."""
-        return sum(math.prod(tensor.shape) for tensor in self._entry.tensors.values())

@@ -5,6 +5,8 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
+
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
 from mixtral_ms.train.charts import Records, draw_charts, layer_series, series
@@ -73,7 +75,7 @@ def _evaluation_rows(evaluations: Records) -> list[tuple[str, str]]:
     steps, losses = series(evaluations, "loss")
     if not len(steps):
         return []
-    best = int(losses.argmin())
+    best = int(np.where(np.isfinite(losses), losses, np.inf).argmin())
     last = evaluations[-1]
     perplexity = last.get("perplexity", math.exp(losses[-1]))
     tokens = f" over {last['tokens']:,} tokens" if "tokens" in last else ""

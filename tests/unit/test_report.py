@@ -11,11 +11,17 @@ import pytest
 from matplotlib.image import imread
 
 from mixtral_ms.errors import UserError
+from mixtral_ms.train import charts
 from mixtral_ms.train.charts import CHARTS
 from mixtral_ms.train.metrics import MetricsWriter
 from mixtral_ms.train.report import summary_rows, write_report
 
 CONFIG = "seed: 1\nname: <b>&tiny\n"
+
+
+@pytest.fixture(autouse=True)
+def _small_pictures(monkeypatch):
+    monkeypatch.setattr(charts, "_DPI", 40)
 
 
 def train_record(step, layers=3, experts=4):
@@ -102,7 +108,13 @@ def test_missing_and_null_fields_leave_their_chart_out(tmp_path):
 
 def test_all_not_finite(tmp_path):
     bad = train_record(5) | {"loss": float("nan"), "grad_norm": float("inf")}
-    assert "nan nats per token" in report(tmp_path, [bad, eval_record(5, float("nan"))])
+    page = report(tmp_path, [bad, eval_record(5, float("nan"))])
+    assert "nan nats per token" in page
+
+
+def test_best_evaluation_ignores_those_that_are_not_finite():
+    rows = dict(summary_rows([], [eval_record(1, float("nan")), eval_record(2, 3.0)]))
+    assert rows["Evaluation loss, best"] == "3.0000 at step 2"
 
 
 def test_unbalanced_experts_look_different_from_balanced_ones():
