@@ -1,0 +1,81 @@
+"""Options of the test run: the device, and whether long tests take part."""
+
+import pytest
+from hypothesis import settings
+
+# Derandomised: a failure seen once is seen again, on every machine.
+settings.register_profile("default", deadline=None, derandomize=True, database=None)
+settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="CPU", choices=("CPU", "Ascend"), help="device that kernels run on"
+    )
+    parser.addoption("--long", action="store_true", help="run the tests that take minutes too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--long"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The device target, set in MindSpore; only tests that compute ask for it."""
+    import mindspore  # noqa: PLC0415 - seconds that tests of configuration need not wait
+
+    name = request.config.getoption("--device")
+    mindspore.set_context(device_target=name)
+    return name
+
+
+@pytest.fixture
+def pynative(device):
+    """PyNative mode for one test: no compilation, whatever the shapes."""
+    import mindspore  # noqa: PLC0415
+
+    before = mindspore.get_context("mode")
+    mindspore.set_context(mode=mindspore.PYNATIVE_MODE)
+    yield
+    mindspore.set_context(mode=before)
+
+
+@pytest.fixture
+def graph(device):
+    """Graph mode for one test."""
+    import mindspore  # noqa: PLC0415
+
+    before = mindspore.get_context("mode")
+    mindspore.set_context(mode=mindspore.GRAPH_MODE)
+    yield
+    mindspore.set_context(mode=before)
+
+
+_errors = {}
+
+
+@pytest.fixture
+def record_error(request):
+    """assert_close that keeps the largest error of each test for the end of the run."""
+    from helpers.compare import assert_close  # noqa: PLC0415 - after pytest has set sys.path
+
+    def check(what, got, expected, tolerance):
+        error = assert_close(got, expected, tolerance, what)
+        worst = _errors.get(request.node.nodeid, (0.0, "", tolerance))
+        _errors[request.node.nodeid] = max(worst, (error, what, tolerance))
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not _errors:
+        return
+    terminalreporter.section("largest relative errors")
+    for test, (error, what, tolerance) in _errors.items():
+        name = test.rsplit("/", 1)[-1]
+        terminalreporter.write_line(f"{error:.1e} (bound {tolerance:.0e}) {name}: {what}")
