@@ -85,7 +85,7 @@ class SectionBuilder:
             kind = item.data.get("type") if isinstance(item.data, dict) else None
             if kind is None:
                 self._wrong(item, item_path, f"a section with `type:`, one of {_listed(table)}")
-            elif kind.data not in table:
+            elif not isinstance(kind.data, str) or kind.data not in table:
                 self._not_allowed(kind, f"{item_path}.type", tuple(table))
             else:
                 sections.append(self.section(table[kind.data], item, item_path))

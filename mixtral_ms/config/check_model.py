@@ -36,8 +36,8 @@ def _check_attention(model: MixtralConfig) -> Iterator[str]:
         )
     if model.seq_length > model.max_position_embedding:
         yield (
-            f"model_config.seq_length {model.seq_length} is longer than max_position_embedding "
-            f"{model.max_position_embedding}"
+            f"model_config.seq_length {model.seq_length} is longer than "
+            f"model_config.max_position_embedding {model.max_position_embedding}"
         )
 
 

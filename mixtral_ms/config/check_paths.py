@@ -54,7 +54,7 @@ def _check_tokenizer(config: RunConfig) -> Iterator[str]:
     if not path or not Path(path).is_file():
         found = "is empty" if not path else f": file does not exist: {path}"
         yield (
-            f"processor.tokenizer.vocab_file {found}: set --set "
+            f"processor.tokenizer.vocab_file {found}: give --set "
             "processor.tokenizer.vocab_file=…/tokenizer.model"
         )
 

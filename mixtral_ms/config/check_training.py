@@ -48,6 +48,9 @@ def _rows_in_words(config: RunConfig) -> str:
 
 def _check_steps(config: RunConfig) -> Iterator[str]:
     runner = config.runner_config
+    name = config.resume_training
+    if isinstance(name, str) and (not name or name.lower() in {"true", "false"}):
+        yield f"resume_training is the text {name!r}: write True or False without quotes, or a name"
     if runner.max_steps and runner.stop_at_step and runner.stop_at_step > runner.max_steps:
         yield (
             f"runner_config.stop_at_step {runner.stop_at_step} is more than "

@@ -44,7 +44,7 @@ def check_config(
 
 def find_contradictions(config: RunConfig) -> list[str]:
     """All contradictions that do not depend on files or on how many processes there are."""
-    problems = find_non_finite(config) + out_of_range(config)
+    problems = find_non_finite(config) or out_of_range(config)
     if problems:  # sums over wrong numbers would only repeat the same mistakes
         return problems
     return [*check_model(config), *check_training(config)]

@@ -50,6 +50,8 @@ def _follow_aliases(tree: Value, names: list[str]) -> Value:
     """Give the `_task` section the data set as it is after the overrides."""
     for name in names:
         task = tree.data[f"{name}_task"]
+        if not isinstance(task.data, dict) or tree.data[name].data is None:
+            continue  # an override took the section away
         inner = {**task.data, "dataset_config": tree.data[name]}
         task = dataclasses.replace(task, data=inner)
         tree = dataclasses.replace(tree, data={**tree.data, f"{name}_task": task})

@@ -175,8 +175,8 @@ class MixtralConfig:
         if self.head_dim is None:
             if self.num_heads < 1 or self.hidden_size % self.num_heads:
                 raise UserError(
-                    f"hidden_size {self.hidden_size} is not divisible by num_heads "
-                    f"{self.num_heads}: change one of them or give head_dim"
+                    f"model_config.hidden_size {self.hidden_size} is not divisible by "
+                    f"model_config.num_heads {self.num_heads}: change one of them or give head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_heads
         if self.max_position_embedding is None:
@@ -191,5 +191,5 @@ def _llama_intermediate_size(config: MixtralConfig) -> int:
     if config.ffn_dim_multiplier is not None:
         size = int((config.ffn_dim_multiplier + 0.01) * size)
     if config.multiple_of < 1:
-        raise UserError(f"multiple_of must be 1 or more, not {config.multiple_of}")
+        raise UserError(f"model_config.multiple_of must be 1 or more, not {config.multiple_of}")
     return config.multiple_of * ((size + config.multiple_of - 1) // config.multiple_of)

@@ -1,11 +1,24 @@
 """Sections that say how work is spread: `parallel`, `parallel_config`, `recompute_config`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mixtral_ms.config.fields import inert
 
 _EXPLICIT = "tensors are split as parallel_config says, without a search"
 _ASCEND_GRAPH = "it tunes Ascend's own parallel compiler"
+
+ParallelMode = Literal[
+    0,
+    1,
+    2,
+    3,
+    "stand_alone",
+    "data_parallel",
+    "semi_auto_parallel",
+    "auto_parallel",
+    "hybrid_parallel",
+]
 
 
 @dataclass
@@ -30,7 +43,7 @@ class StrategyCheckpointConfig:
 class ParallelContext:
     """`parallel`: how MindSpore's parallel context is set."""
 
-    parallel_mode: int | str = inert(0, _EXPLICIT)
+    parallel_mode: ParallelMode = inert(0, _EXPLICIT)
     gradients_mean: bool = inert(False, "gradients are always the mean over the global batch")
     enable_alltoall: bool = inert(False, "experts exchange tokens as expert_parallel needs")
     full_batch: bool = inert(True, "each rank reads its own rows")

@@ -14,8 +14,10 @@ import yaml
 from mixtral_ms.errors import UserError
 
 _TAG = "tag:yaml.org,2002:"
-_PLAIN_FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?")
+_PLAIN_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)")
+_KINDS = ("null", "bool", "int", "float", "str", "timestamp", "value", "merge", "seq", "map")
+_TAGS = {_TAG + kind for kind in _KINDS}
 _MAX_VALUES = 100_000  # aliases of aliases can describe more values than fit in memory
 
 
@@ -107,7 +109,7 @@ class _TreeBuilder:
         where = self._where(node)
         if id(node) in self._open:
             raise UserError(f"{where}: an alias contains itself")
-        if not node.tag.startswith(_TAG):
+        if node.tag not in _TAGS:
             raise UserError(f"{where}: the tag {node.tag!r} is not allowed: write a plain value")
         self._open.add(id(node))
         if isinstance(node, yaml.MappingNode):
@@ -173,7 +175,7 @@ def _scalar(node: yaml.ScalarNode, where: str) -> Any:
         return text.lower() in {"true", "yes", "on"}
     if plain and _PLAIN_INT.fullmatch(text):
         return int(text.replace("_", ""), 0)
-    if plain and not re.fullmatch(r"[-+]?0\d+", text) and _PLAIN_FLOAT.fullmatch(text):
+    if plain and not re.fullmatch(r"[-+]?0[0-9]+", text) and _PLAIN_FLOAT.fullmatch(text):
         return float(text)
     if plain and text.lower().lstrip("+-") in {".inf", ".nan"}:
         return float(text.replace(".", ""))

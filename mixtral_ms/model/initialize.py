@@ -16,7 +16,7 @@ def initialize(network: nn.Cell, config: MixtralConfig, seed: int) -> None:
     for name, parameter in network.parameters_and_names():
         if parameter.requires_grad:
             value = initial_value(name, parameter.shape, config.init_method_std, seed)
-            parameter.set_data(Tensor(value))
+            parameter.set_data(Tensor.from_numpy(value))
 
 
 def initial_value(name: str, shape: tuple[int, ...], std: float, seed: int) -> np.ndarray:

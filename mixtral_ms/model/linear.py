@@ -6,8 +6,11 @@ from mindspore import dtype as mstype
 
 
 def empty_parameter(name: str, *shape: int) -> Parameter:
-    """A float32 parameter of zeros, filled later by model/initialize.py or a checkpoint."""
-    return Parameter(Tensor(np.zeros(shape, np.float32)), name=name)
+    """A float32 parameter of zeros, filled later by model/initialize.py or a checkpoint.
+
+    `Tensor(array)` would keep a copy on the host beside the one the graph uses.
+    """
+    return Parameter(Tensor.from_numpy(np.zeros(shape, np.float32)), name=name)
 
 
 class Linear(nn.Cell):

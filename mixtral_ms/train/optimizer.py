@@ -87,7 +87,8 @@ class AdamW:
                     f"{name} has shape {tuple(tensors[name].shape)} in the checkpoint, "
                     f"{moment.shape} in the network"
                 )
-            moment.set_data(Tensor(np.ascontiguousarray(tensors[name], np.float32)))
+            # A copy of its own: the update writes in place, and the source may be a mapped file.
+            moment.set_data(Tensor.from_numpy(np.array(tensors[name], np.float32)))
 
 
 class _Update(nn.Cell):
@@ -140,7 +141,9 @@ def _zeros(parameters: ParameterTuple, prefix: str) -> ParameterTuple:
     return ParameterTuple(
         [
             Parameter(
-                Tensor(np.zeros(p.shape, np.float32)), name=prefix + p.name, requires_grad=False
+                Tensor.from_numpy(np.zeros(p.shape, np.float32)),
+                name=prefix + p.name,
+                requires_grad=False,
             )
             for p in parameters
         ]

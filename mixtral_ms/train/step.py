@@ -79,9 +79,10 @@ class TrainStep:
                 Tensor(loss_scale / self.accumulation, mstype.float32),
             )
             totals.add(outputs)
-        self._last_gradients = gradients
         norm = math.sqrt(float(self._norm(*gradients))) / loss_scale
         skipped = not math.isfinite(norm)
+        # Kept only for the diagnosis: holding them longer costs the model's size in memory.
+        self._last_gradients = gradients if skipped else ()
         if not skipped:
             self.optimizer.update(gradients, learning_rate, self._factor(norm) / loss_scale)
         if self.accumulation > 1:
@@ -89,10 +90,11 @@ class TrainStep:
         return totals.result(norm, skipped)
 
     def first_non_finite_gradient(self) -> str | None:
-        """Name of the first parameter, in the order of the network, with a NaN or infinity."""
-        for parameter, gradient in zip(
-            self.network.trainable_params(), self._last_gradients, strict=True
-        ):
+        """Name of the first parameter, in the order of the network, with a NaN or infinity.
+
+        Speaks of the last step, and only if that step was skipped.
+        """
+        for parameter, gradient in zip(self.network.trainable_params(), self._last_gradients):  # noqa: B905 - empty after a good step
             if not np.isfinite(gradient.asnumpy()).all():
                 return parameter.name
         return None
@@ -179,7 +181,9 @@ class _AccumulateGradients(_Gradients):
         self.sums = ParameterTuple(
             [
                 Parameter(
-                    Tensor(np.zeros(p.shape, np.float32)), f"grad_sum.{p.name}", requires_grad=False
+                    Tensor.from_numpy(np.zeros(p.shape, np.float32)),
+                    f"grad_sum.{p.name}",
+                    requires_grad=False,
                 )
                 for p in self.weights
             ]
