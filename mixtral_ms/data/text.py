@@ -1,0 +1,76 @@
+"""Text out of files: pieces of documents, decoded in blocks, with errors that name the place."""
+
+import codecs
+import glob
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mixtral_ms.errors import UserError
+
+BLOCK_BYTES = 1 << 20
+LONG_TEXT = 1 << 20
+"""Characters above which a document is handed on in pieces, to keep memory flat."""
+
+Advance = Callable[[int], None]
+"""Told how many bytes of input were just used up."""
+
+
+class Piece(NamedTuple):
+    """A document, or a part of one; the parts of a document are joined by one space."""
+
+    text: str
+    starts: bool
+    ends: bool
+
+
+def find_inputs(pattern: str) -> list[Path]:
+    """Files that match a glob, sorted by name. Raises UserError when there is none."""
+    matches = sorted(Path(one) for one in glob.glob(pattern, recursive=True))
+    files = [one for one in matches if one.is_file()]
+    if not files and matches:
+        raise UserError(f"--input_glob {pattern!r} is a folder; name its files: '{pattern}/*'")
+    if not files:
+        raise UserError(
+            f"--input_glob {pattern!r} matches no file (searched from {os.getcwd()}); "
+            "quote a pattern with * so that the shell leaves it alone"
+        )
+    return files
+
+
+def read_text_blocks(path: Path, advance: Advance) -> Iterator[str]:
+    r"""Decode a UTF-8 file block by block; a byte order mark is dropped, \r\n becomes \n.
+
+    Raises UserError with the file and the byte offset where it is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    offset = 0
+    with open(path, "rb") as file:
+        while True:
+            block = file.read(BLOCK_BYTES)
+            last = not block
+            if offset == 0 and block.startswith(codecs.BOM_UTF8):
+                block = block[len(codecs.BOM_UTF8) :]
+                offset = len(codecs.BOM_UTF8)
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=last)
+            except UnicodeDecodeError as error:
+                raise not_utf8(path, offset - pending + error.start, error) from error
+            yield newlines.decode(text, final=last)
+            if last:
+                return
+            offset += len(block)
+            advance(len(block))
+
+
+def not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> UserError:
+    """The error for bytes that are no UTF-8, with the file and the offset."""
+    byte = error.object[error.start]
+    return UserError(
+        f"{path}: byte 0x{byte:02x} at offset {offset} is not UTF-8 ({error.reason}); "
+        "convert the file, for example with: iconv -f latin1 -t utf-8"
+    )
