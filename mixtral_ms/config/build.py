@@ -110,12 +110,19 @@ class SectionBuilder:
     def _convert_scalar(self, kind: type, value: Value, path: str) -> Any:
         data = value.data
         if kind is float and type(data) in (int, float):
-            if not math.isfinite(data):
-                self.errors.append(f"{value.where}: {path}: {data} given; it must be finite")
-            return float(data) if abs(data) < 1e300 else data
+            return self._finite(value, path)
         if type(data) is not kind:
             self._wrong(value, path, _NAMES[kind], _quote_advice(kind, data))
         return data
+
+    def _finite(self, value: Value, path: str) -> float:
+        try:
+            number = float(value.data)
+        except OverflowError:  # a whole number beyond 1e308
+            number = math.inf
+        if not math.isfinite(number):
+            self.errors.append(f"{value.where}: {path}: {number} given; it must be finite")
+        return number
 
     def _convert_literal(self, allowed: tuple, value: Value, path: str) -> Any:
         for choice in allowed:
@@ -214,6 +221,8 @@ def _type_name(hint: Any) -> str:
         return f"a section with the keys {_listed(_fields(hint))}"
     if typing.get_origin(hint) is list or hint is list:
         return "a list"
+    if typing.get_origin(hint) is Literal:
+        return f"one of {_listed(typing.get_args(hint))}"
     return "a mapping" if hint is dict else _NAMES.get(hint, str(hint))
 
 

@@ -97,7 +97,7 @@ class ContextSection:
     ascend_config: AscendConfig = field(default_factory=AscendConfig)
     memory_optimize_level: Literal["O0", "O1"] = "O0"
     mempool_block_size: str = "1GB"
-    save_graphs: bool | int = False
+    save_graphs: bool | Literal[0, 1, 2, 3] = False
     save_graphs_path: str = "./graph"
     enable_graph_kernel: bool = inert(False, _ASCEND)
     graph_kernel_flags: str = inert("", _ASCEND)

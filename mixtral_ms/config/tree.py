@@ -15,9 +15,10 @@ from mixtral_ms.errors import UserError
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)")
+_PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F][0-9a-fA-F_]*)")
 _KINDS = ("null", "bool", "int", "float", "str", "timestamp", "value", "merge", "seq", "map")
 _TAGS = {_TAG + kind for kind in _KINDS}
+_MAX_DIGITS = 100  # Python refuses to read a whole number of thousands of digits
 _MAX_VALUES = 100_000  # aliases of aliases can describe more values than fit in memory
 
 
@@ -173,7 +174,7 @@ def _scalar(node: yaml.ScalarNode, where: str) -> Any:
         return None
     if kind == "bool":
         return text.lower() in {"true", "yes", "on"}
-    if plain and _PLAIN_INT.fullmatch(text):
+    if plain and _PLAIN_INT.fullmatch(text) and len(text) <= _MAX_DIGITS:
         return int(text.replace("_", ""), 0)
     if plain and not re.fullmatch(r"[-+]?0[0-9]+", text) and _PLAIN_FLOAT.fullmatch(text):
         return float(text)

@@ -117,6 +117,9 @@ def test_runner_batch_size_wins_as_in_mindformers():
         ("do_eval: 1\n", ("do_eval", "True or False")),
         ("output_dir: 5\n", ("output_dir", "text is needed", "put it in quotes")),
         ("optimizer:\n  eps: .inf\n", ("run.yaml:2", "optimizer.eps", "finite")),
+        (f"seed: {'9' * 5000}\n", ("run.yaml:1", "seed")),
+        (f"lr_schedule:\n  lr_end: 1{'0' * 500}\n", ("lr_schedule.lr_end",)),
+        ("seed: 0x_\n", ("run.yaml:1", "'0x_'")),
         ("optimizer:\n  betas: [0.9, x]\n", ("optimizer.betas.1", "'x'")),
         ("run_mode: trian\n", ("run_mode", "'trian'", "did you mean train?")),
         ("context:\n  deterministic: ON\n", ("context.deterministic", "put it in quotes")),
@@ -252,7 +255,7 @@ def test_network_config_fills_in_what_follows():
     config = MixtralConfig(hidden_size=512, num_heads=8)
     assert (config.n_kv_heads, config.head_dim, config.max_position_embedding) == (8, 64, 2048)
     assert MixtralConfig(hidden_size=4096).intermediate_size == 11008  # LLaMA 7B's width
-    with pytest.raises(UserError, match="hidden_size 10 .* num_heads 3"):
+    with pytest.raises(UserError, match=r"hidden_size 10 .*num_heads 3"):
         MixtralConfig(hidden_size=10, num_heads=3)
 
 
