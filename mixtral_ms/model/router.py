@@ -74,15 +74,25 @@ class Router(nn.Cell):
         return aux, z
 
     def _noise(self, x_TD: Tensor) -> Tensor:
-        """uniform(1 - jitter, 1 + jitter), a pure function of `jitter_key`.
+        """uniform(1 - jitter, 1 + jitter), a pure function of `jitter_key`, a whole number.
 
         A hash instead of a generator: a resumed run, and a recomputed layer, must see the same.
+        Token, column and key are mixed by products and sums of their fractional parts, which
+        float32 holds well; a product of sines would leave token 0 without noise at key 0.
         """
         tokens, hidden = x_TD.shape
-        rows = ops.arange(0, tokens, 1, dtype=mstype.int32)
-        columns = ops.arange(0, hidden, 1, dtype=mstype.int32)
-        key = self.jitter_key + 0.618 * self.layer
-        wave = ops.expand_dims(ops.sin(ops.cast(rows, mstype.float32) * 12.9898 + key), 1)
-        wave = wave * ops.cos(ops.cast(columns, mstype.float32) * 78.233 + 1.7 * key) * 43758.547
-        fraction = wave - ops.floor(wave)
-        return 1.0 - self.jitter + 2.0 * self.jitter * fraction
+        row_T1 = ops.expand_dims(ops.arange(0, tokens, 1, dtype=mstype.float32), 1)
+        column_1D = ops.expand_dims(ops.arange(0, hidden, 1, dtype=mstype.float32), 0)
+        high = ops.floor(self.jitter_key / 4096.0)
+        low = self.jitter_key - 4096.0 * high
+        a = _fraction(row_T1 * 0.1031297)
+        b = _fraction(column_1D * 0.1030619)
+        c = _fraction(low * 0.618034 + high * 0.754878 + 0.56984 * self.layer)
+        mixed = a * (b + 33.33) + b * (c + 33.33) + c * (a + 33.33)
+        return (
+            1.0 - self.jitter + 2.0 * self.jitter * _fraction((a + b + 2.0 * mixed) * (c + mixed))
+        )
+
+
+def _fraction(x: Tensor) -> Tensor:
+    return x - ops.floor(x)
