@@ -31,7 +31,7 @@ _DEFAULT_PAGE = 1 << 25
 _MAX_PAGE = 1 << 28
 _MAX_HEADER = 1 << 27
 _BATCH_ROWS = 1000
-_BATCH_BYTES = 16 << 20
+_BATCH_BYTES = 4 << 20
 
 MAX_ROW_LENGTH = _MAX_PAGE // 16
 """Ids a row may have at most, so that it fits a page."""

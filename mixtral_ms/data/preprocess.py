@@ -118,11 +118,12 @@ def _encode_and_write(
         return None if limit is None else limit - writer.records
 
     for text, starts, ends in pieces:
-        ids = tokenizer.encode(text)
         if starts:
             summary.documents += 1
-            ids = before + ids
-        packer.add(ids + after if ends else ids)
+            packer.add(before)
+        packer.add(tokenizer.encode(text))
+        if ends:
+            packer.add(after)
         if packer.ready >= batch or (limit is not None and packer.ready >= room()):
             writer.write(input_ids=packer.take(room()))
             if limit is not None and writer.records >= limit:

@@ -7,7 +7,7 @@ but section by section: a quotation mark without a partner changes its own secti
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mixtral_ms.data.text import LONG_TEXT, Advance, Piece, read_text_blocks
@@ -17,24 +17,25 @@ from mixtral_ms.errors import UserError
 _MAX_PARAGRAPH = 1 << 26
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 
-# In this order: later pairs see what earlier ones left.
+# In this order: later pairs see what earlier ones left. The first of the three is a character that
+# many texts lack, and looking for one character is ten times as fast as looking for three.
 _SPACING_BEFORE_PAIRS = (
-    ("s '", "s'"),
-    (" @-@ ", "-"),
-    (" @,@ ", ","),
-    (" @.@ ", "."),
-    *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
+    ("'", "s '", "s'"),
+    ("@", " @-@ ", "-"),
+    ("@", " @,@ ", ","),
+    ("@", " @.@ ", "."),
+    *((mark, f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
 )
 _PAIRS = ("()", "[]", "{}", '""', "''")
 _SPACING_AFTER_PAIRS = (
-    ("= = = =", "===="),
-    ("= = =", "==="),
-    ("= =", "=="),
-    (" \u00b0 ", "\u00b0"),
-    (" \n", "\n"),
-    ("\n ", "\n"),
-    (" N ", " 1 "),
-    (" 's", "'s"),
+    ("=", "= = = =", "===="),
+    ("=", "= = =", "==="),
+    ("=", "= =", "=="),
+    ("\u00b0", " \u00b0 ", "\u00b0"),
+    ("\n", " \n", "\n"),
+    ("\n", "\n ", "\n"),
+    ("N", " N ", " 1 "),
+    ("'", " 's", "'s"),
 )
 
 
@@ -59,12 +60,16 @@ def read_wiki(path: Path, advance: Advance, *, clean: bool, split_long: bool) ->
 
 def clean_wikitext(text: str) -> str:
     """Undo WikiText's tokenization: spaces around punctuation, inside brackets and quotes."""
-    for old, new in _SPACING_BEFORE_PAIRS:
-        text = text.replace(old, new)
+    text = _replace_all(text, _SPACING_BEFORE_PAIRS)
     for opening, closing in _PAIRS:
         text = _strip_inside(text, opening, closing)
-    for old, new in _SPACING_AFTER_PAIRS:
-        text = text.replace(old, new)
+    return _replace_all(text, _SPACING_AFTER_PAIRS)
+
+
+def _replace_all(text: str, replacements: Iterable[tuple[str, str, str]]) -> str:
+    for hint, old, new in replacements:
+        if hint in text:
+            text = text.replace(old, new)
     return text
 
 
