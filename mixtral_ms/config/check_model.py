@@ -29,10 +29,11 @@ def _divides(value: int, by: int, value_key: str, by_key: str) -> Iterator[str]:
 def _check_attention(model: MixtralConfig) -> Iterator[str]:
     heads, kv_heads = model.num_heads, model.n_kv_heads
     yield from _divides(heads, kv_heads, "model_config.num_heads", "model_config.n_kv_heads")
-    if model.head_dim % 2:
+    if model.head_dim < 2 or model.head_dim % 2:
         yield (
-            f"model_config.head_dim {model.head_dim} (hidden_size {model.hidden_size} / num_heads "
-            f"{heads}, unless given) is odd: rotary embedding turns pairs of values"
+            f"model_config.head_dim {model.head_dim} (unless given: hidden_size "
+            f"{model.hidden_size} / num_heads {heads}) must be even and at least 2: rotary "
+            "embedding turns pairs of values"
         )
     if model.seq_length > model.max_position_embedding:
         yield (

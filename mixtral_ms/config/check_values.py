@@ -37,6 +37,8 @@ _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
     ("lr_schedule.total_steps", -1, None),
     ("lr_schedule.num_cycles", ">0", None),
     ("runner_wrapper.max_grad_norm", ">0", None),
+    ("runner_wrapper.max_skipped_steps", 1, None),
+    ("runner_config.peak_tflops", ">0", None),
     ("runner_wrapper.scale_sense.loss_scale_value", ">0", None),
     ("runner_wrapper.scale_sense.scale_factor", ">1", None),
     ("runner_wrapper.scale_sense.scale_window", 1, None),
@@ -60,7 +62,6 @@ _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
     ("model.model_config.num_layers", 1, None),
     ("model.model_config.num_heads", 1, None),
     ("model.model_config.n_kv_heads", 1, None),
-    ("model.model_config.head_dim", 2, None),
     ("model.model_config.vocab_size", 1, None),
     ("model.model_config.intermediate_size", 1, None),
     ("model.model_config.multiple_of", 1, None),
@@ -110,8 +111,7 @@ def out_of_range(config: RunConfig) -> list[str]:
     for name in ("train_dataset", "eval_dataset"):
         problems += _section_problems(getattr(config, name), name, name)
     for index, callback in enumerate(config.callbacks):
-        kind = callback.type.replace("Mointor", "Monitor")
-        problems += _section_problems(callback, kind, f"callbacks.{index}")
+        problems += _section_problems(callback, callback.type, f"callbacks.{index}")
     problems += [
         _beta_problem(index, beta) for index, beta in enumerate(config.optimizer.betas or [])
     ]

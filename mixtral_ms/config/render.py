@@ -20,7 +20,10 @@ def render_config(config: RunConfig) -> str:
     for name in ("train_dataset_task", "eval_dataset_task"):
         if data[name] is not None:
             del data[name]["dataset_config"]
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+    if "\x85" in text:  # PyYAML writes this line break so that it reads it back as a space
+        text = yaml.safe_dump(data, sort_keys=False, width=100)
+    return text
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,9 @@ def resolve(config: RunConfig, *, moe_given_at_top: bool = True) -> RunConfig:
     _resolve_datasets(config)
     _resolve_batch(config)
     _resolve_warmup(config)
+    for callback in config.callbacks:
+        if callback.type == "CheckpointMointor":  # an old misspelling in MindFormers' YAMLs
+            callback.type = "CheckpointMonitor"
     if config.tensorboard is not None:
         config.callbacks.append(TensorBoardSection(log_dir=config.tensorboard.tensorboard_dir))
         config.tensorboard = None

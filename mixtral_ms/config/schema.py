@@ -15,9 +15,7 @@ from mixtral_ms.config.parallel_sections import ParallelConfig, ParallelContext,
 from mixtral_ms.config.training_sections import (
     CALLBACKS,
     Callback,
-    CheckpointMonitorSection,
     LrScheduleSection,
-    ObsMonitorSection,
     OptimizerSection,
     RunnerConfig,
     RunnerWrapperSection,
@@ -165,7 +163,7 @@ class RunConfig:
     eval_epoch_interval: int = 1
     """Evaluate at the end of every so many epochs; -1 means not by epochs."""
     metric: MetricSection = field(default_factory=MetricSection)
-    eval_callbacks: list[ObsMonitorSection | CheckpointMonitorSection] = variants(CALLBACKS)
+    eval_callbacks: list[Callback] = variants(CALLBACKS)
     # network
     model: ModelSection = field(default_factory=ModelSection)
     moe_config: MoEConfig = field(default_factory=MoEConfig)

@@ -26,6 +26,8 @@ class RunnerConfig:
     """End training (and the learning-rate schedule) after this many steps, whatever `epochs`."""
     stop_at_step: int | None = None
     """Stop early at this step with a checkpoint; the schedule stays as it is."""
+    peak_tflops: float | None = None
+    """The device's peak in TFLOP/s, for the MFU; empty measures a CPU, and gives none elsewhere."""
     sink_mode: bool = False
     """Feed data from the device's queue; has an effect on Ascend only."""
     sink_size: int = inert(1, "a step is one optimizer step, sink mode or not")
@@ -120,6 +122,8 @@ class RunnerWrapperSection:
     max_grad_norm: float = 1.0
     scale_sense: ScaleSenseSection | float | None = None
     """Loss scale of float16 training: a section, a fixed number, or nothing (no scale)."""
+    max_skipped_steps: int = 20
+    """Stop, naming the first layer that is not finite, after this many skipped steps in a row."""
     local_norm: bool = inert(False, _ALWAYS_MEASURED)
     calculate_per_token_loss: bool = inert(False, "the loss is always per token")
 

@@ -4,7 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mixtral_ms.cli.describe import describe
 from mixtral_ms.config import load_config
 from mixtral_ms.config.checks import check_config, find_contradictions
 from mixtral_ms.config.resolve import rank_count, rows_per_micro_step
@@ -23,7 +26,7 @@ def problems(path, *overrides):
     ("overrides", "parts"),
     [
         (["model.model_config.n_kv_heads=3"], ("num_heads 8", "n_kv_heads 3")),
-        (["model.model_config.head_dim=7"], ("head_dim 7", "odd")),
+        (["model.model_config.head_dim=7"], ("head_dim 7", "must be even")),
         (["moe_config.num_experts_chosen=9"], ("num_experts_chosen 9", "expert_num 8")),
         (["moe_config.capacity_factor=1000"], ("capacity_factor 1000",)),
         (["model.model_config.eos_token_id=32000"], ("eos_token_id 32000", "31999")),
@@ -184,3 +187,34 @@ def test_output_dir_below_a_file(tmp_path):
 def test_paths_that_exist_pass(tmp_path):
     config = load_config(TINY, [f"train_dataset.data_loader.dataset_dir={tmp_path}"])
     check_config(config)
+
+
+_SIZES = st.dictionaries(
+    st.sampled_from(
+        [
+            *("model.model_config." + key for key in ("num_layers", "num_heads", "n_kv_heads")),
+            *("model.model_config." + key for key in ("head_dim", "vocab_size", "seq_length")),
+            *("parallel_config." + key for key in ("data_parallel", "model_parallel")),
+            *("parallel_config." + key for key in ("expert_parallel", "pipeline_stage")),
+            *("parallel_config." + key for key in ("micro_batch_num", "context_parallel")),
+            *("moe_config." + key for key in ("expert_num", "num_experts_chosen")),
+            *("runner_config." + key for key in ("batch_size", "global_batch_size", "epochs")),
+        ]
+    ),
+    st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 16, 31, 64]),
+    max_size=4,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(_SIZES, st.sampled_from(["train", "predict"]))
+def test_sizes_are_refused_or_can_be_laid_out(sizes, run_mode):
+    """What the checks let through, the layout and the memory plan can split."""
+    overrides = [f"{key}={value}" for key, value in sizes.items()]
+    try:
+        config = load_config(BIG, [*overrides, f"run_mode={run_mode}"])
+        check_config(config, world_size=None, needs_paths=False)
+    except UserError as error:
+        assert any(key.split(".")[-1] in str(error) for key in sizes)
+        return
+    assert "parameters:" in describe(config)

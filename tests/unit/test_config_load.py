@@ -74,6 +74,7 @@ def test_mindformers_yaml_loads_unchanged():
     assert config.eval_dataset.input_columns == ["input_ids", "labels"]  # through a merge
     assert config.eval_dataset.drop_remainder is False
     assert isinstance(config.callbacks[1], CheckpointMonitorSection)
+    assert config.callbacks[1].type == "CheckpointMonitor"  # misspelt in the file
     assert config.train_dataset_task.dataset_config is config.train_dataset
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mixtral_ms.config import RunConfig, load_config
@@ -55,6 +55,7 @@ _OVERRIDES = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(_OVERRIDES)
+@example({"predict_data": ["\x85"]})
 def test_whatever_is_set_comes_back_equal(values):
     overrides = [
         f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in values.items()
