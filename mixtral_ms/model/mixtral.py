@@ -90,6 +90,7 @@ class MixtralForCausalLM(nn.Cell):
             unless given here.
         seed: seed of the initial weights; the same seed gives the same weights on every layout.
         backend: kernels to use, see `kernels.select_kernels`; None chooses by device_target.
+        share: another network, of the same sizes, whose parameters this one uses as its own.
 
     Source: arXiv 2401.04088; parameter names of MindFormers.
     """
@@ -102,6 +103,7 @@ class MixtralForCausalLM(nn.Cell):
         batch_size: int | None = None,
         seq_length: int | None = None,
         backend: str | None = None,
+        share: "MixtralForCausalLM | None" = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -116,12 +118,16 @@ class MixtralForCausalLM(nn.Cell):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, compute_dtype=self.dtype)
+        self.kernel_name = kernels.name
         self.cross_entropy = kernels.cross_entropy()
         # MindSpore numbers cells by attribute path only when a graph is built: do it now, so that
         # names are right for checkpoints before the first step.
         for name, parameter in self.parameters_and_names():
             parameter.name = name
-        initialize(self, config, seed)
+        if share is None:
+            initialize(self, config, seed)
+        else:
+            self._take_parameters(share)
 
     def construct(
         self,
@@ -183,6 +189,12 @@ class MixtralForCausalLM(nn.Cell):
         if self.lm_head is None:
             return self.model.tok_embeddings.embedding_weight
         return self.lm_head.weight
+
+    def _take_parameters(self, source: "MixtralForCausalLM") -> None:
+        theirs = dict(source.parameters_and_names())
+        for path, cell in self.cells_and_names():
+            for attribute in list(cell._params):  # noqa: SLF001 - there is no public way
+                setattr(cell, attribute, theirs[f"{path}.{attribute}"])
 
     def recompute_layers(self) -> None:
         """Keep only each layer's input for the backward pass and compute the rest again."""

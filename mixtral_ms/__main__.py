@@ -1,0 +1,31 @@
+"""`python -m mixtral_ms COMMAND`: every command of the suite."""
+
+import importlib
+import sys
+
+from mixtral_ms.cli.main_guard import run_command
+
+COMMANDS = {
+    "run": ("mixtral_ms.cli.run", "train or evaluate from a YAML"),
+    "preprocess": ("mixtral_ms.cli.preprocess", "text to MindRecord"),
+}
+
+
+def main() -> int:
+    """Dispatch to a command's `main`."""
+    names = sys.argv[1:2]
+    if not names or names[0] in ("-h", "--help"):
+        print("usage: python -m mixtral_ms COMMAND [--help]\n\ncommands:")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:12} {text}")
+        print("\nexample:\n  python -m mixtral_ms run --help")
+        return 0
+    if names[0] not in COMMANDS:
+        print(f"error: no command {names[0]!r}: there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[names[0]][0])
+    return run_command(module.main, sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

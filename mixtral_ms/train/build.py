@@ -1,0 +1,86 @@
+"""From a configuration to the objects of a run."""
+
+import mindspore
+
+from mixtral_ms.checkpoint.store import load_checkpoint, resolve_checkpoint
+from mixtral_ms.config import RunConfig
+from mixtral_ms.config.data_sections import DatasetSection
+from mixtral_ms.config.training_sections import TensorBoardSection
+from mixtral_ms.data.loader import RecordLoader
+from mixtral_ms.log import get_logger
+from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.train.checkpointing import MODEL, load_parameters
+from mixtral_ms.train.optimizer import AdamW
+from mixtral_ms.train.schedule import Schedule, build_schedule, constant_schedule
+
+
+def set_up_device(config: RunConfig) -> None:
+    """MindSpore's mode and device as `context` says."""
+    context = config.context
+    mindspore.set_context(mode=context.mode)
+    if context.device_target == "CPU":
+        mindspore.set_device("CPU")
+        if config.runner_config.sink_mode:
+            get_logger().info("runner_config.sink_mode True has no effect on CPU")
+    else:
+        mindspore.set_device(context.device_target, context.device_id)
+        mindspore.set_context(max_device_memory=context.max_device_memory)
+        mindspore.set_deterministic(context.deterministic == "ON")
+
+
+def build_network(config: RunConfig) -> MixtralForCausalLM:
+    """The network with the shapes of a micro batch, its weights fresh or from load_checkpoint."""
+    network = MixtralForCausalLM(
+        config.model.model_config, seed=config.seed, batch_size=config.runner_config.batch_size
+    )
+    if config.recompute_config.recompute:
+        network.recompute_layers()
+    if config.load_checkpoint and not config.resume_training:
+        path = resolve_checkpoint(config.load_checkpoint)
+        load_parameters(network, load_checkpoint(path, verify=False).tensors[MODEL], path)
+        get_logger().info("weights from %s", path)
+    return network
+
+
+def build_loader(config: RunConfig, section: DatasetSection, *, training: bool) -> RecordLoader:
+    """The loader of train_dataset or eval_dataset."""
+    model = config.model.model_config
+    return RecordLoader(
+        section,
+        seq_length=model.seq_length,
+        batch_size=section.batch_size or config.runner_config.batch_size,
+        seed=config.seed,
+        shuffle=training and section.data_loader.shuffle,
+        keep_partial=not training,
+        vocab_size=model.vocab_size,
+        pad_token_id=model.pad_token_id,
+        ignore_token_id=model.ignore_token_id,
+    )
+
+
+def build_optimizer(config: RunConfig, network: MixtralForCausalLM) -> AdamW:
+    """AdamW, whichever of its names the YAML uses."""
+    section = config.optimizer
+    return AdamW(
+        network.trainable_params(), section.moment_decay, section.eps, section.weight_decay
+    )
+
+
+def build_learning_rate(config: RunConfig, total_steps: int) -> Schedule:
+    """lr_schedule, or the optimizer's constant rate without one."""
+    if config.lr_schedule is not None:
+        return build_schedule(config.lr_schedule, total_steps)
+    return constant_schedule(config.optimizer.learning_rate)
+
+
+def callback(config: RunConfig, kind: type) -> object | None:
+    """The first callback section of a kind, None without one."""
+    return next((c for c in config.callbacks if isinstance(c, kind)), None)
+
+
+def tensorboard_folder(config: RunConfig) -> str | None:
+    """Where TensorBoard events go; None when they were not asked for."""
+    section = callback(config, TensorBoardSection)
+    if section is None:
+        return None
+    return section.log_dir or f"{config.output_dir}/tensorboard"

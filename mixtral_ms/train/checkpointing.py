@@ -1,0 +1,188 @@
+"""When a run saves, what it saves, and how a run takes it up again."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+
+from mixtral_ms.checkpoint.async_writer import CheckpointWriter
+from mixtral_ms.checkpoint.folders import checkpoint_name, list_checkpoints
+from mixtral_ms.checkpoint.store import Checkpoint, load_checkpoint, resolve_checkpoint
+from mixtral_ms.config import RunConfig
+from mixtral_ms.config.training_sections import CheckpointMonitorSection
+from mixtral_ms.errors import UserError
+from mixtral_ms.log import get_logger
+from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.train.loss_scale import LossScale
+from mixtral_ms.train.optimizer import AdamW
+
+MODEL, OPTIMIZER = "model", "optimizer"
+
+
+def checkpoint_section(config: RunConfig) -> CheckpointMonitorSection:
+    """The run's CheckpointMonitor; without one, its defaults, so that the end is always saved."""
+    for callback in config.callbacks:
+        if isinstance(callback, CheckpointMonitorSection):
+            return callback
+    return CheckpointMonitorSection()
+
+
+def checkpoint_root(config: RunConfig) -> Path:
+    """Folder of the run's checkpoints."""
+    section = checkpoint_section(config)
+    return Path(section.directory or Path(config.output_dir) / "checkpoint")
+
+
+class Saver:
+    """Saves a run's state as CheckpointMonitor says.
+
+    Args:
+        config: the run.
+        network: whose parameters to save.
+        optimizer: whose moments to save.
+        loss_scale: saved with the state.
+        fingerprint: of the data, so that a resume on other data is refused.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        network: MixtralForCausalLM,
+        optimizer: AdamW,
+        loss_scale: LossScale,
+        fingerprint: str,
+    ) -> None:
+        self.section = checkpoint_section(config)
+        self.config, self.fingerprint = config, fingerprint
+        self.network, self.optimizer, self.loss_scale = network, optimizer, loss_scale
+        self.writer = CheckpointWriter(
+            checkpoint_root(config), self.section.keep_checkpoint_max, self.section.async_save
+        )
+        self.saved_step: int | None = None
+        self._saved_at = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether this step is to be saved."""
+        every, seconds = self.section.save_checkpoint_steps, self.section.save_checkpoint_seconds
+        by_step = every > 0 and step % every == 0
+        return by_step or (seconds > 0 and time.monotonic() - self._saved_at >= seconds)
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` steps, once."""
+        if self.saved_step == step:
+            return
+        name = checkpoint_name(self.section.prefix, step)
+        tensors = {
+            MODEL: {p.name: p.asnumpy() for p in self.network.trainable_params()},
+            OPTIMIZER: self.optimizer.state_tensors(),
+        }
+        self.writer.save(name, tensors, self._state(step))
+        self.saved_step, self._saved_at = step, time.monotonic()
+        get_logger().info("saved %s", self.writer.root / name)
+
+    def close(self) -> None:
+        """Return when everything is on disk."""
+        self.writer.close()
+
+    def _state(self, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "optimizer_updates": self.optimizer.updates,
+            "loss_scale": dataclasses.asdict(self.loss_scale),
+            "data": data_state(self.config, self.fingerprint),
+            "model_config": dataclasses.asdict(self.network.config),
+        }
+
+
+def data_state(config: RunConfig, fingerprint: str) -> dict[str, Any]:
+    """What decides which rows a step sees: it must not change between a save and a resume."""
+    return {
+        "fingerprint": fingerprint,
+        "seed": config.seed,
+        "shuffle": config.train_dataset.data_loader.shuffle,
+        "batch_size": config.runner_config.batch_size,
+        "gradient_accumulation_steps": config.runner_config.gradient_accumulation_steps,
+    }
+
+
+def find_resume(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint that resume_training asks for; None to start from step 0.
+
+    Raises:
+        UserError: it is damaged or does not exist, though its place was named.
+    """
+    if not config.resume_training:
+        return None
+    name = config.resume_training if isinstance(config.resume_training, str) else None
+    root = Path(config.load_checkpoint) if config.load_checkpoint else checkpoint_root(config)
+    if not config.load_checkpoint and name is None and not list_checkpoints(root):
+        get_logger().info("no checkpoint in %s yet: starting from step 0", root)
+        return None
+    path = resolve_checkpoint(root, name)
+    get_logger().info("resuming from %s", path)
+    return load_checkpoint(path, verify=False)  # resolve_checkpoint has verified it
+
+
+def restore(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    network: MixtralForCausalLM,
+    optimizer: AdamW,
+    loss_scale: LossScale,
+    fingerprint: str,
+) -> int:
+    """Put a checkpoint's state in place; returns the step it was saved after.
+
+    Raises:
+        UserError: it is of another network, or the data would not continue where it stopped.
+    """
+    state = checkpoint.state
+    _require_same_data(state, data_state(config, fingerprint), checkpoint.path)
+    load_parameters(network, checkpoint.tensors[MODEL], checkpoint.path)
+    optimizer.load_state_tensors(checkpoint.tensors[OPTIMIZER])
+    optimizer.updates = state["optimizer_updates"]
+    saved = state["loss_scale"]
+    loss_scale.value, loss_scale.good_steps = saved["value"], saved["good_steps"]
+    return state["step"]
+
+
+def load_parameters(
+    network: MixtralForCausalLM, tensors: Mapping[str, np.ndarray], source: Path
+) -> None:
+    """Copy tensors into the network's parameters.
+
+    Raises:
+        UserError: a tensor is missing, surplus or of another shape; up to ten are named.
+    """
+    parameters = {p.name: p for p in network.trainable_params()}
+    problems = [f"{name} is missing" for name in parameters.keys() - tensors.keys()]
+    problems += [f"{name} is not in the network" for name in tensors.keys() - parameters.keys()]
+    for name in parameters.keys() & tensors.keys():
+        shape = tuple(tensors[name].shape)
+        if shape != parameters[name].shape:
+            problems.append(f"{name} has shape {shape}, the network {parameters[name].shape}")
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:10])
+        raise UserError(
+            f"{source} does not fit model.model_config, {len(problems)} tensors differ:\n  {shown}"
+        )
+    for name, parameter in parameters.items():
+        parameter.set_data(Tensor.from_numpy(np.array(tensors[name], np.float32)))
+
+
+def _require_same_data(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    changed = [
+        f"{key} was {saved['data'].get(key)!r} and is {value!r}"
+        for key, value in current.items()
+        if saved["data"].get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"cannot resume {path}: the rows after step {saved['step']} would be others: "
+            f"{'; '.join(changed)}. Restore these, or start a new run from the weights: "
+            f"--resume_training False --load_checkpoint {path} with a new --output_dir"
+        )

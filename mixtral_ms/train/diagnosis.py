@@ -1,0 +1,25 @@
+"""Where numbers stopped being finite."""
+
+import numpy as np
+from mindspore import Tensor
+
+from mixtral_ms.data.batch import Batch
+from mixtral_ms.train.step import TrainStep
+
+
+def first_non_finite(step: TrainStep, batch: Batch) -> str:
+    """Names the first layer output, or else the first gradient, that is not finite.
+
+    Runs the network once more, layer by layer, with its current weights.
+    """
+    for name, parameter in step.network.parameters_and_names():
+        if not np.isfinite(parameter.asnumpy()).all():
+            return f"the weight {name} itself"
+    model = step.network.model
+    x, valid_T, cos, sin = model.embed(Tensor(batch.input_ids))
+    for index, layer in enumerate(model.layers):
+        x = layer(x, valid_T, cos, sin)[0]
+        if not np.isfinite(x.asnumpy()).all():
+            return f"the output of model.layers.{index}"
+    gradient = step.first_non_finite_gradient()
+    return f"the gradient of {gradient}" if gradient else "the loss (outputs are finite)"
