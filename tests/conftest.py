@@ -1,5 +1,7 @@
 """Options of the test run: the device, and whether long tests take part."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
@@ -11,6 +13,12 @@ settings.load_profile("default")
 def pytest_addoption(parser):
     parser.addoption(
         "--device", default="CPU", choices=("CPU", "Ascend"), help="device that kernels run on"
+    )
+    parser.addoption(
+        "--data",
+        type=Path,
+        default=Path(__file__).parents[2] / "shared" / "data",
+        help="folder with wikitext-2/wiki.valid.tokens; tests on it are skipped without it",
     )
     parser.addoption("--long", action="store_true", help="run the tests that take minutes too")
 
@@ -61,13 +69,14 @@ _errors = {}
 
 @pytest.fixture
 def record_error(request):
-    """assert_close that keeps the largest error of each test for the end of the run."""
+    """assert_close that keeps each test's largest error for the end of the run."""
     from helpers.compare import assert_close  # noqa: PLC0415 - after pytest has set sys.path
 
     def check(what, got, expected, tolerance):
         error = assert_close(got, expected, tolerance, what)
-        worst = _errors.get(request.node.nodeid, (0.0, "", tolerance))
-        _errors[request.node.nodeid] = max(worst, (error, what, tolerance))
+        test = request.node.nodeid.split("[")[0]
+        where = f"{request.node.name}: {what}"
+        _errors[test] = max(_errors.get(test, (0.0, "", 0.0)), (error, where, tolerance))
 
     return check
 
@@ -76,6 +85,5 @@ def pytest_terminal_summary(terminalreporter):
     if not _errors:
         return
     terminalreporter.section("largest relative errors")
-    for test, (error, what, tolerance) in _errors.items():
-        name = test.rsplit("/", 1)[-1]
-        terminalreporter.write_line(f"{error:.1e} (bound {tolerance:.0e}) {name}: {what}")
+    for error, where, tolerance in _errors.values():
+        terminalreporter.write_line(f"{error:.1e} (bound {tolerance:.0e}) {where}")

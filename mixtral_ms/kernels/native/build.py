@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import mindspore
@@ -19,8 +20,11 @@ from mixtral_ms.log import get_logger
 SWITCH = "MIXTRAL_MS_NATIVE"
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 # -ffast-math vectorises expf; infinities and NaN must still flow to the overflow check.
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-ffast-math",
-          "-fno-finite-math-only")  # fmt: skip
+_COMPILE = ("-O3", "-march=native", "-std=c++17", "-c", "-fPIC", "-fopenmp-simd", "-ffast-math",
+            "-fno-finite-math-only")  # fmt: skip
+# Linked without -ffast-math: with it, g++ adds start-up code that makes every denormal of the
+# whole process zero as soon as the library is loaded.
+_LINK = ("-shared", "-ldl", "-lpthread")
 _BUILD_TIMEOUT_S = 180
 
 
@@ -74,7 +78,8 @@ def _fingerprint(compiler: str) -> str:
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         cpu_flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    parts = (_SOURCE.read_bytes(), compiler.encode(), " ".join(_FLAGS).encode(), cpu_flags.encode(),
+    flags = " ".join(_COMPILE + _LINK)
+    parts = (_SOURCE.read_bytes(), compiler.encode(), flags.encode(), cpu_flags.encode(),
              mindspore.__version__.encode())  # fmt: skip
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
@@ -95,11 +100,16 @@ class _locked:  # noqa: N801 - reads as a verb in `with _locked(path)`
 
 def _compile(compiler: str, path: Path) -> None:
     get_logger().info("building the C++ kernels (once on this machine)")
-    with write_aside(path) as aside:
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(aside), "-ldl", "-lpthread"]
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False
-        )
-        if result.returncode != 0:
-            first = next((s for s in result.stderr.splitlines() if "error" in s), result.stderr)
-            raise OSError(first.strip()[:300])
+    with tempfile.TemporaryDirectory() as folder, write_aside(path) as aside:
+        compiled = str(Path(folder) / "kernels.o")
+        _run([compiler, *_COMPILE, str(_SOURCE), "-o", compiled])
+        _run([compiler, compiled, "-o", str(aside), *_LINK])
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False
+    )
+    if result.returncode != 0:
+        first = next((s for s in result.stderr.splitlines() if "error" in s), result.stderr)
+        raise OSError(first.strip()[:300])

@@ -1,0 +1,340 @@
+"""The contract of every kernel: each implementation against plain formulas in float64.
+
+The implementations are those of the device given by `--device`.
+"""
+
+import mindspore
+import numpy as np
+import pytest
+import torch
+from helpers.compare import assert_close
+from mindspore import Tensor
+from mindspore import dtype as mstype
+
+from mixtral_ms.errors import UserError
+from mixtral_ms.kernels import cross_entropy, select_kernels
+from mixtral_ms.kernels.attention import CausalAttention
+from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
+from mixtral_ms.kernels.elementwise import apply_rotary, rms_norm, rotary_tables, swiglu
+from mixtral_ms.kernels.experts import BLOCK, BlockedExperts, PaddedExperts
+
+pytestmark = pytest.mark.usefixtures("pynative")
+
+TOLERANCE = 1e-5
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def leaf(value):
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+def gradients_of(cell, inputs, towards):
+    """Output of the cell, and the gradients of sum(output * towards) by `inputs`' tensors."""
+
+    def objective(*tensors):
+        out = cell(*tensors)
+        return (out * Tensor(towards)).sum(), out
+
+    tensors = [Tensor(value) for value in inputs]
+    # a single gradient comes without its tuple
+    positions = tuple(i for i, value in enumerate(inputs) if value.dtype == np.float32)
+    (_, out), grads = mindspore.value_and_grad(objective, positions, None, has_aux=True)(*tensors)
+    grads = grads if len(positions) > 1 else (grads,)
+    return out.asnumpy(), [gradient.asnumpy() for gradient in grads]
+
+
+# experts
+
+
+def experts_of(name, device):
+    """(cell, its layout)."""
+    if device == "Ascend":
+        if name != "device":
+            pytest.skip("the plain implementations are tested on the CPU")
+        cell = select_kernels("ascend", dropless=True).experts()
+    elif name == "native":
+        choice = select_kernels("cpu", dropless=True)
+        if choice.name != "cpu-native":
+            pytest.skip("the C++ kernels do not build here")
+        cell = choice.experts()
+    elif name == "device":
+        pytest.skip("that is what native, blocked and padded are on the CPU")
+    else:
+        cell = {"blocked": BlockedExperts, "padded": PaddedExperts}[name]()
+    return cell
+
+
+def group_slices(layout, sizes, capacity):
+    """Where each group's rows are, and the number of rows."""
+    begins, begin = [], 0
+    for size in sizes:
+        begins.append(begin)
+        reserved = {"packed": size, "blocked": -(-size // BLOCK) * BLOCK, "padded": capacity}
+        begin += reserved[layout]
+    total = begin + {"packed": 3, "blocked": BLOCK, "padded": 0}[layout]  # unused rows at the end
+    return [slice(b, b + size) for b, size in zip(begins, sizes, strict=True)], total
+
+
+@pytest.mark.parametrize("name", ["native", "blocked", "padded", "device"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (5, 0, 2),
+        (0, 0, 0),
+        (0, 9, 0, 0),
+        (7,),
+        (BLOCK, 2 * BLOCK + 1, 1),
+        (300, 129),
+    ],
+    ids=str,
+)
+def test_experts(name, sizes, device, record_error):
+    cell = experts_of(name, device)
+    hidden, intermediate, experts = 10, 14, len(sizes)
+    groups, rows = group_slices(cell.layout, sizes, max(*sizes, 1))
+    x_RD, towards = random(1, rows, hidden), random(2, rows, hidden)
+    used = np.zeros((rows, 1), np.float32)
+    for group in groups:
+        used[group] = 1.0
+    # Nothing reads unused rows, so nothing arrives at them: their gradient is zero.
+    towards = towards * used
+    w1, w3 = random(3, experts, intermediate, hidden), random(4, experts, intermediate, hidden)
+    w2 = random(5, experts, hidden, intermediate)
+    sizes_E = np.array(sizes, np.int32)
+    out, grads = gradients_of(cell, [x_RD, w1, w3, w2, sizes_E], towards)
+
+    leaves = [leaf(value) for value in (x_RD, w1, w3, w2)]
+    x, a, b, c = leaves
+    expected = torch.zeros(rows, hidden, dtype=torch.float64)
+    for e, group in enumerate(groups):
+        inner = torch.nn.functional.silu(x[group] @ a[e].T) * (x[group] @ b[e].T)
+        expected[group] = inner @ c[e].T
+    if sum(sizes):
+        (expected * torch.tensor(towards)).sum().backward()
+    record_error("output", out * used, expected.detach().numpy(), TOLERANCE)
+    for what, gradient, value in zip(("x", "w1", "w3", "w2"), grads, leaves, strict=True):
+        reference = np.zeros(value.shape) if value.grad is None else value.grad.numpy()
+        record_error(what, gradient, reference, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["native", "blocked", "padded", "device"])
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_experts_let_an_overflow_through(name, bad, device):
+    """A non-finite value may not turn into a number: the overflow check must see it."""
+    cell = experts_of(name, device)
+    _, rows = group_slices(cell.layout, (2, 2), 2)
+    x_RD = random(1, rows, 4)
+    x_RD[0, 0] = bad
+    weights = [random(2, 2, 6, 4), random(3, 2, 6, 4), random(4, 2, 4, 6)]
+    inputs = [x_RD, *weights, np.array([2, 2], np.int32)]
+    towards = np.zeros((rows, 4), np.float32)
+    towards[0] = 1.0
+    out, grads = gradients_of(cell, inputs, towards)
+    assert not np.isfinite(out[0]).all()
+    assert not np.isfinite(grads[1][0]).all()
+
+
+def test_building_the_native_kernels_keeps_denormals(device):
+    """Fast-math start-up code would flush them to zero in the whole process."""
+    select_kernels("cpu", dropless=True)
+    tiny = np.full(8, 1e-40, np.float32)
+    assert (tiny * np.float32(1.0) > 0).all()
+    assert float(torch.tensor(1e-40) * 1.0) > 0
+
+
+# attention
+
+
+def visible_pairs(length, window, segments):
+    """(B, 1, S, S) by the definition: no look ahead, no further than the window, own segment."""
+    batch = 1 if segments is None else len(segments)
+    allowed = np.zeros((batch, 1, length, length), bool)
+    for b in range(batch):
+        for i in range(length):
+            for j in range(i + 1):
+                near = window is None or i - j < window
+                own = segments is None or segments[b, i] == segments[b, j]
+                allowed[b, 0, i, j] = near and own
+    return allowed
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one segment", "packed"])
+@pytest.mark.parametrize("window", [None, 1, 20, 90], ids=lambda w: f"window {w}")
+@pytest.mark.parametrize("chunk", [None, 150, 16], ids=lambda c: f"chunk {c}")
+def test_attention(chunk, window, packed, device, record_error):
+    batch, heads, kv_heads, length, dim = 2, 6, 2, 150, 8
+    if device == "Ascend":
+        if chunk is not None:
+            pytest.skip("flash attention has no chunks to choose")
+        cell = select_kernels("ascend", dropless=True).attention(
+            length, heads, kv_heads, dim, window=window
+        )
+    else:
+        cell = CausalAttention(length, heads, kv_heads, dim, window=window, chunk=chunk)
+    q, k, v = (
+        random(seed, batch, n, length, dim) * 2
+        for seed, n in ((1, heads), (2, kv_heads), (3, kv_heads))
+    )
+    segments = None
+    if packed:
+        segments = np.zeros((batch, length), np.int32)
+        segments[0, 70:], segments[1, 3:], segments[1, 149:] = 1, 1, 2
+    towards = random(4, batch, heads, length, dim)
+    inputs = [q, k, v] if segments is None else [q, k, v, segments]
+    out, grads = gradients_of(cell, inputs, towards)
+
+    leaves = [leaf(value) for value in (q, k, v)]
+    keys, values = (x.repeat_interleave(heads // kv_heads, 1) for x in leaves[1:])
+    scores = leaves[0] @ keys.transpose(2, 3) / dim**0.5
+    allowed = torch.tensor(visible_pairs(length, window, segments))
+    expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ values
+    (expected * torch.tensor(towards)).sum().backward()
+    record_error("output", out, expected.detach().numpy(), TOLERANCE)
+    for what, gradient, value in zip("qkv", grads, leaves, strict=True):
+        record_error(what, gradient, value.grad.numpy(), TOLERANCE)
+
+
+# cross entropy
+
+
+def cross_entropy_of(name, device):
+    if name == "plain":
+        return LinearCrossEntropy()
+    if device == "Ascend":
+        return select_kernels("ascend", dropless=True).cross_entropy()
+    choice = select_kernels("cpu", dropless=True)
+    if choice.name != "cpu-native":
+        pytest.skip("the C++ kernels do not build here")
+    return choice.cross_entropy()
+
+
+@pytest.mark.parametrize("name", ["plain", "device"])
+@pytest.mark.parametrize("chunk", [None, 37, 8, 1], ids=lambda c: f"chunk {c}")
+@pytest.mark.parametrize("ignored", ["some", "none", "all"])
+def test_cross_entropy(name, chunk, ignored, device, monkeypatch, record_error):
+    tokens, hidden, vocabulary = 37, 6, 53
+    if chunk is not None:
+        monkeypatch.setattr(cross_entropy, "_CHUNK_VALUES", chunk * vocabulary)
+    cell = cross_entropy_of(name, device)
+    hidden_TD, weight_VD = random(1, tokens, hidden), random(2, vocabulary, hidden) * 3
+    labels_T = np.random.default_rng(3).integers(0, vocabulary, tokens).astype(np.int32)
+    labels_T[:2] = 0, vocabulary - 1
+    if ignored == "some":
+        labels_T[[3, 7, 8, 15, 16, 36]] = -1  # 7|8 and 15|16: on both sides of chunk borders
+    if ignored == "all":
+        labels_T[:] = -1
+    # 2.5: the gradients made with the forward must still take the factor from above
+    out, grads = gradients_of(cell, [hidden_TD, weight_VD, labels_T], np.float32(2.5))
+
+    leaves = [leaf(hidden_TD), leaf(weight_VD)]
+    expected = torch.nn.functional.cross_entropy(
+        leaves[0] @ leaves[1].T,
+        torch.tensor(labels_T.astype(np.int64)),
+        ignore_index=-1,
+        reduction="sum",
+    )
+    (2.5 * expected).backward()
+    record_error("loss", out, expected.item(), TOLERANCE)
+    for what, gradient, value in zip(("hidden", "weight"), grads, leaves, strict=True):
+        record_error(what, gradient, value.grad.numpy(), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["plain", "device"])
+def test_cross_entropy_of_large_logits(name, device):
+    """The largest logit is taken out first: no overflow at any size."""
+    cell = cross_entropy_of(name, device)
+    hidden_TD = np.array([[300.0], [-300.0]], np.float32)
+    weight_VD = np.array([[1.0], [-1.0], [0.5]], np.float32)
+    loss = cell(Tensor(hidden_TD), Tensor(weight_VD), Tensor([1, 1], mindspore.int32))
+    assert_close(loss.asnumpy(), 600.0, TOLERANCE, "loss")
+
+
+@pytest.mark.parametrize("name", ["plain", "device"])
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_cross_entropy_lets_an_overflow_through(name, bad, device):
+    cell = cross_entropy_of(name, device)
+    hidden_TD = random(1, 3, 4)
+    hidden_TD[1, 2] = bad
+    labels = np.array([0, 1, 2], np.int32)
+    out, grads = gradients_of(cell, [hidden_TD, random(2, 5, 4), labels], np.float32(1))
+    assert not np.isfinite(out)
+    assert not np.isfinite(grads[1]).all()
+
+
+# elementwise
+
+
+def test_rms_norm(record_error):
+    x, weight, towards = random(1, 2, 3, 16) * 5, random(2, 16), random(3, 2, 3, 16)
+
+    def cell(a, b):
+        return rms_norm(a, b, 1e-3)
+
+    out, grads = gradients_of(cell, [x, weight], towards)
+    leaves = [leaf(x), leaf(weight)]
+    scale = (leaves[0].square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    expected = leaves[0] / scale * leaves[1]
+    (expected * torch.tensor(towards)).sum().backward()
+    record_error("output", out, expected.detach().numpy(), TOLERANCE)
+    record_error("x", grads[0], leaves[0].grad.numpy(), TOLERANCE)
+    record_error("weight", grads[1], leaves[1].grad.numpy(), TOLERANCE)
+
+
+def test_rms_norm_of_float16_is_computed_in_float32():
+    """Squares of values above 256 overflow float16."""
+    x = Tensor(np.array([[1000.0, -2000.0, 3000.0, 4000.0]], np.float16))
+    out = rms_norm(x, Tensor(np.ones(4, np.float32)), 1e-5)
+    assert out.dtype == mstype.float16
+    expected = np.array([[1000.0, -2000.0, 3000.0, 4000.0]]) / np.sqrt(7.5e6)
+    np.testing.assert_allclose(out.asnumpy(), expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+def test_rotary_turns_pairs_half_a_head_apart(theta, record_error):
+    """As complex numbers: (x_i + j x_{i + d/2}) e^{j position theta^(-2i/d)}."""
+    length, dim = 40, 12
+    x, towards = random(1, 2, 3, length, dim), random(2, 2, 3, length, dim)
+    cos, sin = (Tensor(table) for table in rotary_tables(length, dim, theta))
+    out, (d_x,) = gradients_of(lambda a: apply_rotary(a, cos, sin), [x], towards)
+    angles = np.arange(length)[:, None] * theta ** (-2.0 * np.arange(dim // 2) / dim)
+
+    def turned(value, direction):
+        pairs = value[..., : dim // 2] + 1j * value[..., dim // 2 :].astype(np.float64)
+        pairs = pairs * np.exp(1j * direction * angles)
+        return np.concatenate([pairs.real, pairs.imag], -1)
+
+    record_error("output", out, turned(x, 1), TOLERANCE)
+    record_error("x", d_x, turned(towards, -1), TOLERANCE)  # a rotation's gradient turns back
+
+
+def test_swiglu(record_error):
+    gate, up, towards = random(1, 5, 7) * 4, random(2, 5, 7), random(3, 5, 7)
+    out, grads = gradients_of(swiglu, [gate, up], towards)
+    leaves = [leaf(gate), leaf(up)]
+    expected = torch.nn.functional.silu(leaves[0]) * leaves[1]
+    (expected * torch.tensor(towards)).sum().backward()
+    record_error("output", out, expected.detach().numpy(), TOLERANCE)
+    record_error("gate", grads[0], leaves[0].grad.numpy(), TOLERANCE)
+    record_error("up", grads[1], leaves[1].grad.numpy(), TOLERANCE)
+
+
+# choice
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(UserError, match="'gpu'.*cpu, reference, ascend"):
+        select_kernels("gpu", dropless=True)
+
+
+@pytest.mark.parametrize("dropless", [True, False])
+def test_the_reference_backend_is_plain(dropless):
+    choice = select_kernels("reference", dropless=dropless)
+    assert choice.name == "plain"
+    assert choice.experts().layout == ("blocked" if dropless else "padded")
+
+
+def test_float16_does_not_reach_the_float32_kernels():
+    assert select_kernels("cpu", dropless=True, dtype=mstype.float16).name == "plain"
