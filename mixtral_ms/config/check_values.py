@@ -23,7 +23,8 @@ _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
     ("runner_config.global_batch_size", 1, None),
     ("runner_config.max_steps", 1, None),
     ("runner_config.stop_at_step", 1, None),
-    ("runner_config.sink_size", -1, None),
+    ("runner_config.peak_tflops", ">0", None),
+    ("runner_wrapper.max_skipped_steps", 1, None),
     ("optimizer.learning_rate", 0, None),
     ("optimizer.beta1", 0, "<1"),
     ("optimizer.beta2", 0, "<1"),
@@ -44,7 +45,6 @@ _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
     ("runner_wrapper.scale_sense.scale_window", 1, None),
     ("runner_wrapper.scale_sense.min_loss_scale", ">0", None),
     ("context.device_id", 0, 4095),
-    ("context.max_call_depth", 1, None),
     ("parallel_config.data_parallel", 1, None),
     ("parallel_config.model_parallel", 1, None),
     ("parallel_config.expert_parallel", 1, None),
@@ -115,10 +115,9 @@ def out_of_range(config: RunConfig) -> list[str]:
     problems += [
         _beta_problem(index, beta) for index, beta in enumerate(config.optimizer.betas or [])
     ]
-    for key in ("max_device_memory", "mempool_block_size"):
-        size = getattr(config.context, key)
-        if not _MEMORY_SIZE.fullmatch(size):
-            problems.append(f'context.{key} is {size!r}: write a size such as "58GB"')
+    size = config.context.max_device_memory
+    if not _MEMORY_SIZE.fullmatch(size):
+        problems.append(f'context.max_device_memory is {size!r}: write a size such as "58GB"')
     return [problem for problem in problems if problem]
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mixtral_ms.config.fields import inert
+from mixtral_ms.config.fields import inert, unsupported
 
 _LOADER_NO_EFFECT = "the loader is one thread that is faster than the network"
 
@@ -31,16 +31,15 @@ class DatasetSection:
     input_columns: list[str] = field(default_factory=lambda: ["input_ids"])
     """Columns of a record: ["input_ids"], or ["input_ids", "labels"] for fine-tuning."""
     num_parallel_workers: int = inert(8, _LOADER_NO_EFFECT)
-    drop_remainder: bool = True
-    """Leave out the last rows that do not fill a batch; evaluation should keep them."""
+    drop_remainder: bool | None = None
+    """Training leaves out the last rows that do not fill a batch, evaluation counts them; another
+    value gives a line in the log."""
     batch_size: int | None = None
     """Rows of a micro batch of one rank; runner_config.batch_size wins for training and stands in
     for evaluation where this is empty."""
     repeat: int = inert(1, "runner_config.epochs says how often the data is read")
-    eod_reset: bool = False
-    """Let attention see only its own document in a packed record."""
-    eod_token_id: int | None = None
-    """The id that ends a document, for eod_reset; empty means eos_token_id."""
+    eod_reset: bool = unsupported(False, "attention sees the whole record")
+    eod_token_id: int | None = inert(None, "model_config.eos_token_id says it")
     seed: int | None = inert(None, "the top-level seed orders the data")
     python_multiprocessing: bool = inert(False, _LOADER_NO_EFFECT)
     numa_enable: bool = inert(False, _LOADER_NO_EFFECT)

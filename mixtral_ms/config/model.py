@@ -28,7 +28,7 @@ class MoEConfig:
     """Weight of the load-balancing loss; 0.01-0.05 are usual, 0 switches it off."""
     z_loss_factor: float = 0.0
     """Weight of mean(logsumexp(router logits)^2); 1e-3 is usual."""
-    router_dense_type: Dtype = "float32"
+    router_dense_type: Dtype = inert("float32", "the router is computed in float32")
     router_jitter: float = 0.0
     """Multiply the router's input by uniform(1-j, 1+j) in training; 0 switches it off."""
     uniform_routing: bool = False
@@ -104,12 +104,12 @@ class MixtralConfig:
     theta: float = 10000.0
     """Base of the rotary embedding; Mixtral uses 1e6."""
     compute_dtype: Dtype = "float16"
-    param_init_type: Dtype = "float32"
-    layernorm_compute_type: Dtype = "float32"
+    param_init_type: Dtype = inert("float32", "parameters are kept in float32")
+    layernorm_compute_type: Dtype = inert("float32", "norms are computed in float32")
     softmax_compute_type: Dtype = "float32"
     rotary_dtype: Dtype = "float32"
     residual_dtype: Dtype | None = None
-    embedding_init_type: Dtype | None = None
+    embedding_init_type: Dtype | None = inert(None, "parameters are kept in float32")
     init_method_std: float = 0.02
     # tokens
     bos_token_id: int = 1
@@ -135,7 +135,7 @@ class MixtralConfig:
     max_new_tokens: int | None = None
     do_sample: bool = True
     # execution
-    use_flash_attention: bool = False
+    use_flash_attention: bool = inert(False, "the backend chooses its kernels")
     offset: int | list[int] = 0
     """Uneven pipeline stages: layers added to (or taken from) each stage."""
     pp_interleave_num: int = inert(1, "the pipeline schedule is plain 1F1B")

@@ -16,6 +16,7 @@ def resolve(config: RunConfig, *, moe_given_at_top: bool = True) -> RunConfig:
     config.load_checkpoint = config.load_checkpoint or named or ""
     config.src_strategy_path_or_dir = config.src_strategy_path_or_dir or ""
     _resolve_datasets(config)
+    _note_remainder(config)
     _resolve_batch(config)
     _resolve_warmup(config)
     for callback in config.callbacks:
@@ -58,6 +59,22 @@ def _resolve_datasets(config: RunConfig) -> None:
             setattr(config, name, task.dataset_config)
         else:
             task.dataset_config = dataset
+
+
+def _note_remainder(config: RunConfig) -> None:
+    """The last rows are left out in training and counted in evaluation, whatever the YAML says."""
+    for name, dropped in (("train_dataset", True), ("eval_dataset", False)):
+        dataset = getattr(config, name)
+        if dataset is not None and dataset.drop_remainder not in (None, dropped):
+            what = "leaves out" if dropped else "counts"
+            doing = "training" if dropped else "evaluation"
+            get_logger().info(
+                "%s.drop_remainder: %s has no effect here: %s %s the last partial batch",
+                name,
+                not dropped,
+                doing,
+                what,
+            )
 
 
 def _resolve_batch(config: RunConfig) -> None:

@@ -23,6 +23,7 @@ from mixtral_ms.config.training_sections import (
 )
 
 _ASCEND = "it acts on Ascend only"
+_MINDSPORE = "MindSpore's own setting is kept"
 _NO_LAYER_SCALE = "all layers have one learning rate"
 _NO_AUTO_TUNE = "data loading needs no tuning"
 _NO_PROFILE = "use MindSpore's profiler around the run"
@@ -56,8 +57,7 @@ class ModelSection:
 class JitConfig:
     """`context.jit_config`."""
 
-    jit_level: Literal["O0", "O1", "O2"] = "O0"
-    """Graph optimisation on Ascend; on CPU always O0."""
+    jit_level: Literal["O0", "O1", "O2"] = inert("O0", _MINDSPORE)
     infer_boost: Literal["on", "off"] = inert("off", _ASCEND)
 
 
@@ -67,7 +67,7 @@ class AscendConfig:
 
     precision_mode: Literal[
         "force_fp16", "allow_fp32_to_fp16", "allow_mix_precision", "must_keep_origin_dtype"
-    ] = "must_keep_origin_dtype"
+    ] = inert("must_keep_origin_dtype", _MINDSPORE)
     jit_compile: bool = inert(False, _ASCEND)
     parallel_speed_up_json_path: str | None = inert(None, _ASCEND)
     atomic_clean_policy: int = inert(1, _ASCEND)
@@ -88,15 +88,15 @@ class ContextSection:
     device_id: int = 0
     max_device_memory: str = "1024GB"
     """Memory of an Ascend device that may be used, such as "58GB"."""
-    max_call_depth: int = 10000
+    max_call_depth: int = inert(10000, _MINDSPORE)
     deterministic: Literal["ON", "OFF"] = "OFF"
     """ON gives the same bits in every run on Ascend, slower; a CPU always does."""
     jit_config: JitConfig = field(default_factory=JitConfig)
     ascend_config: AscendConfig = field(default_factory=AscendConfig)
-    memory_optimize_level: Literal["O0", "O1"] = "O0"
-    mempool_block_size: str = "1GB"
-    save_graphs: bool | Literal[0, 1, 2, 3] = False
-    save_graphs_path: str = "./graph"
+    memory_optimize_level: Literal["O0", "O1"] = inert("O0", _MINDSPORE)
+    mempool_block_size: str = inert("1GB", _MINDSPORE)
+    save_graphs: bool | Literal[0, 1, 2, 3] = inert(False, _MINDSPORE)
+    save_graphs_path: str = inert("./graph", _MINDSPORE)
     enable_graph_kernel: bool = inert(False, _ASCEND)
     graph_kernel_flags: str = inert("", _ASCEND)
     affinity_cpu_list: list | dict | None = inert(None, _ASCEND)
@@ -133,11 +133,12 @@ class RunConfig:
     """Weights to start from: a checkpoint folder or a weight file."""
     resume_training: bool | str = False
     """True continues from the newest checkpoint, a name from that one."""
-    auto_trans_ckpt: bool = False
-    """Split or merge the loaded weights to this run's ranks."""
+    auto_trans_ckpt: bool = inert(False, "one process loads whole weights")
     src_strategy_path_or_dir: str | None = ""
     """Strategy files of load_checkpoint, where they do not lie beside it."""
-    load_ckpt_format: Literal["safetensors", "ckpt"] = "safetensors"
+    load_ckpt_format: Literal["safetensors", "ckpt"] = inert(
+        "safetensors", "the format is recognised from the files"
+    )
     transform_process_num: int = inert(1, "each rank reads only what it needs")
     remove_redundancy: bool = inert(False, "each rank writes what it holds")
     only_save_strategy: bool = inert(False, "strategy files lie beside every checkpoint")

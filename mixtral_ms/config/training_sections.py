@@ -165,7 +165,9 @@ class CheckpointMonitorSection:
     """Keep the newest so many and delete older ones."""
     async_save: bool = False
     """Write in the background while training goes on; what is in `latest` is always whole."""
-    checkpoint_format: Literal["safetensors", "ckpt"] = "safetensors"
+    checkpoint_format: Literal["safetensors", "ckpt"] = inert(
+        "safetensors", "checkpoints are safetensors"
+    )
     integrated_save: bool = inert(False, "each rank writes what it holds")
     keep_checkpoint_per_n_minutes: int = inert(0, "keep_checkpoint_max says what is kept")
     save_network_params: bool = inert(False, "parameters lie apart from optimizer state")

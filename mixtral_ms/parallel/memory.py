@@ -1,5 +1,7 @@
 """How much memory a rank needs, by counting: an estimate made before anything is built.
 
+Parameters, gradients and both moments are float32; activations have compute_dtype.
+
 Legend: T tokens of a micro batch, D hidden, H heads, K kv heads, d head_dim, F intermediate,
 E experts, V vocabulary, S sequence.
 """
@@ -68,20 +70,17 @@ def format_bytes(size: int) -> str:
 
 
 def _stage_memory(config: RunConfig, grid: ParallelConfig, stage: int) -> RankMemory:
-    model, device = config.model.model_config, config.context.device_target
+    model = config.model.model_config
     shapes = local_parameter_shapes(model, grid, stage)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     count = sum(sizes.values())
-    width = dtype_bytes(model.param_init_type, device)
     training = config.run_mode in ("train", "finetune")
-    accumulates = config.runner_config.gradient_accumulation_steps > 1 or grid.pipeline_stage > 1
     return RankMemory(
         stage=stage,
         ranks=grid.data_parallel * grid.model_parallel * grid.context_parallel,
-        parameters=count * width,
-        # gradients are summed over micro batches in float32
-        gradients=count * (4 if accumulates else width) if training else 0,
-        optimizer=_optimizer_bytes(config, grid, sizes, width) if training else 0,
+        parameters=4 * count,
+        gradients=4 * count if training else 0,
+        optimizer=_optimizer_bytes(config, grid, sizes) if training else 0,
         activations=(
             _activation_bytes(config, grid, stage)
             if training
@@ -90,11 +89,9 @@ def _stage_memory(config: RunConfig, grid: ParallelConfig, stage: int) -> RankMe
     )
 
 
-def _optimizer_bytes(
-    config: RunConfig, grid: ParallelConfig, sizes: dict[str, int], width: int
-) -> int:
-    """Two float32 moments a value, and a float32 master copy of 16-bit parameters."""
-    bytes_per_value = 8 if width == 4 else 12
+def _optimizer_bytes(config: RunConfig, grid: ParallelConfig, sizes: dict[str, int]) -> int:
+    """Two float32 moments a value."""
+    bytes_per_value = 8
     if not (config.use_parallel and config.parallel.enable_parallel_optimizer):
         return bytes_per_value * sum(sizes.values())
     total = 0
@@ -111,7 +108,8 @@ def _activation_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> in
     width = dtype_bytes(model.compute_dtype, config.context.device_target)
     tokens = _tokens(config, grid)
     layers = layers_per_stage(model, grid.pipeline_stage)[stage]
-    per_layer = tokens * _layer_values_per_token(model, grid) * width
+    fused = config.context.device_target == "Ascend"
+    per_layer = tokens * _layer_values_per_token(model, grid, fused=fused) * width
     kept = per_layer * layers
     if config.recompute_config.recompute:  # a layer's input stays, one layer at a time is redone
         kept = tokens * _hidden(model, grid) * width * layers
@@ -129,13 +127,16 @@ def _hidden(model: MixtralConfig, grid: ParallelConfig) -> int:
     return model.hidden_size // (grid.model_parallel if grid.use_seq_parallel else 1)
 
 
-def _layer_values_per_token(model: MixtralConfig, grid: ParallelConfig) -> int:
-    """Values a decoder layer keeps for its backward pass, for one token."""
+def _layer_values_per_token(model: MixtralConfig, grid: ParallelConfig, *, fused: bool) -> int:
+    """Values a decoder layer keeps for its backward pass, for one token.
+
+    Fused attention (Ascend) does not keep the S x S probabilities.
+    """
     moe, split = model.moe_config, grid.model_parallel
     query = model.num_heads * model.head_dim // split
     key_value = model.n_kv_heads * model.head_dim // split
     probabilities = 0
-    if not model.use_flash_attention:
+    if not fused:
         probabilities = model.num_heads * model.seq_length // split
     # before and after rotation; the heads' output; both norms' input and output; wo's output
     attention = 3 * query + 3 * key_value + probabilities + 5 * _hidden(model, grid)

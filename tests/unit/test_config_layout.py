@@ -136,7 +136,6 @@ def test_memory_follows_what_saves_it():
     base = plan()
     assert plan("recompute_config.recompute=False").activations > 3 * base.activations
     assert plan("parallel.enable_parallel_optimizer=False").optimizer > base.optimizer
-    assert plan("model.model_config.param_init_type=float32").parameters == 2 * base.parameters
     dropless = ("moe_config.capacity_factor=-1", "recompute_config.recompute=False")
     roomy = ("moe_config.capacity_factor=4", "recompute_config.recompute=False")
     assert plan(*roomy).activations > plan(*dropless).activations

@@ -97,6 +97,16 @@ def test_keys_without_effect_give_one_log_line_each(log_lines):
     assert not any("repeat" in line for line in lines)  # holds its default
 
 
+def test_what_happens_to_the_last_rows_is_said_when_the_yaml_says_otherwise(write, log_lines):
+    load_config(
+        write("train_dataset:\n  drop_remainder: False\neval_dataset:\n  drop_remainder: False\n")
+    )
+    assert [line for line in log_lines if "drop_remainder" in line] == [
+        "train_dataset.drop_remainder: False has no effect here: training leaves out the last "
+        "partial batch"
+    ]
+
+
 def test_runner_batch_size_wins_as_in_mindformers():
     config = load_config(MINDFORMERS)
     assert config.runner_config.batch_size == config.train_dataset.batch_size == 1
