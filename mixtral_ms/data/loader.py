@@ -26,7 +26,7 @@ class RecordLoader:
     """Reads records of seq_length + 1 ids as batches (inputs ids[:-1], labels ids[1:]).
 
     The order is a pure function of (seed, epoch). Batch i is made of the records at i*B*world to
-    (i+1)*B*world - 1 of that order, of which rank r takes every world-th from r on. So the data a step
+    (i+1)*B*world - 1 of that order, of which rank r takes every world-th from r on. So what a step
     sees does not depend on how many ranks share it, and `batches(epoch, start_batch)` continues
     exactly where a run stopped.
 
@@ -88,8 +88,7 @@ class RecordLoader:
                 f"batch of {batch_size} rows on each of {world} ranks; make the batch smaller or "
                 "give more data"
             )
-        ends = [0, self.records - 1]
-        for record, row in zip(ends, self._read(ends), strict=True):
+        for record, row in zip(self._ends, self._read(self._ends), strict=True):
             self._check_row(row, record)
 
     def __len__(self) -> int:
@@ -106,7 +105,7 @@ class RecordLoader:
         digest = hashlib.sha256()
         sizes = [one.stat().st_size for one in self.files]
         digest.update(repr((sizes, self.total_records, self.records, self.columns)).encode())
-        for row in self._read([0, self.records - 1]):
+        for row in self._read(self._ends):
             for column in row:
                 digest.update(column.astype("<i4").tobytes())
         return digest.hexdigest()[:16]
@@ -121,6 +120,11 @@ class RecordLoader:
         with closing(rows):
             for share in shares:
                 yield self._batch(share, rows)
+
+    @property
+    def _ends(self) -> list[int]:
+        """The first and the last record; MindDataset refuses to read one twice."""
+        return sorted({0, self.records - 1})
 
     def _order(self, epoch: int) -> np.ndarray:
         """Record numbers in the order of an epoch."""

@@ -52,7 +52,9 @@ def read_wiki(path: Path, advance: Advance, *, clean: bool, split_long: bool) ->
     for paragraph, ends in _paragraphs(read_text_blocks(path, advance), split_long):
         text = paragraph
         if clean:
-            text = clean_wikitext(_without_headings(text) if starts else text)
+            text = _without_headings(text) if starts else text
+            # The spaces at both ends are WikiText's own: a last " . " needs the one behind it.
+            text = clean_wikitext(f" {text} ").strip(" ")
         if text or not (starts and ends):
             yield Piece(text, starts, ends)
         starts = ends

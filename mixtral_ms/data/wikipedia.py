@@ -92,8 +92,10 @@ def _parquet_texts(path: Path, advance: Advance, column: str) -> Iterator[str]:
     try:
         import pyarrow as pa  # noqa: PLC0415 - an extra, and slow to import
         import pyarrow.parquet as pq  # noqa: PLC0415
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MissingDependencyError("pyarrow", "parquet", "reading Parquet files") from error
+    except ImportError as error:
+        raise UserError(f"reading Parquet files: pyarrow does not work here ({error})") from error
     try:
         file = pq.ParquetFile(path, memory_map=True)
     except pa.ArrowInvalid as error:
