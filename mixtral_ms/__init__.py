@@ -16,7 +16,14 @@ _HOMES = {
     "MixtralForCausalLM": "mixtral_ms.model.mixtral",
     "Trainer": "mixtral_ms.train.trainer",
 }
-__all__ = ["MixtralConfig", "MixtralForCausalLM", "MoEConfig", "RunConfig", "Trainer", "load_config"]
+__all__ = [  # noqa: F822 - resolved by __getattr__
+    "MixtralConfig",
+    "MixtralForCausalLM",
+    "MoEConfig",
+    "RunConfig",
+    "Trainer",
+    "load_config",
+]
 
 
 def __getattr__(name: str) -> Any:
