@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Installs the package with what the tests need into .venv, then lints and tests it.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+if [ "${1:-}" = "--help" ] || [ "${1:-}" = "-h" ]; then
+  cat <<'HELP'
+usage: bash scripts/test.sh [PYTEST OPTIONS]
+
+Makes .venv when it is missing, installs mixtral-ms[test] into it, checks lint and format with
+ruff, and runs pytest with the options given.
+
+  bash scripts/test.sh                        everything but the tests marked long
+  bash scripts/test.sh --long                 those too
+  bash scripts/test.sh tests/unit -k config   a part
+HELP
+  exit 0
+fi
+
+source "$ROOT/scripts/venv.sh"
+cd "$ROOT"
+prepare_venv test
+
+echo "== lint and format"
+"$VENV_PYTHON" -m ruff check .
+"$VENV_PYTHON" -m ruff format --check .
+echo "== tests"
+exec "$VENV_PYTHON" -m pytest "$@"

@@ -1,0 +1,41 @@
+# Sourced by the other scripts: makes the project's .venv and installs the package into it.
+# Nothing outside .venv changes. Needs the variable ROOT, the project's folder.
+
+VENV_PYTHON="$ROOT/.venv/bin/python"
+
+# A Python that can make the environment: 3.11 is the tested one, the others are tried in turn.
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3.11 python3.10 python3.12 python3; do
+    [ -n "$candidate" ] || continue
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.10 or newer on the PATH; install Python 3.11 (the tested version)," \
+    "or name one: PYTHON=/path/to/python3.11 bash $0" >&2
+  return 2
+}
+
+# prepare_venv EXTRA: .venv with mixtral-ms[EXTRA]; does nothing when it is up to date.
+prepare_venv() {
+  local extra=$1 python stamp wanted
+  stamp="$ROOT/.venv/installed-$extra"
+  if ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
+    python=$(find_python) || return
+    echo "== making $ROOT/.venv with $("$python" --version)"
+    if ! "$python" -m venv "$ROOT/.venv"; then
+      echo "error: '$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
+      return 1
+    fi
+  fi
+  wanted=$(cksum <"$ROOT/setup.py")
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    echo "== .venv is up to date"
+    return
+  fi
+  echo "== installing mixtral-ms[$extra] into .venv: a few minutes, once"
+  "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check -e "$ROOT[$extra]" || return
+  echo "$wanted" >"$stamp"
+}
