@@ -68,15 +68,24 @@ _errors = {}
 
 
 @pytest.fixture
-def record_error(request):
-    """assert_close that keeps each test's largest error for the end of the run."""
-    from helpers.compare import assert_close  # noqa: PLC0415 - after pytest has set sys.path
+def report_error(request):
+    """Keeps each test's largest error for the end of the run."""
 
-    def check(what, got, expected, tolerance):
-        error = assert_close(got, expected, tolerance, what)
+    def report(what, error, tolerance):
         test = request.node.nodeid.split("[")[0]
         where = f"{request.node.name}: {what}"
         _errors[test] = max(_errors.get(test, (0.0, "", 0.0)), (error, where, tolerance))
+
+    return report
+
+
+@pytest.fixture
+def record_error(report_error):
+    """assert_close that also reports the error."""
+    from helpers.compare import assert_close  # noqa: PLC0415 - after pytest has set sys.path
+
+    def check(what, got, expected, tolerance):
+        report_error(what, assert_close(got, expected, tolerance, what), tolerance)
 
     return check
 
@@ -84,6 +93,6 @@ def record_error(request):
 def pytest_terminal_summary(terminalreporter):
     if not _errors:
         return
-    terminalreporter.section("largest relative errors")
+    terminalreporter.section("largest errors")
     for error, where, tolerance in _errors.values():
         terminalreporter.write_line(f"{error:.1e} (bound {tolerance:.0e}) {where}")
