@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import get_args
 
 from mixtral_ms.cli.main_guard import DEBUG_FLAG, run_command
 from mixtral_ms.data.preprocess import (
@@ -12,6 +13,7 @@ from mixtral_ms.data.preprocess import (
     PreprocessSummary,
     preprocess,
 )
+from mixtral_ms.data.tokenizer import Backend
 
 _DESCRIPTION = """\
 Encode text with a sentencepiece tokenizer.model and pack it into a MindRecord whose records have
@@ -67,9 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace an existing output")
     add(
         "--tokenizer_backend",
-        choices=("auto", "kitoken", "sentencepiece"),
+        choices=get_args(Backend),
         default="auto",
-        help="auto takes the fastest that is exact (default)",
+        help="auto takes the fastest for the input's size; all give the same ids (default: auto)",
     )
     add("--tokenizer", choices=("llama",), help="accepted for MindFormers' sake: there is only one")
     add(DEBUG_FLAG, action="store_true", help="show the traceback of an error")

@@ -104,7 +104,7 @@ def test_bos_and_eos_are_switchable(wiki, bos, eos):
     assert_holds(output(wiki), stream(CLEAN, bos, eos), 16)
 
 
-@pytest.mark.parametrize("backend", ["kitoken", "sentencepiece"])
+@pytest.mark.parametrize("backend", ["kitoken", "gigatoken", "sentencepiece"])
 def test_backends_write_the_same(wiki, backend):
     assert run(wiki, "--tokenizer_backend", backend, "--repeat", "3") == 0
     assert_holds(output(wiki), stream(CLEAN * 3), 16)

@@ -204,7 +204,7 @@ def test_packing_keeps_the_stream(documents, row_length, every):
     packer = TokenPacker(row_length)
     taken = []
     for number, ids in enumerate(documents):
-        packer.add(ids)
+        packer.add(np.array(ids, np.int32))
         if number % every == 0:
             taken.append(packer.take(limit=number))
     taken.append(packer.take())

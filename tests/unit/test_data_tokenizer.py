@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from pydoc_data import topics
 
+import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from mixtral_ms.errors import UserError
 SHARED = Path(os.environ.get("MIXTRAL_MS_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 MODEL = find_example_tokenizer()
 FAST = Tokenizer(MODEL)
+BULK = Tokenizer(MODEL, bulk=True)
 REFERENCE = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
 LITERALS = ["<unk>", "<s>", "</s>", "<0x0A>", "\u2581", "\u2581\u2581", "[INST]", "\r\n", "\x00"]
 
@@ -25,7 +27,9 @@ LITERALS = ["<unk>", "<s>", "</s>", "<0x0A>", "\u2581", "\u2581\u2581", "[INST]"
 def assert_same_ids(texts):
     count = 0
     for text in texts:
-        assert FAST.encode(text) == REFERENCE.encode(text), ascii(text[:200])
+        expected = REFERENCE.encode(text)
+        assert FAST.encode(text) == expected, ascii(text[:200])
+        assert BULK.encode(text) == expected, ascii(text[:200])
         count += 1
     assert count
 
@@ -61,7 +65,6 @@ def test_equals_sentencepiece_on_real_data(name):
     path = SHARED / name
     if not path.is_file():
         pytest.skip(f"no {path} on this machine (set MIXTRAL_MS_TEST_DATA)")
-    assert FAST.backend == "kitoken"
     assert_same_ids(shared_texts(path))
 
 
@@ -80,9 +83,18 @@ def test_equals_sentencepiece_on_the_standard_library_texts():
     ).map("".join)
 )
 def test_equals_sentencepiece_on_random_unicode(text):
-    ids = FAST.encode(text)
-    assert ids == REFERENCE.encode(text)
+    ids = REFERENCE.encode(text)
+    assert FAST.encode(text) == BULK.encode(text) == ids
+    for tokenizer in (FAST, BULK):
+        array = tokenizer.encode_array(text)
+        assert array.dtype == np.int32
+        assert array.tolist() == ids
     assert FAST.decode(ids) == REFERENCE.decode(ids)
+
+
+def test_the_fast_paths_are_really_taken():
+    assert FAST.backend == "kitoken"
+    assert BULK.backend == "gigatoken"
 
 
 def test_golden_ids_and_special_ids():
@@ -95,7 +107,7 @@ def test_golden_ids_and_special_ids():
     assert FAST.id_to_piece(2) == "</s>"
 
 
-@pytest.mark.parametrize("backend", ["kitoken", "sentencepiece"])
+@pytest.mark.parametrize("backend", ["kitoken", "gigatoken", "sentencepiece"])
 @pytest.mark.parametrize("literal", ["<s>", "</s>", "<unk>"])
 def test_control_literals_in_text_are_text(backend, literal):
     tokenizer = Tokenizer(MODEL, backend)
@@ -113,7 +125,7 @@ def test_id_outside_the_model_is_an_error():
         FAST.decode([32000])
 
 
-@pytest.mark.parametrize("backend", ["kitoken", "sentencepiece"])
+@pytest.mark.parametrize("backend", ["kitoken", "gigatoken", "sentencepiece"])
 def test_lone_surrogate_is_named(backend):
     with pytest.raises(UserError, match=r"\\ud800.* at character 2"):
         Tokenizer(MODEL, backend).encode("ab\ud800")
@@ -127,8 +139,22 @@ def test_falls_back_when_kitoken_is_missing(monkeypatch):
         Tokenizer(MODEL, "kitoken")
 
 
+def test_falls_back_when_gigatoken_is_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gigatoken", None)
+    assert Tokenizer(MODEL, bulk=True).backend == "kitoken"
+    with pytest.raises(UserError, match="pip install gigatoken"):
+        Tokenizer(MODEL, "gigatoken")
+
+
+def test_gigatoken_starts_afresh_and_keeps_its_ids(monkeypatch):
+    monkeypatch.setattr("mixtral_ms.data.fast_encoders._FRESH_START", 30)
+    tokenizer = Tokenizer(MODEL, "gigatoken")
+    for text in ("some words here", "and some more words", "and again") * 2:
+        assert tokenizer.encode(text) == REFERENCE.encode(text)
+
+
 def test_falls_back_when_the_self_check_fails(monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "_kitoken_encoder", lambda data: (lambda text: [3], ""))
+    monkeypatch.setattr(tokenizer_module, "load_kitoken", lambda model: lambda text: [3])
     assert Tokenizer(MODEL).backend == "sentencepiece"
     with pytest.raises(UserError, match="ids differ"):
         Tokenizer(MODEL, "kitoken")
