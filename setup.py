@@ -25,7 +25,7 @@ setup(
     packages=find_packages(include=["mixtral_ms", "mixtral_ms.*"]),
     package_data={
         "mixtral_ms.train": ["*.jinja"],
-        "mixtral_ms.kernels.native": ["*.cpp"],
+        "mixtral_ms.kernels.native": ["*.cpp", "*.hpp"],
     },
     python_requires=">=3.10",
     install_requires=[
