@@ -1,11 +1,16 @@
-"""Causal grouped-query attention: a plain reference and one that skips what the mask hides.
+"""Causal grouped-query attention with rotary embedding: in plain operators, and in C++.
 
-Legend: B batch, S sequence, H heads, K kv heads, G heads per kv head, d head_dim.
+Legend: B batch, S sequence, H heads, K kv heads, G heads per kv head, d head_dim, P positions.
 """
+
+from pathlib import Path
 
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
+
+from mixtral_ms.kernels.elementwise import apply_rotary
+from mixtral_ms.kernels.native import custom
 
 # Finite, so that a row that is wholly masked gives no NaN; far below any score in float16 too.
 _MASKED = -3.0e4
@@ -95,6 +100,150 @@ class CausalAttention(nn.Cell):
                 ops.reshape(out, (batch, self.n_kv_heads * self.groups, rows, self.head_dim)),
             )
         return outputs[0] if len(outputs) == 1 else ops.cat(outputs, 2)
+
+
+class PlainRotaryAttention(nn.Cell):
+    """Rotary embedding and `CausalAttention` on projected queries, keys and values.
+
+    Args:
+        seq_length, num_heads, n_kv_heads, head_dim, window, softmax_dtype: as `CausalAttention`.
+    """
+
+    def __init__(  # noqa: PLR0913 - the sizes of attention
+        self,
+        seq_length: int,
+        num_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
+        softmax_dtype: mstype.Type = mstype.float32,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.n_kv_heads, self.head_dim = num_heads, n_kv_heads, head_dim
+        self.attend = CausalAttention(
+            seq_length, num_heads, n_kv_heads, head_dim, window, softmax_dtype
+        )
+
+    def construct(  # noqa: PLR0913 - the inputs of attention
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_Pd: Tensor,
+        sin_Pd: Tensor,
+        positions_BS: Tensor | None = None,
+        segment_ids_BS: Tensor | None = None,
+    ) -> Tensor:
+        """q (B, S, H d), k and v (B, S, K d) -> (B, S, H d).
+
+        Positions index cos and sin, None counts from 0; segments do not see each other.
+        """
+        cos, sin = cos_Pd, sin_Pd
+        if positions_BS is not None:
+            cos = ops.expand_dims(ops.gather(cos_Pd, positions_BS, 0), 1)
+            sin = ops.expand_dims(ops.gather(sin_Pd, positions_BS, 0), 1)
+        q_BHSd = apply_rotary(self._heads(q, self.num_heads), cos, sin)
+        k_BKSd = apply_rotary(self._heads(k, self.n_kv_heads), cos, sin)
+        v_BKSd = self._heads(v, self.n_kv_heads)
+        out_BHSd = self.attend(q_BHSd, k_BKSd, v_BKSd, segment_ids_BS)
+        return ops.reshape(ops.transpose(out_BHSd, (0, 2, 1, 3)), q.shape)
+
+    def _heads(self, x: Tensor, heads: int) -> Tensor:
+        batch, length, _ = x.shape
+        return ops.transpose(ops.reshape(x, (batch, length, heads, self.head_dim)), (0, 2, 1, 3))
+
+
+class NativeRotaryAttention(nn.Cell):
+    """The same in C++ (float32): scores exist for a block of queries at a time.
+
+    Args:
+        library: the built kernels.
+        seq_length, num_heads, n_kv_heads, head_dim, window: as `CausalAttention`.
+        softmax_dtype: float32, whatever is given.
+    """
+
+    def __init__(  # noqa: PLR0913 - the sizes of attention
+        self,
+        library: Path,
+        seq_length: int,
+        num_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
+        softmax_dtype: mstype.Type = mstype.float32,
+    ) -> None:
+        super().__init__()
+        self.attend = _NativeAttention(library)
+        self.window = Tensor([seq_length if window is None else window], mstype.int32)
+        self.positions_1S = Tensor(np.arange(seq_length, dtype=np.int32)[None])
+
+    def construct(  # noqa: PLR0913 - the inputs of attention
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_Pd: Tensor,
+        sin_Pd: Tensor,
+        positions_BS: Tensor | None = None,
+        segment_ids_BS: Tensor | None = None,
+    ) -> Tensor:
+        """As `PlainRotaryAttention`."""
+        shape = q.shape[:2]
+        if positions_BS is None:
+            positions_BS = ops.tile(self.positions_1S, (shape[0], 1))
+        if segment_ids_BS is None:
+            segment_ids_BS = ops.zeros(shape, mstype.int32)
+        return self.attend(q, k, v, cos_Pd, sin_Pd, positions_BS, segment_ids_BS, self.window)[0]
+
+
+class _NativeAttention(nn.Cell):
+    def __init__(self, library: Path) -> None:
+        super().__init__()
+        self.forward = custom.attention_forward(library)
+        self.backward = custom.attention_backward(library)
+
+    def construct(  # noqa: PLR0913 - the operator's inputs
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        window: Tensor,
+    ) -> tuple:
+        return self.forward(q, k, v, cos, sin, positions, segments, window)
+
+    def bprop(  # noqa: PLR0913, PLR0917 - MindSpore's signature: inputs, outputs, their gradients
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        window: Tensor,
+        out: tuple,
+        dout: tuple,
+    ) -> tuple:
+        attended, log_sum, q_rotated, k_rotated = out
+        dq, dk, dv = self.backward(
+            q_rotated,
+            k_rotated,
+            v,
+            cos,
+            sin,
+            positions,
+            segments,
+            window,
+            attended,
+            log_sum,
+            dout[0],
+        )
+        constants = (cos, sin, positions, segments, window)
+        return (dq, dk, dv, *[ops.zeros_like(value) for value in constants])
 
 
 def _spans(length: int, chunk: int, window: int | None) -> tuple[tuple[int, int, int], ...]:

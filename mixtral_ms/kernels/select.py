@@ -8,10 +8,11 @@ from mindspore import dtype as mstype
 from mindspore import nn
 
 from mixtral_ms.errors import UserError
-from mixtral_ms.kernels.attention import CausalAttention
+from mixtral_ms.kernels.attention import NativeRotaryAttention, PlainRotaryAttention
 from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
 from mixtral_ms.kernels.experts import BlockedExperts, NativeExperts, PaddedExperts
 from mixtral_ms.kernels.native.build import native_library
+from mixtral_ms.kernels.rms_norm import NativeRMSNorm, PlainRMSNorm
 
 BACKENDS = ("cpu", "reference", "ascend")
 
@@ -23,6 +24,7 @@ class KernelChoice:
     name: str
     experts: Callable[[], nn.Cell]
     attention: Callable[..., nn.Cell]
+    rms_norm: Callable[[float], nn.Cell]
     cross_entropy: Callable[[], nn.Cell]
 
 
@@ -46,13 +48,22 @@ def select_kernels(
         from mixtral_ms.kernels import ascend  # noqa: PLC0415 - only that backend needs it
 
         return KernelChoice(
-            "ascend", ascend.GroupedExperts, ascend.FlashAttention, LinearCrossEntropy
+            "ascend",
+            ascend.GroupedExperts,
+            ascend.FlashRotaryAttention,
+            ascend.FusedRMSNorm,
+            LinearCrossEntropy,
         )
     library = native_library() if backend == "cpu" and dtype == mstype.float32 else None
-    plain_experts = BlockedExperts if dropless else PaddedExperts
+    if library is None:
+        experts = BlockedExperts if dropless else PaddedExperts
+        return KernelChoice(
+            "plain", experts, PlainRotaryAttention, PlainRMSNorm, LinearCrossEntropy
+        )
     return KernelChoice(
-        "cpu-native" if library else "plain",
-        partial(NativeExperts, library) if library else plain_experts,
-        CausalAttention,
+        "C++",
+        partial(NativeExperts, library),
+        partial(NativeRotaryAttention, library),
+        partial(NativeRMSNorm, library),
         partial(LinearCrossEntropy, library),
     )

@@ -8,7 +8,6 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.kernels import KernelChoice
-from mixtral_ms.kernels.elementwise import apply_rotary, rms_norm
 from mixtral_ms.model.dtypes import compute_type
 from mixtral_ms.model.linear import Linear, empty_parameter
 from mixtral_ms.model.moe import MoEFeedForward
@@ -17,14 +16,14 @@ from mixtral_ms.model.moe import MoEFeedForward
 class RMSNorm(nn.Cell):
     """Root mean square norm with a learned scale."""
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
+    def __init__(self, hidden_size: int, eps: float, kernels: KernelChoice) -> None:
         super().__init__()
-        self.eps = eps
+        self.norm = kernels.rms_norm(eps)
         self.weight = empty_parameter("weight", hidden_size)
 
     def construct(self, x: Tensor) -> Tensor:
         """Normalises the last axis."""
-        return rms_norm(x, self.weight, self.eps)
+        return self.norm(x, self.weight)
 
 
 class Attention(nn.Cell):
@@ -34,9 +33,7 @@ class Attention(nn.Cell):
         self, config: MixtralConfig, seq_length: int, kernels: KernelChoice, dtype: mstype.Type
     ) -> None:
         super().__init__()
-        self.num_heads, self.n_kv_heads = config.num_heads, config.n_kv_heads
-        self.head_dim = config.head_dim
-        queries, keys = self.num_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        queries, keys = (n * config.head_dim for n in (config.num_heads, config.n_kv_heads))
         bias = config.qkv_has_bias
         self.wq = Linear(config.hidden_size, queries, bias, dtype)
         self.wk = Linear(config.hidden_size, keys, bias, dtype)
@@ -52,19 +49,16 @@ class Attention(nn.Cell):
         )
 
     def construct(
-        self, x_BSD: Tensor, cos: Tensor, sin: Tensor, segment_ids_BS: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions_BS: Tensor | None = None,
+        segment_ids_BS: Tensor | None = None,
     ) -> Tensor:
         """Returns (B, S, D)."""
-        batch, length, _ = x_BSD.shape
-        q = apply_rotary(self._heads(self.wq(x_BSD), self.num_heads), cos, sin)
-        k = apply_rotary(self._heads(self.wk(x_BSD), self.n_kv_heads), cos, sin)
-        v = self._heads(self.wv(x_BSD), self.n_kv_heads)
-        out_BSHd = ops.transpose(self.attend(q, k, v, segment_ids_BS), (0, 2, 1, 3))
-        return self.wo(ops.reshape(out_BSHd, (batch, length, self.num_heads * self.head_dim)))
-
-    def _heads(self, x: Tensor, heads: int) -> Tensor:
-        batch, length, _ = x.shape
-        return ops.transpose(ops.reshape(x, (batch, length, heads, self.head_dim)), (0, 2, 1, 3))
+        q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
+        return self.wo(self.attend(q, k, v, cos, sin, positions_BS, segment_ids_BS))
 
 
 class DecoderLayer(nn.Cell):
@@ -80,9 +74,9 @@ class DecoderLayer(nn.Cell):
         dtype: mstype.Type,
     ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.attention = Attention(config, seq_length, kernels, dtype)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.feed_forward = MoEFeedForward(config, layer, batch_size * seq_length, kernels, dtype)
 
     def construct(
@@ -91,10 +85,12 @@ class DecoderLayer(nn.Cell):
         valid_T: Tensor,
         cos: Tensor,
         sin: Tensor,
+        positions_BS: Tensor | None = None,
         segment_ids_BS: Tensor | None = None,
     ) -> tuple:
         """Returns (B, S, D), then the router's losses and statistics (see `RoutedExperts`)."""
-        attended = self.attention(self.attention_norm(x_BSD), cos, sin, segment_ids_BS)
+        normed = self.attention_norm(x_BSD)
+        attended = self.attention(normed, cos, sin, positions_BS, segment_ids_BS)
         x_BSD = x_BSD + ops.cast(attended, x_BSD.dtype)
         outputs = self.feed_forward(self.ffn_norm(x_BSD), valid_T)
         return (x_BSD + ops.cast(outputs[0], x_BSD.dtype), *outputs[1:])

@@ -46,7 +46,7 @@ class MixtralModel(nn.Cell):
                 for i in range(config.num_layers)
             ]
         )
-        self.norm_out = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_out = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         tables = rotary_tables(seq_length, config.head_dim, config.theta)
         rotary_dtype = compute_type(config.rotary_dtype)
         self.cos, self.sin = (Tensor(table).astype(rotary_dtype) for table in tables)
@@ -58,28 +58,24 @@ class MixtralModel(nn.Cell):
         positions_BS: Tensor | None = None,
     ) -> tuple:
         """Returns hidden (B, S, D), then per layer aux_L, z_L, load_LE, dropped_L, entropy_L."""
-        x, valid_T, cos, sin = self.embed(input_ids_BS, positions_BS)
+        x, valid_T = self.embed(input_ids_BS)
         collected = ((), (), (), (), ())
         for layer in self.layers:
-            x, *router = layer(x, valid_T, cos, sin, segment_ids_BS)
+            x, *router = layer(x, valid_T, self.cos, self.sin, positions_BS, segment_ids_BS)
             collected = tuple(
                 collected[i] + (router[i],)
                 for i in range(5)  # noqa: RUF005 - graph mode
             )
         return (self.norm_out(x), *[ops.stack(values) for values in collected])
 
-    def embed(self, input_ids_BS: Tensor, positions_BS: Tensor | None = None) -> tuple:
-        """The first layer's input: x (B, S, D), which tokens are not padding, rotary tables."""
+    def embed(self, input_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """The first layer's input: x (B, S, D), and which tokens (T) are not padding."""
         if self.pad_token_id >= 0:
             valid_T = ops.reshape(ops.not_equal(input_ids_BS, self.pad_token_id), (-1,))
         else:
             valid_T = ops.reshape(input_ids_BS >= 0, (-1,))
-        cos, sin = self.cos, self.sin
-        if positions_BS is not None:
-            cos = ops.expand_dims(ops.gather(self.cos, positions_BS, 0), 1)
-            sin = ops.expand_dims(ops.gather(self.sin, positions_BS, 0), 1)
         x = ops.cast(self.tok_embeddings(input_ids_BS), self.residual_dtype)
-        return x, valid_T, cos, sin
+        return x, valid_T
 
 
 class MixtralForCausalLM(nn.Cell):

@@ -16,9 +16,9 @@ def first_non_finite(step: TrainStep, batch: Batch) -> str:
         if not np.isfinite(parameter.asnumpy()).all():
             return f"the weight {name} itself"
     model = step.network.model
-    x, valid_T, cos, sin = model.embed(Tensor(batch.input_ids))
+    x, valid_T = model.embed(Tensor(batch.input_ids))
     for index, layer in enumerate(model.layers):
-        x = layer(x, valid_T, cos, sin)[0]
+        x = layer(x, valid_T, model.cos, model.sin)[0]
         if not np.isfinite(x.asnumpy()).all():
             return f"the output of model.layers.{index}"
     gradient = step.first_non_finite_gradient()

@@ -18,7 +18,9 @@ from mixtral_ms.files import write_aside
 from mixtral_ms.log import get_logger
 
 SWITCH = "MIXTRAL_MS_NATIVE"
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / name for name in ("experts.cpp", "attention.cpp", "norm_and_loss.cpp"))
+_HEADER = _FOLDER / "common.hpp"
 # -ffast-math vectorises expf; infinities and NaN must still flow to the overflow check.
 _COMPILE = ("-O3", "-march=native", "-std=c++17", "-c", "-fPIC", "-fopenmp-simd", "-ffast-math",
             "-fno-finite-math-only")  # fmt: skip
@@ -61,7 +63,7 @@ def _load_or_build() -> tuple[Path | None, str]:
                 _compile(compiler, path)
         ready = ctypes.CDLL(str(path)).native_ready()
     except (OSError, subprocess.SubprocessError) as error:
-        return None, f"building {_SOURCE.name} failed: {error}"
+        return None, f"building them failed: {error}"
     if not ready:
         return None, "MindSpore's oneDNN does not export the matrix product they call"
     return path, ""
@@ -79,9 +81,9 @@ def _fingerprint(compiler: str) -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         cpu_flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     flags = " ".join(_COMPILE + _LINK)
-    parts = (_SOURCE.read_bytes(), compiler.encode(), flags.encode(), cpu_flags.encode(),
-             mindspore.__version__.encode())  # fmt: skip
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    texts = [path.read_bytes() for path in (*_SOURCES, _HEADER)]
+    others = (compiler, flags, cpu_flags, mindspore.__version__)
+    return hashlib.sha256(b"\0".join(texts + [s.encode() for s in others])).hexdigest()[:16]
 
 
 class _locked:  # noqa: N801 - reads as a verb in `with _locked(path)`
@@ -101,9 +103,10 @@ class _locked:  # noqa: N801 - reads as a verb in `with _locked(path)`
 def _compile(compiler: str, path: Path) -> None:
     get_logger().info("building the C++ kernels (once on this machine)")
     with tempfile.TemporaryDirectory() as folder, write_aside(path) as aside:
-        compiled = str(Path(folder) / "kernels.o")
-        _run([compiler, *_COMPILE, str(_SOURCE), "-o", compiled])
-        _run([compiler, compiled, "-o", str(aside), *_LINK])
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in _SOURCES]
+        for source, compiled in zip(_SOURCES, objects, strict=True):
+            _run([compiler, *_COMPILE, str(source), "-o", compiled])
+        _run([compiler, *objects, "-o", str(aside), *_LINK])
 
 
 def _run(command: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The C++ kernels as MindSpore operators (`ops.Custom`, AOT); shapes as in kernels.cpp."""
+"""The C++ kernels as MindSpore operators (`ops.Custom`, AOT); shapes as in the .cpp files."""
 
 from pathlib import Path
 
@@ -27,6 +27,57 @@ def expert_ffn_backward(library: Path) -> ops.Custom:
         return x, x, x, x
 
     return ops.Custom(f"{library}:expert_ffn_backward", shapes, dtypes, "aot")
+
+
+def attention_forward(library: Path) -> ops.Custom:
+    """q (B, S, Hd), k, v (B, S, Kd), cos, sin (P, d), positions, segments (B, S), window (1).
+
+    Returns out (B, S, Hd), the log of each row's sum (B, H, S), rotated q and rotated k.
+    """
+
+    def shapes(q: list, k: list, _v: list, cos: list, *_: list) -> tuple:
+        return q, [q[0], q[2] // cos[1], q[1]], q, k
+
+    def dtypes(q: object, *_: object) -> tuple:
+        return q, q, q, q
+
+    return ops.Custom(f"{library}:attention_forward", shapes, dtypes, "aot")
+
+
+def attention_backward(library: Path) -> ops.Custom:
+    """The forward's inputs (q and k rotated), out, log sums, d_out -> dq, dk, dv."""
+
+    def shapes(q: list, k: list, v: list, *_: list) -> tuple:
+        return q, k, v
+
+    def dtypes(q: object, *_: object) -> tuple:
+        return q, q, q
+
+    return ops.Custom(f"{library}:attention_backward", shapes, dtypes, "aot")
+
+
+def rms_norm_forward(library: Path) -> ops.Custom:
+    """x (T, D), weight (D), eps (1) -> y (T, D), inverse root mean square (T)."""
+
+    def shapes(x: list, _weight: list, _eps: list) -> tuple:
+        return x, [x[0]]
+
+    def dtypes(x: object, *_: object) -> tuple:
+        return x, x
+
+    return ops.Custom(f"{library}:rms_norm_forward", shapes, dtypes, "aot")
+
+
+def rms_norm_backward(library: Path) -> ops.Custom:
+    """x (T, D), weight (D), inverse (T), dy (T, D) -> dx (T, D), d_weight (D)."""
+
+    def shapes(x: list, weight: list, *_: list) -> tuple:
+        return x, weight
+
+    def dtypes(x: object, *_: object) -> tuple:
+        return x, x
+
+    return ops.Custom(f"{library}:rms_norm_backward", shapes, dtypes, "aot")
 
 
 def softmax_cross_entropy(library: Path) -> ops.Custom:

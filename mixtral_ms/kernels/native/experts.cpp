@@ -1,61 +1,14 @@
-// Float32 CPU kernels of the Mixtral step, called by MindSpore through ops.Custom (AOT).
+// The experts' SwiGLU networks over rows grouped by expert: nothing is padded.
 //
-// Legend: R rows sorted by expert, D hidden, F intermediate, E experts, T tokens, V vocabulary.
-// The matrix products go to the oneDNN that MindSpore itself ships and has loaded, called
-// sequentially from our own threads: one task is one expert's block of rows, so nothing is padded
-// and the elementwise work between two products happens while the block is still in the cache.
-#include <dlfcn.h>
-#include <sched.h>
+// Legend: R rows sorted by expert, D hidden, F intermediate, E experts.
+#include "common.hpp"
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <thread>
-#include <vector>
+using namespace native;
 
 namespace {
 
-using Sgemm = int (*)(char, char, int64_t, int64_t, int64_t, float, const float*, int64_t,
-                      const float*, int64_t, float, float*, int64_t, void*);
-
-constexpr int64_t kRowBlock = 128;  // rows of one task: its activations stay in the cache
+constexpr int64_t kRowBlock = 128;     // rows of one task: its activations stay in the cache
 constexpr int64_t kWeightBlock = 512;  // rows of a weight gradient per task
-
-Sgemm find_sgemm() {
-  void* library = dlopen("libdnnl.so.2", RTLD_LAZY | RTLD_NOLOAD);
-  if (library == nullptr) return nullptr;
-  return reinterpret_cast<Sgemm>(dlsym(library, "dnnl_threadpool_interop_sgemm"));
-}
-
-const Sgemm sgemm = find_sgemm();
-
-// C (m, n) = op(A) op(B) + beta C, all row-major and dense in their leading dimension.
-void gemm(char ta, char tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
-          const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
-  sgemm(ta, tb, m, n, k, 1.0f, a, lda, b, ldb, beta, c, ldc, nullptr);
-}
-
-int thread_count() {
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
-  return std::max(1, CPU_COUNT(&set));
-}
-
-void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body) {
-  std::atomic<int64_t> next{0};
-  auto work = [&] {
-    for (int64_t i = next++; i < tasks; i = next++) body(i);
-  };
-  std::vector<std::thread> threads;
-  const int64_t extra = std::min<int64_t>(thread_count(), tasks) - 1;
-  for (int64_t i = 0; i < extra; ++i) threads.emplace_back(work);
-  work();
-  for (auto& thread : threads) thread.join();
-}
 
 struct RowTask {
   int64_t expert, begin, rows;
@@ -80,11 +33,6 @@ int64_t total_rows(const int32_t* sizes, int64_t experts) {
   int64_t total = 0;
   for (int64_t e = 0; e < experts; ++e) total += sizes[e];
   return total;
-}
-
-// A buffer without the cost of zeroing; pages are reused by malloc between calls.
-std::unique_ptr<float[]> scratch(int64_t count) {
-  return std::unique_ptr<float[]>(new float[count]);
 }
 
 void swiglu(const float* gate, const float* up, float* out, int64_t count) {
@@ -184,42 +132,6 @@ int expert_ffn_backward(int count, void** params, int*, int64_t** shapes, const 
       gemm('T', 'N', D, rows, n, dy + begin * D, D, act.get() + begin * F + f, F, 0.0f, out + f,
            F);
     }
-  });
-  return 0;
-}
-
-// inputs: logits (T, V), labels (T) int32, ignored where negative
-// outputs: loss (T), d_logits (T, V) = softmax - one-hot, both zero where ignored
-int softmax_cross_entropy(int count, void** params, int*, int64_t** shapes, const char**, void*,
-                          void*) {
-  if (count != 4) return 1;
-  const int64_t T = shapes[0][0], V = shapes[0][1];
-  auto logits = static_cast<const float*>(params[0]);
-  auto labels = static_cast<const int32_t*>(params[1]);
-  auto loss = static_cast<float*>(params[2]), d_logits = static_cast<float*>(params[3]);
-  parallel_for(T, [&](int64_t t) {
-    const float* row = logits + t * V;
-    float* out = d_logits + t * V;
-    const int64_t label = labels[t];
-    if (label < 0 || label >= V) {
-      loss[t] = 0.0f;
-      std::memset(out, 0, V * sizeof(float));
-      return;
-    }
-    float peak = row[0];
-#pragma omp simd reduction(max : peak)
-    for (int64_t v = 0; v < V; ++v) peak = row[v] > peak ? row[v] : peak;
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t v = 0; v < V; ++v) {
-      out[v] = expf(row[v] - peak);
-      sum += out[v];
-    }
-    const float scale = 1.0f / sum;
-#pragma omp simd
-    for (int64_t v = 0; v < V; ++v) out[v] *= scale;
-    out[label] -= 1.0f;
-    loss[t] = std::log(sum) + peak - row[label];
   });
   return 0;
 }

@@ -1,0 +1,51 @@
+"""RMSNorm as cells: plain operators, or one C++ kernel each way.
+
+Legend: T tokens, D hidden.
+"""
+
+from pathlib import Path
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from mixtral_ms.kernels.elementwise import rms_norm
+from mixtral_ms.kernels.native import custom
+
+
+class PlainRMSNorm(nn.Cell):
+    """`elementwise.rms_norm` with a fixed eps."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def construct(self, x: Tensor, weight_D: Tensor) -> Tensor:
+        """Normalises the last axis."""
+        return rms_norm(x, weight_D, self.eps)
+
+
+class NativeRMSNorm(nn.Cell):
+    """The same in C++ (float32): one pass over the data each way."""
+
+    def __init__(self, library: Path, eps: float) -> None:
+        super().__init__()
+        self.norm = _NativeNorm(library, eps)
+
+    def construct(self, x: Tensor, weight_D: Tensor) -> Tensor:
+        """Normalises the last axis."""
+        y_TD = self.norm(ops.reshape(x, (-1, x.shape[-1])), weight_D)[0]
+        return ops.reshape(y_TD, x.shape)
+
+
+class _NativeNorm(nn.Cell):
+    def __init__(self, library: Path, eps: float) -> None:
+        super().__init__()
+        self.forward = custom.rms_norm_forward(library)
+        self.backward = custom.rms_norm_backward(library)
+        self.eps = Tensor([eps], mstype.float32)
+
+    def construct(self, x_TD: Tensor, weight_D: Tensor) -> tuple:
+        return self.forward(x_TD, weight_D, self.eps)
+
+    def bprop(self, x_TD: Tensor, weight_D: Tensor, out: tuple, dout: tuple) -> tuple:
+        return self.backward(x_TD, weight_D, out[1], dout[0])
