@@ -21,11 +21,12 @@ class TokenPacker:
         """Whole rows that can be taken."""
         return self.pending // self.row_length
 
-    def add(self, ids: np.ndarray) -> None:
-        """Append ids, int32 (tokens,), to the stream."""
-        self._parts.append(ids)
-        self.tokens += len(ids)
-        self.pending += len(ids)
+    def add(self, *parts: np.ndarray) -> None:
+        """Append ids, each part int32 (tokens,), to the stream."""
+        self._parts += parts
+        count = sum(map(len, parts))
+        self.tokens += count
+        self.pending += count
 
     def take(self, limit: int | None = None) -> np.ndarray:
         """Remove and return the whole rows, at most `limit`: int32 (rows, row_length)."""

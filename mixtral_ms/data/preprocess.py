@@ -115,6 +115,7 @@ def _encode_and_write(
     """Run the documents through; fills the packer, the writer and the count of documents."""
     before = np.array([tokenizer.bos_id] * options.add_bos, np.int32)
     after = np.array([tokenizer.eos_id] * options.add_eos, np.int32)
+    nothing = np.empty(0, np.int32)
     batch = writer.batch_rows(packer.row_length)
     limit = options.samples_num
 
@@ -122,12 +123,9 @@ def _encode_and_write(
         return None if limit is None else limit - writer.records
 
     for text, starts, ends in pieces:
-        if starts:
-            summary.documents += 1
-            packer.add(before)
-        packer.add(tokenizer.encode_array(text))
-        if ends:
-            packer.add(after)
+        summary.documents += starts
+        ids = tokenizer.encode_array(text)
+        packer.add(before if starts else nothing, ids, after if ends else nothing)
         if packer.ready >= batch or (limit is not None and packer.ready >= room()):
             writer.write(input_ids=packer.take(room()))
             if limit is not None and writer.records >= limit:

@@ -64,7 +64,8 @@ def clean_wikitext(text: str) -> str:
     """Undo WikiText's tokenization: spaces around punctuation, inside brackets and quotes."""
     text = _replace_all(text, _SPACING_BEFORE_PAIRS)
     for opening, closing in _PAIRS:
-        text = _strip_inside(text, opening, closing)
+        if opening in text:
+            text = _strip_inside(text, opening, closing)
     return _replace_all(text, _SPACING_AFTER_PAIRS)
 
 
