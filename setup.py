@@ -10,9 +10,13 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "mixtral_ms/__init__.py").read_text(encoding="utf-8"), re.M
 ).group(1)
 
+# The version that everything is tested with, and the newest with which the C++ kernels work: they
+# call a function of its oneDNN that 2.10 does not export.
+TESTED_MINDSPORE = "mindspore==2.7.2"
 TOKENIZER_EXAMPLE = "mistral-common>=1.8"
 TENSORBOARD = "tensorboardX>=2.6"
 PARQUET = "pyarrow>=15"
+FAST_TOKENIZER = "gigatoken>=0.10"
 
 setup(
     name="mixtral-ms",
@@ -40,13 +44,15 @@ setup(
         "matplotlib>=3.7",
     ],
     extras_require={
-        "example": [TOKENIZER_EXAMPLE],
+        "example": [TESTED_MINDSPORE, TOKENIZER_EXAMPLE],
+        "fast": [FAST_TOKENIZER],
         "tensorboard": [TENSORBOARD],
         "parquet": [PARQUET],
         "mindformers": ["mindformers==1.8.0", "transformers==4.57.1"],
         "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
         "eval": ["lm-eval>=0.4.5"],
         "test": [
+            TESTED_MINDSPORE,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
@@ -56,6 +62,7 @@ setup(
             TOKENIZER_EXAMPLE,
             TENSORBOARD,
             PARQUET,
+            FAST_TOKENIZER,
         ],
     },
     entry_points={"console_scripts": ["mixtral-ms=mixtral_ms.__main__:main"]},
