@@ -10,8 +10,8 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "mixtral_ms/__init__.py").read_text(encoding="utf-8"), re.M
 ).group(1)
 
-# The version that everything is tested with, and the newest with which the C++ kernels work: they
-# call a function of its oneDNN that 2.10 does not export.
+# The version that everything is tested with. With 2.10 the C++ kernels are off: its oneDNN does
+# not export the function they call.
 TESTED_MINDSPORE = "mindspore==2.7.2"
 TOKENIZER_EXAMPLE = "mistral-common>=1.8"
 TENSORBOARD = "tensorboardX>=2.6"
