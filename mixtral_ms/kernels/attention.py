@@ -193,6 +193,8 @@ class NativeRotaryAttention(nn.Cell):
             positions_BS = ops.tile(self.positions_1S, (shape[0], 1))
         if segment_ids_BS is None:
             segment_ids_BS = ops.zeros(shape, mstype.int32)
+        # rotary_dtype may be narrower than the compute dtype; the kernel reads float32.
+        cos_Pd, sin_Pd = ops.cast(cos_Pd, mstype.float32), ops.cast(sin_Pd, mstype.float32)
         return self.attend(q, k, v, cos_Pd, sin_Pd, positions_BS, segment_ids_BS, self.window)[0]
 
 

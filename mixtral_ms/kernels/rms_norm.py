@@ -33,8 +33,9 @@ class NativeRMSNorm(nn.Cell):
 
     def construct(self, x: Tensor, weight_D: Tensor) -> Tensor:
         """Normalises the last axis."""
-        y_TD = self.norm(ops.reshape(x, (-1, x.shape[-1])), weight_D)[0]
-        return ops.reshape(y_TD, x.shape)
+        # The residual stream may be narrower than the compute dtype; the kernel reads float32.
+        x_TD = ops.cast(ops.reshape(x, (-1, x.shape[-1])), mstype.float32)
+        return ops.cast(ops.reshape(self.norm(x_TD, weight_D)[0], x.shape), x.dtype)
 
 
 class _NativeNorm(nn.Cell):

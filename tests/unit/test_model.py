@@ -275,6 +275,17 @@ def test_float16_is_near_float32():
     assert 0 < np.median(np.abs(half - full)) < 1e-2 * np.abs(full).max()
 
 
+@pytest.mark.parametrize("key", ["residual_dtype", "rotary_dtype"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_narrow_part_of_a_float32_network(key, backend):
+    """Kernels of float32 must not read a float16 tensor's bytes."""
+    config = tiny_config(**{key: "float16"})
+    ids = random_ids(config)
+    mixed = logits_of(MixtralForCausalLM(config, seed=1, backend=backend), ids)
+    full = logits_of(MixtralForCausalLM(tiny_config(), seed=1), ids)
+    assert 0 < np.median(np.abs(mixed - full)) < 1e-2 * np.abs(full).max()
+
+
 def test_jitter_acts_in_training_only():
     config = tiny_config(moe_config={"router_jitter": 0.3})
     network = MixtralForCausalLM(config, seed=1)
