@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import Parameter, Tensor, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.errors import UserError
@@ -30,11 +30,10 @@ class AdamW:
     ) -> None:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.updates = 0
-        self._names = [p.name for p in parameters]
-        self._cells = {
-            scaled: _Update(parameters, betas, weight_decay, scaled) for scaled in (False, True)
-        }
-        self._moments = self._cells[True].share_moments(self._cells[False])
+        self._parameters = parameters
+        self._first = [_zeros_like(p, FIRST_MOMENT) for p in parameters]
+        self._second = [_zeros_like(p, SECOND_MOMENT) for p in parameters]
+        self._fused = ops.AdamWeightDecay()
 
     def update(self, gradients: tuple[Tensor, ...], learning_rate: float, scale: float) -> None:
         """One step on gradients * scale.
@@ -46,23 +45,23 @@ class AdamW:
         self.updates += 1
         root2 = (1.0 - self.betas[1] ** self.updates) ** 0.5
         correction = root2 / (1.0 - self.betas[0] ** self.updates)
-        # Multiplying by exactly 1 would still read and write every gradient once more.
-        cell = self._cells[scale != 1.0]
-        cell(
-            Tensor(learning_rate * correction, mstype.float32),
-            Tensor(self.eps * root2, mstype.float32),
-            Tensor(self.weight_decay / correction, mstype.float32),
-            Tensor(scale, mstype.float32),
-            *gradients,
-        )
+        rate = _scalar(learning_rate * correction)
+        beta1, beta2 = _scalar(self.betas[0]), _scalar(self.betas[1])
+        eps, no_decay = _scalar(self.eps * root2), _scalar(0.0)
+        decay = _scalar(self.weight_decay / correction)
+        # Operator by operator, not as a graph: a graph holds its inputs until it runs again, and
+        # the gradients of the next step would stand beside those of this one.
+        for parameter, first, second, gradient in zip(
+            self._parameters, self._first, self._second, gradients, strict=True
+        ):
+            # Multiplying by exactly 1 would still read and write every gradient once more.
+            scaled = gradient if scale == 1.0 else gradient * scale
+            decayed = decay if parameter.ndim > 1 else no_decay
+            self._fused(parameter, first, second, rate, beta1, beta2, eps, decayed, scaled)
 
     def state_tensors(self) -> dict[str, np.ndarray]:
         """Moments by name: `adam_m.<parameter>` and `adam_v.<parameter>`."""
-        return {
-            prefix + name: moment.asnumpy()
-            for prefix, moments in self._moments.items()
-            for name, moment in zip(self._names, moments, strict=True)
-        }
+        return {moment.name: moment.asnumpy() for moment in (*self._first, *self._second)}
 
     def load_state_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Take the moments of a checkpoint.
@@ -70,11 +69,7 @@ class AdamW:
         Raises:
             UserError: a moment is missing, surplus or of another shape.
         """
-        expected = {
-            prefix + name: moment
-            for prefix, moments in self._moments.items()
-            for name, moment in zip(self._names, moments, strict=True)
-        }
+        expected = {moment.name: moment for moment in (*self._first, *self._second)}
         differing = sorted(expected.keys() ^ tensors.keys())
         if differing:
             raise UserError(
@@ -91,60 +86,10 @@ class AdamW:
             moment.set_data(Tensor.from_numpy(np.array(tensors[name], np.float32)))
 
 
-class _Update(nn.Cell):
-    """The fused update of every parameter as one graph."""
-
-    def __init__(
-        self, parameters: list[Parameter], betas: tuple, weight_decay: float, scaled: bool
-    ) -> None:
-        super().__init__(auto_prefix=False)
-        self.parameters_ = ParameterTuple(parameters)
-        self.first = self.second = None
-        self.decayed = tuple(weight_decay != 0.0 and len(p.shape) > 1 for p in parameters)
-        self.scaled = scaled
-        self.beta1 = Tensor(betas[0], mstype.float32)
-        self.beta2 = Tensor(betas[1], mstype.float32)
-        self.fused = ops.AdamWeightDecay()
-
-    def share_moments(self, other: "_Update") -> dict[str, ParameterTuple]:
-        """Make the moments, one set for both cells."""
-        for owner in (self, other):
-            owner.first = self.first or _zeros(self.parameters_, FIRST_MOMENT)
-            owner.second = self.second or _zeros(self.parameters_, SECOND_MOMENT)
-        return {FIRST_MOMENT: self.first, SECOND_MOMENT: self.second}
-
-    def construct(
-        self,
-        learning_rate: Tensor,
-        eps: Tensor,
-        decay: Tensor,
-        scale: Tensor,
-        *gradients: Tensor,
-    ) -> bool:
-        for i in range(len(self.parameters_)):
-            gradient = gradients[i] * scale if self.scaled else gradients[i]
-            self.fused(
-                self.parameters_[i],
-                self.first[i],
-                self.second[i],
-                learning_rate,
-                self.beta1,
-                self.beta2,
-                eps,
-                decay if self.decayed[i] else Tensor(0.0, mstype.float32),
-                gradient,
-            )
-        return True
+def _zeros_like(parameter: Parameter, prefix: str) -> Parameter:
+    zeros = Tensor.from_numpy(np.zeros(parameter.shape, np.float32))
+    return Parameter(zeros, name=prefix + parameter.name, requires_grad=False)
 
 
-def _zeros(parameters: ParameterTuple, prefix: str) -> ParameterTuple:
-    return ParameterTuple(
-        [
-            Parameter(
-                Tensor.from_numpy(np.zeros(p.shape, np.float32)),
-                name=prefix + p.name,
-                requires_grad=False,
-            )
-            for p in parameters
-        ]
-    )
+def _scalar(value: float) -> Tensor:
+    return Tensor(value, mstype.float32)

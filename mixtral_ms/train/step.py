@@ -58,7 +58,6 @@ class TrainStep:
             self._clear = _Clear(self._gradients.sums)
         else:
             self._gradients = _Gradients(network)
-        self._norm = _SquaredNorm()
         self._last_gradients: tuple[Tensor, ...] = ()
 
     def __call__(
@@ -79,7 +78,7 @@ class TrainStep:
                 Tensor(loss_scale / self.accumulation, mstype.float32),
             )
             totals.add(outputs)
-        norm = math.sqrt(float(self._norm(*gradients))) / loss_scale
+        norm = _global_norm(gradients) / loss_scale
         skipped = not math.isfinite(norm)
         # Kept only for the diagnosis: holding them longer costs the model's size in memory.
         self._last_gradients = gradients if skipped else ()
@@ -212,15 +211,8 @@ class _Clear(nn.Cell):
         return True
 
 
-class _SquaredNorm(nn.Cell):
-    """Sum of squares over all gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.half_square = ops.L2Loss()
-
-    def construct(self, *gradients: Tensor) -> Tensor:
-        total = Tensor(0.0, mstype.float32)
-        for gradient in gradients:
-            total = total + self.half_square(gradient)
-        return 2.0 * total
+def _global_norm(gradients: tuple[Tensor, ...]) -> float:
+    """Root of the sum of squares over all gradients."""
+    half_square = ops.L2Loss()  # sum(x^2) / 2
+    # In float64 on the host: float32 would lose small tensors beside large ones.
+    return math.sqrt(2.0 * sum(float(half_square(gradient)) for gradient in gradients))
