@@ -1,0 +1,126 @@
+"""Ascend kernels, written from MindSpore's documented interfaces.
+
+No Ascend device runs in CI: these cells are checked only where somebody has one, by
+`pytest tests/unit/test_kernels.py --device Ascend`, which holds them to the same contract.
+
+Legend: B batch, S sequence, H heads, K kv heads, d head_dim, R rows, D hidden, F intermediate,
+E experts, P positions.
+"""
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.ops.auto_generate import GroupedMatmul
+
+from mixtral_ms.kernels.attention import visible
+from mixtral_ms.kernels.elementwise import apply_rotary, swiglu
+
+_COMPRESSED_MASK = 2048  # side of the mask that sparse modes 2 and 4 ask for
+_WHOLE_MASK, _CAUSAL, _BAND = 0, 2, 4
+
+
+class FusedRMSNorm(nn.Cell):
+    """`ops.rms_norm`; the sum of squares is float32 inside the kernel."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def construct(self, x: Tensor, weight_D: Tensor) -> Tensor:
+        """Normalises the last axis."""
+        return ops.rms_norm(x, ops.cast(weight_D, x.dtype), self.eps)[0]
+
+
+class FlashRotaryAttention(nn.Cell):
+    """Rotary embedding and `ops.flash_attention_score` in its BSH layout.
+
+    The kernel takes float16 and bfloat16; float32 inputs are computed as bfloat16.
+
+    Args:
+        seq_length, num_heads, n_kv_heads, head_dim, window: as `attention.CausalAttention`.
+        softmax_dtype: float32 inside the kernel, whatever is given.
+    """
+
+    def __init__(  # noqa: PLR0913 - the sizes of attention
+        self,
+        seq_length: int,
+        num_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
+        softmax_dtype: mstype.Type = mstype.float32,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.n_kv_heads, self.head_dim = num_heads, n_kv_heads, head_dim
+        self.scale = 1.0 / float(np.sqrt(head_dim))
+        self.sparse_mode = _CAUSAL if window is None else _BAND
+        self.pre_tokens = seq_length if window is None else window - 1
+        side = np.arange(_COMPRESSED_MASK)
+        self.compressed_hidden = Tensor(~visible(side, side, None))
+        rows = np.arange(seq_length)
+        self.hidden_SS = Tensor(~visible(rows, rows, window))
+
+    def construct(  # noqa: PLR0913 - the inputs of attention
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_Pd: Tensor,
+        sin_Pd: Tensor,
+        positions_BS: Tensor | None = None,
+        segment_ids_BS: Tensor | None = None,
+    ) -> Tensor:
+        """As `attention.PlainRotaryAttention`."""
+        cos, sin = cos_Pd, sin_Pd
+        if positions_BS is not None:
+            cos = ops.expand_dims(ops.gather(cos_Pd, positions_BS, 0), 1)
+            sin = ops.expand_dims(ops.gather(sin_Pd, positions_BS, 0), 1)
+        dtype = mstype.bfloat16 if q.dtype == mstype.float32 else q.dtype
+        hidden, mode = self.compressed_hidden, self.sparse_mode
+        if segment_ids_BS is not None:
+            other = ops.not_equal(
+                ops.expand_dims(segment_ids_BS, 2), ops.expand_dims(segment_ids_BS, 1)
+            )
+            hidden, mode = ops.expand_dims(ops.logical_or(other, self.hidden_SS), 1), _WHOLE_MASK
+        out = ops.flash_attention_score(
+            ops.cast(self._rotated(q, self.num_heads, cos, sin), dtype),
+            ops.cast(self._rotated(k, self.n_kv_heads, cos, sin), dtype),
+            ops.cast(v, dtype),
+            self.num_heads,
+            attn_mask=hidden,
+            scalar_value=self.scale,
+            pre_tokens=self.pre_tokens,
+            next_tokens=0,
+            input_layout="BSH",
+            sparse_mode=mode,
+        )
+        return ops.cast(out, q.dtype)
+
+    def _rotated(self, x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        x_BSHd = ops.reshape(x, (batch, length, heads, self.head_dim))
+        x_BHSd = apply_rotary(ops.transpose(x_BSHd, (0, 2, 1, 3)), cos, sin)
+        return ops.reshape(ops.transpose(x_BHSd, (0, 2, 1, 3)), (batch, length, width))
+
+
+class GroupedExperts(nn.Cell):
+    """Expert networks by the grouped matrix product; its weights are (E, inputs, outputs)."""
+
+    layout = "packed"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product = GroupedMatmul(split_item=3, group_type=0)
+
+    def construct(
+        self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
+    ) -> Tensor:
+        """Rows past the groups are not written by the kernel, and nothing reads them."""
+        ends_E = ops.cast(ops.cumsum(sizes_E, 0), mstype.int64)
+        gate = self._grouped(x_RD, w1_EFD, ends_E)
+        up = self._grouped(x_RD, w3_EFD, ends_E)
+        return self._grouped(swiglu(gate, up), w2_EDF, ends_E)
+
+    def _grouped(self, x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
+        transposed = ops.transpose(weight, (0, 2, 1))
+        return self.product([x], [transposed], None, None, None, None, None, ends_E)[0]
