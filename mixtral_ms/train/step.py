@@ -70,6 +70,8 @@ class TrainStep:
             )
         tokens = max(1, sum(batch.supervised_tokens for batch in micro_batches))
         totals = _Totals(tokens, self.accumulation)
+        if self.accumulation > 1:
+            self._clear()  # not after the step: the diagnosis of a skipped one reads the sums
         for batch in micro_batches:
             outputs, gradients = self._gradients(
                 Tensor(batch.input_ids),
@@ -84,8 +86,6 @@ class TrainStep:
         self._last_gradients = gradients if skipped else ()
         if not skipped:
             self.optimizer.update(gradients, learning_rate, self._factor(norm) / loss_scale)
-        if self.accumulation > 1:
-            self._clear()
         return totals.result(norm, skipped)
 
     def first_non_finite_gradient(self) -> str | None:

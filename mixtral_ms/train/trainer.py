@@ -217,7 +217,7 @@ class _TrainingRun:
         limit = self.config.runner_wrapper.max_skipped_steps
         if self.skipped_in_a_row < limit:
             return
-        where = first_non_finite(self.step_fn, micro_batches[-1])
+        where = first_non_finite(self.step_fn, micro_batches)
         raise NotFiniteError(
             f"{limit} steps in a row, up to step {step}, had gradients that are not finite "
             f"(loss scale {self.loss_scale.value:g}); first not finite is {where}. Resume from "
