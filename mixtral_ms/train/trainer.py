@@ -207,7 +207,7 @@ class _TrainingRun:
     def _set_jitter_key(self, step: int) -> None:
         """Another noise each step, the same after a resume."""
         if self.config.moe_config.router_jitter > 0:
-            key = float((self.config.seed * 7919 + step) % 100003) * 0.37
+            key = float((self.config.seed * 7919 + step) % 100003)
             for layer in self.network.model.layers:
                 router = layer.feed_forward.routed_experts.router
                 router.jitter_key.set_data(mindspore.Tensor(key, mindspore.float32))
