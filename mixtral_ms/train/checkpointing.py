@@ -118,13 +118,28 @@ def find_resume(config: RunConfig) -> Checkpoint | None:
     if not config.resume_training:
         return None
     name = config.resume_training if isinstance(config.resume_training, str) else None
-    root = Path(config.load_checkpoint) if config.load_checkpoint else checkpoint_root(config)
+    root = _resume_root(config)
     if not config.load_checkpoint and name is None and not list_checkpoints(root):
         get_logger().info("no checkpoint in %s yet: starting from step 0", root)
         return None
     path = resolve_checkpoint(root, name)
     get_logger().info("resuming from %s", path)
     return load_checkpoint(path, verify=False)  # resolve_checkpoint has verified it
+
+
+def _resume_root(config: RunConfig) -> Path:
+    """Where to resume from: the run's own checkpoints, else load_checkpoint.
+
+    A run that began with the weights of load_checkpoint goes on from what it has saved itself.
+    """
+    own = checkpoint_root(config)
+    if not config.load_checkpoint:
+        return own
+    given = Path(config.load_checkpoint)
+    if own.resolve() in (given.resolve(), given.resolve().parent) or not list_checkpoints(own):
+        return given
+    get_logger().info("%s holds checkpoints of this run: not resuming from %s", own, given)
+    return own
 
 
 def restore(
@@ -141,6 +156,11 @@ def restore(
         UserError: it is of another network, or the data would not continue where it stopped.
     """
     state = checkpoint.state
+    if OPTIMIZER not in checkpoint.tensors:
+        raise UserError(
+            f"cannot resume {checkpoint.path}: it holds weights without optimizer state; to start "
+            f"a new run from them: --resume_training False --load_checkpoint {checkpoint.path}"
+        )
     _require_same_data(state, data_state(config, fingerprint), checkpoint.path)
     load_parameters(network, checkpoint.tensors[MODEL], checkpoint.path)
     optimizer.load_state_tensors(checkpoint.tensors[OPTIMIZER])
