@@ -1,15 +1,18 @@
 """From a configuration to the objects of a run."""
 
+from pathlib import Path
+
 import mindspore
 
 from mixtral_ms.checkpoint.store import load_checkpoint, resolve_checkpoint
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.data_sections import DatasetSection
-from mixtral_ms.config.training_sections import TensorBoardSection
+from mixtral_ms.config.training_sections import MetricsWriterSection, TensorBoardSection
 from mixtral_ms.data.loader import RecordLoader
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.checkpointing import MODEL, load_parameters
+from mixtral_ms.train.metrics import METRICS_FILE
 from mixtral_ms.train.optimizer import AdamW
 from mixtral_ms.train.schedule import Schedule, build_schedule, constant_schedule
 
@@ -76,6 +79,13 @@ def build_learning_rate(config: RunConfig, total_steps: int) -> Schedule:
 def callback(config: RunConfig, kind: type) -> object | None:
     """The first callback section of a kind, None without one."""
     return next((c for c in config.callbacks if isinstance(c, kind)), None)
+
+
+def metrics_path(config: RunConfig) -> Path:
+    """The run's metrics file."""
+    section = callback(config, MetricsWriterSection)
+    named = section.path if section else None
+    return Path(named or Path(config.output_dir) / METRICS_FILE)
 
 
 def tensorboard_folder(config: RunConfig) -> str | None:

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,15 @@ class Saver:
         self.saved_step, self._saved_at = step, time.monotonic()
         get_logger().info("saved %s", self.writer.root / name)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         """Return when everything is on disk."""
         self.writer.close()
 

@@ -34,6 +34,9 @@ TIMING_FIELDS = frozenset(
 LAYER_FIELDS = ("expert_load", "drop_percent", "router_entropy")
 """Lists with one item a layer; expert_load's item is a list with one share an expert."""
 
+METRICS_FILE = "metrics.jsonl"
+"""Its name in a run's output_dir, unless the MetricsWriter callback says otherwise."""
+
 _NOT_FINITE = ("nan", "inf", "-inf")
 
 

@@ -11,36 +11,41 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
 from mixtral_ms.train.charts import Records, draw_charts, layer_series, series
 from mixtral_ms.train.flops import Mfu
-from mixtral_ms.train.metrics import read_metrics
+from mixtral_ms.train.metrics import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
-METRICS_FILE = "metrics.jsonl"
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _LAST_STEPS = 10
 
 
-def write_report(output_dir: str | Path, config_text: str) -> Path:
+def write_report(
+    output_dir: str | Path, config_text: str, metrics: str | Path | None = None
+) -> Path:
     """Write report.html and its PNGs into `output_dir`; whatever the metrics lack is left out.
 
     The page holds its pictures, so that it can be sent alone.
 
     Args:
-        output_dir: the run's folder, with metrics.jsonl.
+        output_dir: the run's folder.
         config_text: the configuration as YAML.
+        metrics: the run's metrics file; None means metrics.jsonl in `output_dir`.
 
     Raises:
-        UserError: there is no metrics.jsonl, or no step in it.
+        UserError: there is no such file, or no step in it.
     """
     from jinja2 import Environment, StrictUndefined  # noqa: PLC0415 - only a report needs it
 
     folder = Path(output_dir)
-    if not (folder / METRICS_FILE).is_file():
-        raise UserError(f"no report: {folder} holds no {METRICS_FILE}; give a run's output_dir")
-    records = read_metrics(folder / METRICS_FILE)
+    metrics = Path(metrics or folder / METRICS_FILE)
+    if not metrics.is_file():
+        raise UserError(
+            f"no report: {metrics.parent} holds no {metrics.name}; give a run's output_dir"
+        )
+    records = read_metrics(metrics)
     train = [record for record in records if record["kind"] == "train"]
     evaluations = [record for record in records if record["kind"] == "eval"]
     if not records:
-        raise UserError(f"no report: {folder / METRICS_FILE} holds no step yet")
+        raise UserError(f"no report: {metrics} holds no step yet")
     charts = [
         {"title": chart.title, "reading": chart.reading, "file": chart.file}
         | {"data": base64.b64encode((folder / chart.file).read_bytes()).decode()}

@@ -26,6 +26,7 @@ from mixtral_ms.train.build import (
     build_network,
     build_optimizer,
     callback,
+    metrics_path,
     set_up_device,
     tensorboard_folder,
 )
@@ -165,12 +166,12 @@ class _TrainingRun:
         """Train from `step` on."""
         self._announce(step)
         metrics = callback(self.config, MetricsWriterSection) or MetricsWriterSection()
-        path = Path(metrics.path or Path(self.config.output_dir) / "metrics.jsonl")
         if self.plan.last_step <= step:
             get_logger().info("nothing to do: step %d of %d is done", step, self.plan.last_step)
         loss = float("nan")
-        writer = MetricsWriter(path, tensorboard_folder(self.config), resume_step=step or None)
-        with StopRequest() as stop, writer:
+        # A run that was killed before its first checkpoint starts again: step 0 keeps no line.
+        writer = MetricsWriter(metrics_path(self.config), tensorboard_folder(self.config), step)
+        with StopRequest() as stop, writer, self.saver:
             self.monitor = self._new_monitor()
             steps = self.plan.micro_batches(self.loader, step)
             while step < self.plan.last_step and stop.signal_number is None:
@@ -184,7 +185,6 @@ class _TrainingRun:
                     self.saver.save(step)
             if step != self.resumed_step:
                 self.saver.save(step)
-            self.saver.close()
         return self._finish(step, loss, stop.signal_number)
 
     def _one_step(
@@ -296,18 +296,21 @@ class _TrainingRun:
             get_logger().info("stopped by %s after step %d; to go on: %s", name, step, resume)
         section = callback(self.config, ReportSection) or ReportSection()
         if section.enabled and signal_number is None:
-            report = write_report(self.config.output_dir, render_config(self.config))
+            report = write_report(
+                self.config.output_dir, render_config(self.config), metrics_path(self.config)
+            )
             get_logger().info("report: %s", report)
         if step < self.plan.total_steps and signal_number is None:
             get_logger().info("stopped at step %d as asked; to go on: %s", step, resume)
-        get_logger().info("checkpoints: %s; evaluate them with --run_mode eval", root)
+        get_logger().info(
+            "checkpoints: %s; to evaluate: --run_mode eval --load_checkpoint %s", root, root
+        )
         return TrainResult(step, loss, self.evaluation, root, report, signal_number)
 
 
 def _require_fresh(config: RunConfig) -> None:
     """A new run must not mix with what an earlier one left."""
-    metrics = Path(config.output_dir) / "metrics.jsonl"
-    root = checkpoint_root(config)
+    metrics, root = metrics_path(config), checkpoint_root(config)
     held = metrics if metrics.exists() else root if list_checkpoints(root) else None
     if held is not None:
         raise UserError(
