@@ -55,14 +55,14 @@ OUT=${OUT%/}
 [[ $OUT = /* ]] || OUT=$PWD/$OUT
 SOURCE=${TEXT:-the reference manual of Python}
 
+if [ -e "$OUT" ] && [ ! -f "$OUT/source.txt" ] && [ -n "$(ls -A "$OUT" 2>/dev/null)" ]; then
+  die "$OUT holds something else than a quick start; choose another --output"
+fi
 if [ -n "$FRESH" ] && [ -e "$OUT" ]; then
   number=1
   while [ -e "$OUT.$number" ]; do number=$((number + 1)); done
   mv "$OUT" "$OUT.$number"
   echo "== what was in $OUT is now in $OUT.$number"
-fi
-if [ -e "$OUT" ] && [ ! -f "$OUT/source.txt" ] && [ -n "$(ls -A "$OUT" 2>/dev/null)" ]; then
-  die "$OUT holds something else than a quick start; choose another --output"
 fi
 if [ -f "$OUT/source.txt" ] && [ "$(cat "$OUT/source.txt")" != "$SOURCE" ]; then
   die "$OUT holds a run on $(cat "$OUT/source.txt"), not on $SOURCE;" \
@@ -73,7 +73,6 @@ if [ -f "$OUT/summary-$STEPS.txt" ]; then
   cat "$OUT/summary-$STEPS.txt"
   exit
 fi
-
 if [ -f "$OUT/steps.txt" ] && [ "$STEPS" -lt "$(cat "$OUT/steps.txt")" ]; then
   die "$OUT holds a run of $(cat "$OUT/steps.txt") steps; give --steps that many or more," \
     "add --fresh, or choose another --output"

@@ -5,6 +5,7 @@ test runs the real thing.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
+BASH = shutil.which("bash")
 TEXT_SCRIPT = SCRIPTS / "quickstart_text.py"
 
 STAND_IN = """\
@@ -60,15 +62,16 @@ class Project:
         marker = self.home / f"fail_{kind}"
         marker.touch() if fails else marker.unlink()
 
-    def run(self, *arguments):
+    def run(self, *arguments, path=None):
         (self.home / "log").unlink(missing_ok=True)
         return subprocess.run(
-            ["bash", str(self.root / "scripts/quickstart.sh"), *arguments],
+            [BASH, str(self.root / "scripts/quickstart.sh"), *arguments],
             check=False,
             capture_output=True,
             text=True,
             timeout=60,
             cwd=self.root.parent,
+            env={**os.environ, "PATH": path} if path else None,
         )
 
     @property
@@ -166,10 +169,11 @@ def test_refuses_another_text_in_the_same_folder(project, tmp_path):
     assert project.commands == []
 
 
-def test_refuses_a_folder_that_is_not_its_own(project, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--fresh"]])
+def test_refuses_a_folder_that_is_not_its_own(project, tmp_path, more):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
-    done = project.run("--output", "mine")
+    done = project.run("--output", "mine", *more)
     assert done.returncode == 2
     assert "something else" in done.stderr
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
@@ -190,6 +194,23 @@ def test_wrong_options(project, arguments, named):
     assert done.returncode == 2
     assert named in done.stderr
     assert project.commands == []
+
+
+@pytest.mark.parametrize("version", ["none", "3.9"])
+def test_without_a_python_that_serves(project, tmp_path, version):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("dirname", "cat", "ls"):
+        (tools / name).symlink_to(shutil.which(name))
+    if version == "3.9":  # a Python that finds itself too old
+        (tools / "python3").write_text(f"#!{BASH}\nexit 1\n")
+        (tools / "python3").chmod(0o755)
+    (project.home / "python").unlink()
+    done = project.run(path=str(tools))
+    assert done.returncode == 2
+    assert "no Python 3.10 or newer" in done.stderr
+    assert "PYTHON=" in done.stderr
+    assert not (project.root / "quickstart_output").exists()
 
 
 def run_text_script(folder, *arguments):
