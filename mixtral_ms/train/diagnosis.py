@@ -21,7 +21,9 @@ def first_non_finite(step: TrainStep, micro_batches: list[Batch]) -> str:
         if layer is not None:
             return f"the output of model.layers.{layer}"
     gradient = step.first_non_finite_gradient()
-    return f"the gradient of {gradient}" if gradient else "the loss (outputs are finite)"
+    if gradient is None:
+        return "the sum of squares of all gradients (each of them is finite)"
+    return f"the gradient of {gradient}"
 
 
 def _first_layer(model: MixtralModel, batch: Batch) -> int | None:
