@@ -15,7 +15,7 @@ was held back. Ends with status 1 unless the perplexity falls by far.
 
   --text FILE    UTF-8 text to learn from (default: the reference manual that Python carries)
   --output DIR   where everything goes (default: quickstart_output beside the project)
-  --steps N      optimizer steps (default: 120)
+  --steps N      optimizer steps (default: 100)
   --fresh        start again; what an earlier run left is moved aside, not deleted
 
 Run it again after an interruption and it goes on from the last checkpoint.
@@ -27,7 +27,7 @@ die() {
   exit 2
 }
 
-TEXT="" OUT="$ROOT/quickstart_output" STEPS=120 FRESH=""
+TEXT="" OUT="$ROOT/quickstart_output" STEPS=100 FRESH=""
 while [ $# -gt 0 ]; do
   case $1 in
     --text | --output | --steps)
@@ -105,7 +105,8 @@ preprocess() {
 train() {
   run "$VENV_PYTHON" run_mindformer.py --config "$CONFIG" --output_dir "$OUT/run" \
     --train_data "$TRAIN" --eval_dataset_dir "$HELD_BACK" --do_eval True \
-    --resume_training True --set "runner_config.max_steps=$STEPS" --set eval_step_interval=20 "$@"
+    --resume_training True --set "runner_config.max_steps=$STEPS" --set eval_step_interval=25 \
+    --set eval_epoch_interval=-1 "$@"
 }
 
 # Perplexity on the held-back text of the newest checkpoint.

@@ -97,7 +97,7 @@ def test_first_run(project, output):
         *("install", "text", "preprocess", "preprocess"),
         *("first_step", "evaluate", "train", "evaluate"),
     ]
-    assert "32000.0 untrained, 150.5 after 120 steps" in done.stdout
+    assert "32000.0 untrained, 150.5 after 100 steps" in done.stdout
     assert str(output / "run/report.html") in done.stdout
 
 
@@ -106,7 +106,7 @@ def test_second_run_does_nothing_and_says_so(project):
     again = project.run()
     assert again.returncode == 0
     assert "already finished" in again.stdout
-    assert "150.5 after 120 steps" in again.stdout
+    assert "150.5 after 100 steps" in again.stdout
     assert project.commands == []
 
 
@@ -130,7 +130,7 @@ def test_more_steps_go_on_from_the_checkpoint(project, output):
     fewer = project.run("--steps", "60")
     assert fewer.returncode == 2
     assert "240 steps" in fewer.stderr
-    assert (output / "summary-120.txt").is_file()
+    assert (output / "summary-100.txt").is_file()
 
 
 def test_fails_when_nothing_was_learned(project, output):
@@ -138,7 +138,7 @@ def test_fails_when_nothing_was_learned(project, output):
     done = project.run()
     assert done.returncode == 1
     assert "from 32000.0 to 1600.1" in done.stderr
-    assert not (output / "summary-120.txt").exists()
+    assert not (output / "summary-100.txt").exists()
 
 
 def test_fails_when_the_evaluation_fails(project):
@@ -149,14 +149,14 @@ def test_fails_when_the_evaluation_fails(project):
 
 def test_fresh_moves_the_earlier_run_aside(project, output):
     project.run()
-    first = (output / "summary-120.txt").read_text()
+    first = (output / "summary-100.txt").read_text()
     project.perplexities("32000.0", "70.0")
     done = project.run("--fresh")
     assert done.returncode == 0, done.stderr
     assert project.commands[0] == "text"
     moved = output.with_name("quickstart_output.1")
-    assert (moved / "summary-120.txt").read_text() == first
-    assert "70.0" in (output / "summary-120.txt").read_text()
+    assert (moved / "summary-100.txt").read_text() == first
+    assert "70.0" in (output / "summary-100.txt").read_text()
 
 
 def test_refuses_another_text_in_the_same_folder(project, tmp_path):
@@ -267,7 +267,7 @@ def test_unusable_text_is_named(tmp_path, content, reason):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1000)
 def test_the_real_thing(tmp_path):
     done = subprocess.run(
         ["bash", str(SCRIPTS / "quickstart.sh"), "--output", str(tmp_path / "out")],
