@@ -15,7 +15,7 @@ VERSION = re.search(
 TESTED_MINDSPORE = "mindspore==2.7.2"
 TOKENIZER_EXAMPLE = "mistral-common>=1.8"
 TENSORBOARD = "tensorboardX>=2.6"
-PARQUET = "pyarrow>=15"
+PARQUET = "pyarrow>=15,<22"  # newer ones refuse numpy below 2
 FAST_TOKENIZER = "gigatoken>=0.10"
 
 setup(
