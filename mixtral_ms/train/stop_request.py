@@ -5,18 +5,31 @@ from types import FrameType, TracebackType
 
 from mixtral_ms.log import get_logger
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class StopRequest:
-    """Within the block, the first signal sets `signal_number`; a second Ctrl-C interrupts."""
+    """Within the block, the first signal sets `signal_number`; a second Ctrl-C interrupts.
+
+    While a graph runs, MindSpore turns Ctrl-C into SIGTERM: `signal_number` may be that.
+    """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._note)
+        self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
+
+    def listen(self) -> None:
+        """Take the signals again.
+
+        Each graph that MindSpore runs replaces the handler of Ctrl-C by one that sends SIGTERM
+        to the process itself, and leaves it in place.
+        """
+        for number in _SIGNALS:
+            signal.signal(number, self._note)
 
     def __exit__(
         self,
@@ -28,10 +41,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_number is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.signal_number is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.signal_number = number
         get_logger().info(
-            "%s: saving after this step (Ctrl-C again leaves at once)",
+            "%s: saving after this step (Ctrl-C while it saves leaves at once)",
             signal.Signals(number).name,
         )

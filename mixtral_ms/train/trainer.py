@@ -181,6 +181,7 @@ class _TrainingRun:
                 loss = self._one_step(step, micro_batches, writer, metrics.per_layer_steps)
                 if self._evaluation_due(step):
                     self._evaluate(step, writer)
+                stop.listen()
                 if self.saver.due(step):
                     self.saver.save(step)
             if step != self.resumed_step:
