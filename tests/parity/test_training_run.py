@@ -17,8 +17,9 @@ from mixtral_ms.train.step import TrainStep
 
 BATCH, LENGTH = 4, 64
 PEAK_RATE, WARMUP, LAST_STEP = 3e-4, 10, 200
-BETAS, EPS, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 2.3
+BETAS, EPS, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 2.5
 BOUND = 1e-3
+NORM_TOLERANCE = 1e-4
 
 
 def learning_rate(step: int) -> float:
@@ -63,6 +64,15 @@ def run(device):
     mindspore.set_context(mode=before)
 
 
+def clip(parameters):
+    """Clips to CLIP and returns the norm, in float64: torch's own, float32, is 1e-4 off for the
+    32,000-row gradients here, and a factor that is off makes the runs drift apart."""
+    norm = sum(float(p.grad.double().square().sum()) for p in parameters) ** 0.5
+    for parameter in parameters:
+        parameter.grad.mul_(min(1.0, CLIP / norm))
+    return norm
+
+
 def torch_losses(model, data):
     """transformers and torch.optim.AdamW; norms are not decayed."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -78,7 +88,7 @@ def torch_losses(model, data):
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+        norms.append(clip(list(model.parameters())))
         optimizer.step()
         losses.append(loss.item())
     return np.array(losses), np.array(norms)
@@ -102,7 +112,7 @@ def follow(run, text, steps, falls_by, report):
     difference = np.abs(ours - theirs)
     report(f"{steps} steps: loss {ours[0]:.3f} -> {ours[-1]:.3f}", difference.max(), BOUND)
     assert difference.max() <= BOUND, f"step {difference.argmax()}: {difference.max():.2e}"
-    np.testing.assert_allclose(our_norms, norms, rtol=1e-2)
+    np.testing.assert_allclose(our_norms, norms, rtol=NORM_TOLERANCE)
     assert norms.max() > CLIP > norms.min(), "the run must pass through both sides of the clip"
     assert theirs[-5:].mean() < theirs[0] - falls_by, "the run must have learned something"
 
@@ -115,8 +125,8 @@ def wikitext(request):
     return path.read_text(encoding="utf-8")
 
 
-def test_30_steps_on_standard_library_text(run, report_error):
-    follow(run, standard_library_text(), 30, 1.0, report_error)
+def test_15_steps_on_standard_library_text(run, report_error):
+    follow(run, standard_library_text(), 15, 0.2, report_error)
 
 
 def test_30_steps_on_wikitext(run, wikitext, report_error):
