@@ -54,7 +54,7 @@ def assignments(draw):
     return chosen_Tk, experts, valid_T, capacity, draw(st.booleans())
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(assignments(), st.sampled_from(["packed", "blocked", "padded"]))
 def test_every_assignment_has_its_own_slot_or_is_dropped(case, layout):
     chosen_Tk, experts, valid_T, capacity, sdrop = case
@@ -143,7 +143,7 @@ def _native():
 EXPERTS_OF = {"packed": _native, "blocked": BlockedExperts, "padded": PaddedExperts}
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     tokens=st.integers(1, 30),
     k=st.integers(1, 4),

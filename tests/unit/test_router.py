@@ -13,7 +13,7 @@ from mixtral_ms.model.router import Router
 
 pytestmark = pytest.mark.usefixtures("pynative")
 
-EXAMPLES = settings(max_examples=40)
+EXAMPLES = settings(max_examples=25)
 TOLERANCE = 1e-5
 
 
