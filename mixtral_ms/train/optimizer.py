@@ -43,10 +43,12 @@ class AdamW:
         m / c1 / (sqrt(v / c2) + eps) = (m / (sqrt(v) + eps sqrt(c2))) sqrt(c2) / c1.
         """
         self.updates += 1
-        root2 = (1.0 - self.betas[1] ** self.updates) ** 0.5
-        correction = root2 / (1.0 - self.betas[0] ** self.updates)
+        # The kernel's rates are float32: corrected with other ones, 0.999 would be 1e-5 off.
+        beta1, beta2 = (float(np.float32(beta)) for beta in self.betas)
+        root2 = (1.0 - beta2**self.updates) ** 0.5
+        correction = root2 / (1.0 - beta1**self.updates)
         rate = _scalar(learning_rate * correction)
-        beta1, beta2 = _scalar(self.betas[0]), _scalar(self.betas[1])
+        rates = [_scalar(beta) for beta in self.betas]
         eps, no_decay = _scalar(self.eps * root2), _scalar(0.0)
         decay = _scalar(self.weight_decay / correction)
         # Operator by operator, not as a graph: a graph holds its inputs until it runs again, and
@@ -57,7 +59,7 @@ class AdamW:
             # Multiplying by exactly 1 would still read and write every gradient once more.
             scaled = gradient if scale == 1.0 else gradient * scale
             decayed = decay if parameter.ndim > 1 else no_decay
-            self._fused(parameter, first, second, rate, beta1, beta2, eps, decayed, scaled)
+            self._fused(parameter, first, second, rate, *rates, eps, decayed, scaled)
 
     def state_tensors(self) -> dict[str, np.ndarray]:
         """Moments by name: `adam_m.<parameter>` and `adam_v.<parameter>`."""
