@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 
+import mindspore
 import numpy as np
-from mindspore import Parameter, Tensor, ops
-from mindspore import dtype as mstype
+from mindspore import Parameter, Tensor
 
 from mixtral_ms.errors import UserError
+from mixtral_ms.kernels.select import select_update
 
 FIRST_MOMENT, SECOND_MOMENT = "adam_m.", "adam_v."
 
@@ -33,13 +34,13 @@ class AdamW:
         self._parameters = parameters
         self._first = [_zeros_like(p, FIRST_MOMENT) for p in parameters]
         self._second = [_zeros_like(p, SECOND_MOMENT) for p in parameters]
-        self._fused = ops.AdamWeightDecay()
+        self.kernels = select_update(mindspore.get_context("device_target"))
 
     def update(self, gradients: tuple[Tensor, ...], learning_rate: float, scale: float) -> None:
         """One step on gradients * scale.
 
-        MindSpore's fused AdamWeightDecay corrects no bias. Its step size, eps and decay are
-        therefore chosen so that its result is that of the corrected formula:
+        The kernels correct no bias. The step size, eps and decay are
+        therefore chosen so that the result is that of the corrected formula:
         m / c1 / (sqrt(v / c2) + eps) = (m / (sqrt(v) + eps sqrt(c2))) sqrt(c2) / c1.
         """
         self.updates += 1
@@ -47,19 +48,15 @@ class AdamW:
         beta1, beta2 = (float(np.float32(beta)) for beta in self.betas)
         root2 = (1.0 - beta2**self.updates) ** 0.5
         correction = root2 / (1.0 - beta1**self.updates)
-        rate = _scalar(learning_rate * correction)
-        rates = [_scalar(beta) for beta in self.betas]
-        eps, no_decay = _scalar(self.eps * root2), _scalar(0.0)
-        decay = _scalar(self.weight_decay / correction)
+        rates = (learning_rate * correction, *self.betas, self.eps * root2)
+        decay = self.weight_decay / correction
         # Operator by operator, not as a graph: a graph holds its inputs until it runs again, and
         # the gradients of the next step would stand beside those of this one.
         for parameter, first, second, gradient in zip(
             self._parameters, self._first, self._second, gradients, strict=True
         ):
-            # Multiplying by exactly 1 would still read and write every gradient once more.
-            scaled = gradient if scale == 1.0 else gradient * scale
-            decayed = decay if parameter.ndim > 1 else no_decay
-            self._fused(parameter, first, second, rate, *rates, eps, decayed, scaled)
+            decayed = decay if parameter.ndim > 1 else 0.0
+            self.kernels.adamw(parameter, (first, second), gradient, (*rates, decayed, scale))
 
     def state_tensors(self) -> dict[str, np.ndarray]:
         """Moments by name: `adam_m.<parameter>` and `adam_v.<parameter>`."""
@@ -91,7 +88,3 @@ class AdamW:
 def _zeros_like(parameter: Parameter, prefix: str) -> Parameter:
     zeros = Tensor.from_numpy(np.zeros(parameter.shape, np.float32))
     return Parameter(zeros, name=prefix + parameter.name, requires_grad=False)
-
-
-def _scalar(value: float) -> Tensor:
-    return Tensor(value, mstype.float32)

@@ -80,7 +80,7 @@ class TrainStep:
                 Tensor(loss_scale / self.accumulation, mstype.float32),
             )
             totals.add(outputs)
-        norm = _global_norm(gradients) / loss_scale
+        norm = self._global_norm(gradients) / loss_scale
         skipped = not math.isfinite(norm)
         # Kept only for the diagnosis: holding them longer costs the model's size in memory.
         self._last_gradients = gradients if skipped else ()
@@ -97,6 +97,10 @@ class TrainStep:
             if not np.isfinite(gradient.asnumpy()).all():
                 return parameter.name
         return None
+
+    def _global_norm(self, gradients: tuple[Tensor, ...]) -> float:
+        squares = self.optimizer.kernels.sum_of_squares
+        return math.sqrt(sum(squares(gradient) for gradient in gradients))
 
     def _factor(self, norm: float) -> float:
         if self.max_grad_norm is None or norm <= self.max_grad_norm:
@@ -209,14 +213,3 @@ class _Clear(nn.Cell):
         for value in self.sums:
             ops.assign(value, ops.zeros_like(value))
         return True
-
-
-def _global_norm(gradients: tuple[Tensor, ...]) -> float:
-    """Root of the sum of squares over all gradients.
-
-    Summed axis by axis, then over tensors in float64: `ops.L2Loss` sums one value after the other
-    in float32, which is a thousandth off for four million values.
-    """
-    return math.sqrt(
-        sum(float(ops.sum(ops.sum(ops.square(gradient), -1))) for gradient in gradients)
-    )

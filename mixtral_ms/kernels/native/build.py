@@ -19,7 +19,10 @@ from mixtral_ms.log import get_logger
 
 SWITCH = "MIXTRAL_MS_NATIVE"
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / name for name in ("experts.cpp", "attention.cpp", "norm_and_loss.cpp"))
+_SOURCES = tuple(
+    _FOLDER / name
+    for name in ("experts.cpp", "attention.cpp", "norm_and_loss.cpp", "optimizer.cpp")
+)
 _HEADER = _FOLDER / "common.hpp"
 # -ffast-math vectorises expf; infinities and NaN must still flow to the overflow check.
 _COMPILE = ("-O3", "-march=native", "-std=c++17", "-c", "-fPIC", "-fopenmp-simd", "-ffast-math",

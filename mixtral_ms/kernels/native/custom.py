@@ -90,3 +90,27 @@ def softmax_cross_entropy(library: Path) -> ops.Custom:
         return logits, logits
 
     return ops.Custom(f"{library}:softmax_cross_entropy", shapes, dtypes, "aot")
+
+
+def adamw(library: Path) -> ops.Custom:
+    """parameter, moments (in place), gradient, rates (6) -> a value without meaning."""
+
+    def shapes(*_: list) -> list:
+        return [1]
+
+    def dtypes(parameter: object, *_: object) -> object:
+        return parameter
+
+    return ops.Custom(f"{library}:adamw", shapes, dtypes, "aot")
+
+
+def sum_of_squares(library: Path) -> ops.Custom:
+    """x of any shape -> its sum of squares (1)."""
+
+    def shapes(_x: list) -> list:
+        return [1]
+
+    def dtypes(x: object) -> object:
+        return x
+
+    return ops.Custom(f"{library}:sum_of_squares", shapes, dtypes, "aot")
