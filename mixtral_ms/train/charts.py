@@ -128,7 +128,7 @@ def _draw_loss(train: Records, evaluations: Records, title: str) -> "Figure | No
         return None
     figure, axes = _new_axes(title, "loss (nats per token)")
     if len(steps):
-        _line(axes, steps, values, "training")
+        _line(axes, steps, values, "training, auxiliary losses included")
     if len(eval_steps):
         axes.plot(
             eval_steps,
