@@ -13,7 +13,7 @@ from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import GroupedMatmul
 
 from mixtral_ms.kernels.attention import visible
-from mixtral_ms.kernels.elementwise import apply_rotary, swiglu
+from mixtral_ms.kernels.elementwise import apply_rotary, swiglu, tables_at
 
 _COMPRESSED_MASK = 2048  # side of the mask that sparse modes 2 and 4 ask for
 _WHOLE_MASK, _CAUSAL, _BAND = 0, 2, 4
@@ -71,10 +71,7 @@ class FlashRotaryAttention(nn.Cell):
         segment_ids_BS: Tensor | None = None,
     ) -> Tensor:
         """As `attention.PlainRotaryAttention`."""
-        cos, sin = cos_Pd, sin_Pd
-        if positions_BS is not None:
-            cos = ops.expand_dims(ops.gather(cos_Pd, positions_BS, 0), 1)
-            sin = ops.expand_dims(ops.gather(sin_Pd, positions_BS, 0), 1)
+        cos, sin = tables_at(cos_Pd, sin_Pd, positions_BS)
         dtype = mstype.bfloat16 if q.dtype == mstype.float32 else q.dtype
         hidden, mode = self.compressed_hidden, self.sparse_mode
         if segment_ids_BS is not None:

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from mixtral_ms.kernels.elementwise import apply_rotary
+from mixtral_ms.kernels.elementwise import apply_rotary, tables_at
 from mixtral_ms.kernels.native import custom
 
 # Finite, so that a row that is wholly masked gives no NaN; far below any score in float16 too.
@@ -138,10 +138,7 @@ class PlainRotaryAttention(nn.Cell):
 
         Positions index cos and sin, None counts from 0; segments do not see each other.
         """
-        cos, sin = cos_Pd, sin_Pd
-        if positions_BS is not None:
-            cos = ops.expand_dims(ops.gather(cos_Pd, positions_BS, 0), 1)
-            sin = ops.expand_dims(ops.gather(sin_Pd, positions_BS, 0), 1)
+        cos, sin = tables_at(cos_Pd, sin_Pd, positions_BS)
         q_BHSd = apply_rotary(self._heads(q, self.num_heads), cos, sin)
         k_BKSd = apply_rotary(self._heads(k, self.n_kv_heads), cos, sin)
         v_BKSd = self._heads(v, self.n_kv_heads)

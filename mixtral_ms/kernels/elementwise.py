@@ -24,6 +24,14 @@ def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray,
     return np.cos(angles), np.sin(angles)
 
 
+def tables_at(cos_Pd: Tensor, sin_Pd: Tensor, positions_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+    """cos and sin to rotate (B, H, S, d) with: (B, 1, S, d), or as given without positions."""
+    if positions_BS is None:
+        return cos_Pd, sin_Pd
+    cos = ops.expand_dims(ops.gather(cos_Pd, positions_BS, 0), 1)
+    return cos, ops.expand_dims(ops.gather(sin_Pd, positions_BS, 0), 1)
+
+
 def apply_rotary(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + d/2), the half-split convention of Hugging Face (arXiv 2104.09864).
 

@@ -17,6 +17,28 @@ struct Sizes {
   int64_t k_width() const { return K * d; }
 };
 
+// The first eight inputs, the same in both directions.
+struct Inputs {
+  const float *q, *k, *v, *cos, *sin;
+  const int32_t *positions, *segments;
+  Sizes sizes;
+
+  Inputs(void** params, int64_t** shapes)
+      : q(values(params[0])),
+        k(values(params[1])),
+        v(values(params[2])),
+        cos(values(params[3])),
+        sin(values(params[4])),
+        positions(static_cast<const int32_t*>(params[5])),
+        segments(static_cast<const int32_t*>(params[6])) {
+    const int64_t d = shapes[3][1];
+    sizes = {shapes[0][0],     shapes[0][1], shapes[0][2] / d,
+             shapes[1][2] / d, d,            *static_cast<const int32_t*>(params[7])};
+  }
+
+  static const float* values(const void* data) { return static_cast<const float*>(data); }
+};
+
 // Which keys a query sees: those of its own segment among the last `window` up to itself.
 struct Visibility {
   const int32_t* segments;  // of one row of the batch
@@ -73,14 +95,11 @@ extern "C" {
 int attention_forward(int count, void** params, int*, int64_t** shapes, const char**, void*,
                       void*) {
   if (count != 12 || sgemm == nullptr) return 1;
-  auto q = static_cast<const float*>(params[0]), k = static_cast<const float*>(params[1]),
-       v = static_cast<const float*>(params[2]), cos = static_cast<const float*>(params[3]),
-       sin = static_cast<const float*>(params[4]);
-  auto positions = static_cast<const int32_t*>(params[5]),
-       segments = static_cast<const int32_t*>(params[6]);
-  const int64_t d = shapes[3][1];
-  const Sizes n{shapes[0][0],     shapes[0][1], shapes[0][2] / d,
-                shapes[1][2] / d, d,            *static_cast<const int32_t*>(params[7])};
+  const Inputs in(params, shapes);
+  const float *q = in.q, *k = in.k, *v = in.v, *cos = in.cos, *sin = in.sin;
+  const int32_t *positions = in.positions, *segments = in.segments;
+  const Sizes n = in.sizes;
+  const int64_t d = n.d;
   auto out = static_cast<float*>(params[8]), log_sum = static_cast<float*>(params[9]),
        q_rot = static_cast<float*>(params[10]), k_rot = static_cast<float*>(params[11]);
   rotate(q, q_rot, cos, sin, positions, n.B * n.S, n.q_width(), d, false);
@@ -121,14 +140,11 @@ int attention_forward(int count, void** params, int*, int64_t** shapes, const ch
 int attention_backward(int count, void** params, int*, int64_t** shapes, const char**, void*,
                        void*) {
   if (count != 14 || sgemm == nullptr) return 1;
-  auto q = static_cast<const float*>(params[0]), k = static_cast<const float*>(params[1]),
-       v = static_cast<const float*>(params[2]), cos = static_cast<const float*>(params[3]),
-       sin = static_cast<const float*>(params[4]);
-  auto positions = static_cast<const int32_t*>(params[5]),
-       segments = static_cast<const int32_t*>(params[6]);
-  const int64_t d = shapes[3][1];
-  const Sizes n{shapes[0][0],     shapes[0][1], shapes[0][2] / d,
-                shapes[1][2] / d, d,            *static_cast<const int32_t*>(params[7])};
+  const Inputs in(params, shapes);
+  const float *q = in.q, *k = in.k, *v = in.v, *cos = in.cos, *sin = in.sin;
+  const int32_t *positions = in.positions, *segments = in.segments;
+  const Sizes n = in.sizes;
+  const int64_t d = n.d;
   auto out = static_cast<const float*>(params[8]), log_sum = static_cast<const float*>(params[9]),
        d_out = static_cast<const float*>(params[10]);
   auto dq = static_cast<float*>(params[11]), dk = static_cast<float*>(params[12]),
