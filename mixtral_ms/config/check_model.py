@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from mixtral_ms.config.expert_ranks import expert_matrix
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.config.resolve import effective_parallel
 from mixtral_ms.config.schema import RunConfig
@@ -84,16 +85,14 @@ def _check_split(config: RunConfig) -> Iterator[str]:
     }
     for key, size in cut.items():
         yield from _divides(size, tensor, key, "parallel_config.model_parallel")
-    experts, ranks = grid.expert_parallel, grid.data_parallel * grid.context_parallel
+    experts = grid.expert_parallel
     yield from _divides(
         moe.expert_num, experts, "moe_config.expert_num", "parallel_config.expert_parallel"
     )
-    if ranks % experts:
-        yield (
-            f"parallel_config.data_parallel {grid.data_parallel} * context_parallel "
-            f"{grid.context_parallel} = {ranks} is not divisible by "
-            f"parallel_config.expert_parallel {experts}: experts are spread over those ranks"
-        )
+    try:
+        expert_matrix(grid)
+    except UserError as error:
+        yield str(error)
     split_sequence = grid.context_parallel * (tensor if grid.use_seq_parallel else 1)
     yield from _divides(
         model.seq_length,

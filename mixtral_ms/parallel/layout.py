@@ -2,24 +2,33 @@
 
 Legend: D hidden, H heads, K kv heads, d head_dim, F intermediate, E experts, V vocabulary.
 A parameter lives on the ranks of its pipeline stage; there it may be cut along one axis over the
-tensor-parallel ranks and along another over the expert-parallel ranks. The network's local shapes,
-strategy files, resharding, weight conversion and the memory plan all read this table.
+tensor-parallel ranks and along another over the expert-parallel ranks (`config/expert_ranks.py`
+says which those are). The network's local shapes, strategy files, resharding, weight conversion and
+the memory plan all read this table.
+
+Rank order is MindFormers': rank = (stage * data_parallel + data index) * model_parallel + tensor
+index; context-parallel ranks lie between those two.
 """
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from mixtral_ms.config.expert_ranks import expert_matrix
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.config.parallel_sections import ParallelConfig
 from mixtral_ms.config.stages import layers_per_stage
 from mixtral_ms.errors import UserError
+from mixtral_ms.parallel.placement import Placement
 
 EMBEDDING = "model.tok_embeddings.embedding_weight"
 FINAL_NORM = "model.norm_out.weight"
 LM_HEAD = "lm_head.weight"
 LAYER = "model.layers.{layer}."
+MOMENTS = ("adam_m.", "adam_v.")
+"""What stands before a parameter's name in the names of its optimizer moments."""
 
 Place = Literal["first_stage", "layer", "last_stage"]
 
@@ -31,7 +40,8 @@ class ParameterRule:
     pattern: str
     place: Place
     tensor_axis: int | None = None
-    """Axis cut over parallel_config.model_parallel; None keeps the axis whole."""
+    """Axis cut over parallel_config.model_parallel (of experts: what expert_parallel leaves of it);
+    None keeps every axis whole."""
     expert_axis: int | None = None
     """Axis cut over parallel_config.expert_parallel."""
 
@@ -144,22 +154,7 @@ def local_shape(name: str, shape: tuple[int, ...], grid: ParallelConfig) -> tupl
     Raises:
         UserError: an axis does not divide by the number of ranks it is cut over.
     """
-    rule, local = rule_of(name), list(shape)
-    whole_embedding = name == EMBEDDING and grid.vocab_emb_dp
-    cuts = [
-        (rule.tensor_axis, grid.model_parallel, "model_parallel"),
-        (rule.expert_axis, grid.expert_parallel, "expert_parallel"),
-    ]
-    for axis, ranks, key in cuts:
-        if axis is None or whole_embedding:
-            continue
-        if local[axis] % ranks:
-            raise UserError(
-                f"{name}: axis {axis} of length {local[axis]} is not divisible by "
-                f"parallel_config.{key} {ranks}"
-            )
-        local[axis] //= ranks
-    return tuple(local)
+    return _local_shape(name, shape, _placement(name, len(shape), grid), grid)
 
 
 def local_parameter_shapes(
@@ -171,3 +166,76 @@ def local_parameter_shapes(
         for name, shape in parameter_shapes(config).items()
         if stage in stages_of(name, config, grid.pipeline_stage)
     }
+
+
+def placements(
+    config: MixtralConfig, grid: ParallelConfig, names: Iterable[str], *, zero: bool
+) -> dict[str, dict[int, Placement]]:
+    """Where parameters and optimizer moments are: name -> pipeline stage -> placement.
+
+    Args:
+        names: of parameters, or of their moments: with one of MOMENTS in front.
+        zero: cut the moments, not the parameters (ZeRO-1), over all replicas along axis 0. A moment
+            that does not divide so stays whole.
+
+    Raises:
+        UserError: no rule matches a name, or an axis does not divide.
+    """
+    shapes, result = parameter_shapes(config), {}
+    stages, ranks = grid.pipeline_stage, math.prod(expert_matrix(grid))
+    for name in names:
+        parameter = parameter_of(name)
+        if parameter not in shapes:
+            raise UserError(f"{name!r} is not a parameter of this network, nor a moment of one")
+        shape = shapes[parameter]
+        placement = _placement(parameter, len(shape), grid)
+        local = _local_shape(parameter, shape, placement, grid)
+        if zero and parameter != name:
+            placement = _sharded(placement, local)
+        result[name] = {
+            stage: replace(placement, first_rank=stage * ranks)
+            for stage in stages_of(parameter, config, stages)
+        }
+    return result
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that a tensor belongs to: itself, or that of which it is a moment."""
+    for prefix in MOMENTS:
+        if name.startswith(prefix):
+            return name[len(prefix) :]
+    return name
+
+
+def _placement(name: str, axes: int, grid: ParallelConfig) -> Placement:
+    """How a parameter of so many axes lies on the ranks of the first stage."""
+    rule = rule_of(name)
+    tensor_map: list[tuple[int, ...]] = [()] * axes
+    if rule.tensor_axis is not None and not (name == EMBEDDING and grid.vocab_emb_dp):
+        tensor_map[rule.tensor_axis] = (0,)
+    if rule.expert_axis is not None:
+        tensor_map[rule.expert_axis] = (1,)
+        return Placement(expert_matrix(grid), tuple(tensor_map))
+    data = grid.data_parallel * grid.context_parallel
+    return Placement((data, grid.model_parallel), tuple(tensor_map))
+
+
+def _local_shape(
+    name: str, shape: tuple[int, ...], placement: Placement, grid: ParallelConfig
+) -> tuple[int, ...]:
+    try:
+        return placement.local_shape(shape)
+    except UserError as error:
+        raise UserError(
+            f"{name}: {error} (parallel_config.model_parallel {grid.model_parallel}, "
+            f"expert_parallel {grid.expert_parallel}, data_parallel {grid.data_parallel})"
+        ) from error
+
+
+def _sharded(placement: Placement, local_shape: tuple[int, ...]) -> Placement:
+    """With an optimizer shard over all replicas, if the parts divide by them."""
+    if placement.replicas == 1 or local_shape[0] % placement.replicas:
+        return placement
+    # the minor axes of the matrix do the cutting, so replicas are that many ranks apart
+    step = math.prod(placement.cuts)
+    return replace(placement, opt_shard_size=-1, opt_shard_step=step)
