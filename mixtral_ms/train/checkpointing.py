@@ -176,6 +176,7 @@ def restore(
     optimizer.updates = state["optimizer_updates"]
     saved = state["loss_scale"]
     loss_scale.value, loss_scale.good_steps = saved["value"], saved["good_steps"]
+    loss_scale.skipped_in_a_row = saved["skipped_in_a_row"]
     return state["step"]
 
 

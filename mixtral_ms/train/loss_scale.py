@@ -15,6 +15,7 @@ class LossScale:
         window: steps in a row without overflow before it grows.
         floor: it never shrinks below this.
         good_steps: steps since the last change.
+        skipped_in_a_row: steps that overflowed since the last good one.
     """
 
     value: float = 1.0
@@ -22,13 +23,16 @@ class LossScale:
     window: int = 1000
     floor: float = 1.0
     good_steps: int = 0
+    skipped_in_a_row: int = 0
 
     def update(self, overflow: bool) -> None:
         """Take note of one step."""
         if overflow:
             self.value = max(self.floor, self.value / self.factor)
             self.good_steps = 0
+            self.skipped_in_a_row += 1
             return
+        self.skipped_in_a_row = 0
         self.good_steps += 1
         if self.good_steps >= self.window:
             self.value *= self.factor

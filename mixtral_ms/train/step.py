@@ -5,6 +5,7 @@ step that overflowed, and on the loss scale, without a second copy of the gradie
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mindspore
@@ -61,9 +62,16 @@ class TrainStep:
         self._last_gradients: tuple[Tensor, ...] = ()
 
     def __call__(
-        self, micro_batches: list[Batch], learning_rate: float, loss_scale: float = 1.0
+        self,
+        micro_batches: list[Batch],
+        learning_rate: float,
+        loss_scale: float = 1.0,
+        before: Callable[[int], None] = lambda index: None,
     ) -> StepResult:
-        """Train on one global batch; with a non-finite gradient nothing is changed."""
+        """Train on one global batch; with a non-finite gradient nothing is changed.
+
+        `before` is called with the number of each micro batch, counted from 0.
+        """
         if len(micro_batches) != self.accumulation:
             raise ValueError(
                 f"{len(micro_batches)} micro batches given, {self.accumulation} expected"
@@ -72,7 +80,8 @@ class TrainStep:
         totals = _Totals(tokens, self.accumulation)
         if self.accumulation > 1:
             self._clear()  # not after the step: the diagnosis of a skipped one reads the sums
-        for batch in micro_batches:
+        for index, batch in enumerate(micro_batches):
+            before(index)
             outputs, gradients = self._gradients(
                 Tensor(batch.input_ids),
                 Tensor(batch.labels),

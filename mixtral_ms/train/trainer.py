@@ -147,7 +147,6 @@ class _TrainingRun:
             loader = build_loader(config, config.eval_dataset, training=False)
             self.evaluator = Evaluator(self.network, loader, config.eval_dataset.batch_size)
         self.evaluation: Evaluation | None = None
-        self.skipped_in_a_row = 0
         self.resumed_step: int | None = None
 
     def restore(self, checkpoint: object) -> int:
@@ -192,8 +191,9 @@ class _TrainingRun:
         self, step: int, micro_batches: list[Batch], writer: MetricsWriter, per_layer: int
     ) -> float:
         rate, scale = self.learning_rate(step - 1), self.loss_scale.value
-        self._set_jitter_key(step)
-        result = self.step_fn(micro_batches, rate, scale)
+        result = self.step_fn(
+            micro_batches, rate, scale, lambda index: self._set_jitter_key(step, index)
+        )
         self.loss_scale.update(result.skipped)
         record = self.monitor.record(step, result, rate, scale)
         if per_layer and step % per_layer == 0:
@@ -202,21 +202,21 @@ class _TrainingRun:
         monitor = callback(self.config, LossMonitorSection) or LossMonitorSection()
         if step % monitor.per_print_times == 0 or step == self.plan.last_step:
             get_logger().info(step_line(record, self.plan.last_step))
-        self._stop_if_lost(result.skipped, step, micro_batches)
+        self._stop_if_lost(step, micro_batches)
         return result.loss
 
-    def _set_jitter_key(self, step: int) -> None:
-        """Another noise each step, the same after a resume."""
+    def _set_jitter_key(self, step: int, micro_batch: int) -> None:
+        """Another noise for each micro batch, the same after a resume."""
         if self.config.moe_config.router_jitter > 0:
-            key = float((self.config.seed * 7919 + step) % 100003)
+            number = step * self.plan.accumulation + micro_batch
+            key = float((self.config.seed * 7919 + number) % 100003)
             for layer in self.network.model.layers:
                 router = layer.feed_forward.routed_experts.router
                 router.jitter_key.set_data(mindspore.Tensor(key, mindspore.float32))
 
-    def _stop_if_lost(self, skipped: bool, step: int, micro_batches: list[Batch]) -> None:
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+    def _stop_if_lost(self, step: int, micro_batches: list[Batch]) -> None:
         limit = self.config.runner_wrapper.max_skipped_steps
-        if self.skipped_in_a_row < limit:
+        if self.loss_scale.skipped_in_a_row < limit:
             return
         where = first_non_finite(self.step_fn, micro_batches)
         raise NotFiniteError(

@@ -58,3 +58,9 @@ def test_its_value_follows_from_the_overflows(overflows, window, floor):
 def test_a_fixed_scale_and_no_scale_never_change(overflows):
     assert after(build_loss_scale(128.0), overflows).value == 128
     assert after(build_loss_scale(None), overflows).value == 1
+
+
+def test_it_counts_the_overflows_since_the_last_good_step():
+    scale = after(LossScale(), [True, False, True, True])
+    assert scale.skipped_in_a_row == 2
+    assert after(scale, [False]).skipped_in_a_row == 0

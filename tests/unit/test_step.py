@@ -237,3 +237,10 @@ def test_graph_mode_recompute_and_pynative_agree(graph, record_error):
             record_error(f"{name} norm", got.grad_norm, wanted.grad_norm, TOLERANCE)
         compare_all(record_error, trained.gradients, reference.gradients)
         compare_all(record_error, trained.weights(), reference.weights())
+
+
+def test_each_micro_batch_is_announced_before_it_runs(graph):
+    seen = []
+    trained = training("four micro batches")
+    trained.step([batch_of(2, 15, i) for i in range(4)], RATE, before=seen.append)
+    assert seen == [0, 1, 2, 3]
