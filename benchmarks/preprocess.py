@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from memory import status_bytes
 from mindspore.mindrecord import FileWriter
 
 from mixtral_ms.data.example_tokenizer import find_example_tokenizer
@@ -183,10 +183,9 @@ def memory_table(text: Path, data: Path) -> None:
 
 
 def measure_memory(text: str, output: str) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = status_bytes("VmHWM")
     ours(Path(text), "auto", Path(output))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(before // 1024, peak // 1024)
+    print(before // 1_000_000, status_bytes("VmHWM") // 1_000_000)
 
 
 if __name__ == "__main__":
