@@ -154,7 +154,7 @@ def local_shape(name: str, shape: tuple[int, ...], grid: ParallelConfig) -> tupl
     Raises:
         UserError: an axis does not divide by the number of ranks it is cut over.
     """
-    return _local_shape(name, shape, _placement(name, len(shape), grid), grid)
+    return _local_shape(name, shape, placement_on_stage(name, len(shape), grid), grid)
 
 
 def local_parameter_shapes(
@@ -188,7 +188,7 @@ def placements(
         if parameter not in shapes:
             raise UserError(f"{name!r} is not a parameter of this network, nor a moment of one")
         shape = shapes[parameter]
-        placement = _placement(parameter, len(shape), grid)
+        placement = placement_on_stage(parameter, len(shape), grid)
         local = _local_shape(parameter, shape, placement, grid)
         if zero and parameter != name:
             placement = _sharded(placement, local)
@@ -207,7 +207,7 @@ def parameter_of(name: str) -> str:
     return name
 
 
-def _placement(name: str, axes: int, grid: ParallelConfig) -> Placement:
+def placement_on_stage(name: str, axes: int, grid: ParallelConfig) -> Placement:
     """How a parameter of so many axes lies on the ranks of the first stage."""
     rule = rule_of(name)
     tensor_map: list[tuple[int, ...]] = [()] * axes
