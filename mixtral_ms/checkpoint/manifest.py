@@ -8,12 +8,15 @@
 
 import hashlib
 import json
-import mmap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtral_ms.checkpoint.safetensors_file import FileEntry, TensorEntry, header_names
+from mixtral_ms.checkpoint.mapped_source import FramedSource
+from mixtral_ms.checkpoint.open_file import open_tensors
+from mixtral_ms.checkpoint.tensor_stream import FileEntry, TensorEntry
+from mixtral_ms.checkpoint.tensors import DamagedFileError
+from mixtral_ms.errors import UserError
 from mixtral_ms.files import sha256_file
 
 MANIFEST = "manifest.json"
@@ -94,7 +97,7 @@ def verify_checkpoint(path: str | Path) -> list[str]:
         return [str(error)]
     problems = _state_problems(folder, manifest)
     for name, entry in manifest.files.items():
-        problems += _file_problems(folder, name, entry)
+        problems += verify_file(folder / name, entry, name)
     present = {file.relative_to(folder).as_posix() for file in folder.glob("*/*.safetensors")}
     problems += [f"{name} is not in the manifest" for name in sorted(present - set(manifest.files))]
     return problems
@@ -108,42 +111,40 @@ def _state_problems(folder: Path, manifest: Manifest) -> list[str]:
     return []
 
 
-def _file_problems(folder: Path, name: str, entry: FileEntry) -> list[str]:
-    path = folder / name
+def verify_file(path: Path, entry: FileEntry, name: str | None = None) -> list[str]:
+    """Every way in which a safetensors or .ckpt file differs from what was saved.
+
+    Args:
+        path: the file.
+        entry: what writing it returned.
+        name: what the problems call it; by default `path`.
+    """
+    name = name or str(path)
     if not path.is_file():
         return [f"{name} is missing"]
     size = path.stat().st_size
     if size < entry.size:
         return [f"{name} is truncated: {size} of {entry.size} bytes"]
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        view = memoryview(data)
-        try:
-            if hashlib.sha256(view[: entry.header_size]).hexdigest() != entry.header_sha256:
-                return _header_problems(path, name, entry)
-            if size > entry.size:
-                return [f"{name} has {size} bytes, {entry.size} were saved"]
-            return [
-                f"{name}: tensor {tensor} was changed: its hash is not the manifest's"
-                for tensor, saved in entry.tensors.items()
-                if hashlib.sha256(view[saved.start : saved.start + saved.size]).hexdigest()
-                != saved.sha256
-            ]
-        finally:
-            view.release()
+    surplus = [f"{name} has {size} bytes, {entry.size} were saved"] if size > entry.size else []
+    try:
+        source = open_tensors(path)
+    except (DamagedFileError, UserError) as error:
+        return surplus or [f"{name}: its header was changed ({error})"]
+    if not isinstance(source, FramedSource) or source.framing.sha256() != entry.header_sha256:
+        return _header_problems(name, set(source.infos), set(entry.tensors))
+    return surplus or [
+        f"{name}: tensor {tensor} was changed: its hash is not the manifest's"
+        for tensor, saved in entry.tensors.items()
+        if source.content(tensor).sha256() != saved.sha256
+    ]
 
 
-def _header_problems(path: Path, name: str, entry: FileEntry) -> list[str]:
+def _header_problems(name: str, found: set[str], saved: set[str]) -> list[str]:
     """A header that is not the saved one: other tensors, or damage."""
-    names = header_names(path)
-    if names is None or names == set(entry.tensors):
-        return [f"{name}: its header was changed"]
     problems = []
-    for what, those in (
-        ("lacks", set(entry.tensors) - names),
-        ("also has", names - set(entry.tensors)),
-    ):
+    for what, those in (("lacks", saved - found), ("also has", found - saved)):
         if those:
             shown = ", ".join(sorted(those)[:_NAMES_SHOWN])
             more = f" and {len(those) - _NAMES_SHOWN} more" if len(those) > _NAMES_SHOWN else ""
             problems.append(f"{name} {what} tensor {shown}{more}")
-    return problems
+    return problems or [f"{name}: its header was changed"]

@@ -5,13 +5,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mixtral_ms.checkpoint.dtypes import cast
 from mixtral_ms.checkpoint.folders import (
     clean_leftovers,
     list_checkpoints,
@@ -33,7 +34,10 @@ from mixtral_ms.checkpoint.manifest import (
     verify_checkpoint,
     write_manifest,
 )
-from mixtral_ms.checkpoint.safetensors_file import FileEntry, TensorFile, write_safetensors
+from mixtral_ms.checkpoint.open_file import open_tensors
+from mixtral_ms.checkpoint.safetensors_file import write_safetensors
+from mixtral_ms.checkpoint.tensor_stream import FileEntry
+from mixtral_ms.checkpoint.tensors import DamagedFileError, TensorSource, outgoing
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import fsync_path
 from mixtral_ms.log import get_logger
@@ -45,6 +49,26 @@ _PROBLEMS_SHOWN = 5
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the earlier ones are as they were."""
+
+
+class TensorFile(Mapping[str, np.ndarray]):
+    """The tensors of one file by name, each read when asked for and not kept.
+
+    bfloat16, which numpy does not have, is given as float32.
+    """
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source = source
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        dtype, array = self.source.infos[name].dtype, self.source.read(name)
+        return cast(array, dtype, "float32") if dtype == "bfloat16" else array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source.infos)
+
+    def __len__(self) -> int:
+        return len(self.source.infos)
 
 
 @dataclass(frozen=True)
@@ -164,7 +188,8 @@ def _write_tensors(
     files = {}
     for stem, group in tensors.items():
         path = folder / f"{stem}.safetensors"
-        files[f"{folder.name}/{path.name}"] = write_safetensors(path, group, {"format": "ms"})
+        listed = [outgoing(name, array) for name, array in group.items()]
+        files[f"{folder.name}/{path.name}"] = write_safetensors(path, listed, {"format": "ms"})
     return files
 
 
@@ -183,12 +208,10 @@ def load_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
     if verify and (problems := verify_checkpoint(path)):
         raise UserError(_damage_text(path, problems))
     try:
-        manifest = read_manifest(path)
-    except DamagedManifestError as error:
+        files = read_manifest(path).files
+        tensors = {Path(name).stem: TensorFile(open_tensors(path / name)) for name in files}
+    except (DamagedManifestError, DamagedFileError) as error:
         raise UserError(_damage_text(path, [str(error)])) from error
-    tensors = {
-        Path(name).stem: TensorFile(path / name, entry) for name, entry in manifest.files.items()
-    }
     return Checkpoint(path, tensors, json.loads((path / STATE).read_bytes()))
 
 

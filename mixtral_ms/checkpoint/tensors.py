@@ -17,10 +17,10 @@ Region = tuple[slice, ...]
 """One slice an axis, with start and stop, step 1."""
 
 _CARRIERS: dict[str, np.dtype] = {
-    "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
+    "float64": np.dtype(np.float64),
     "int64": np.dtype(np.int64),
     "int32": np.dtype(np.int32),
     "int16": np.dtype(np.int16),
@@ -85,6 +85,22 @@ class OutgoingTensor:
 
 
 def outgoing(name: str, array: np.ndarray, dtype: str | None = None) -> OutgoingTensor:
-    """An array in memory as a tensor to be written; `dtype` where it is not the array's own."""
-    info = TensorInfo(array.shape, dtype or array.dtype.name)
-    return OutgoingTensor(name, info, lambda: iter((array,)))
+    """An array in memory as a tensor to be written.
+
+    Args:
+        name: of the tensor.
+        array: of any shape and strides; MindSpore's own numpy bfloat16 is taken as its bits.
+        dtype: where it is not the array's own: "bfloat16" for bits in uint16.
+
+    Raises:
+        ValueError: a dtype that no checkpoint holds, or that the array does not carry.
+    """
+    own = array.dtype.name
+    if own == "bfloat16":
+        array = array.view(np.uint16)
+    dtype = dtype or own
+    if dtype not in _CARRIERS or array.dtype != carrier(dtype):
+        raise ValueError(
+            f"tensor {name!r} has dtype {array.dtype}; a checkpoint holds {', '.join(DTYPES)}"
+        )
+    return OutgoingTensor(name, TensorInfo(array.shape, dtype), lambda: iter((array,)))
