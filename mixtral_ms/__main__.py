@@ -8,6 +8,7 @@ from mixtral_ms.cli.main_guard import run_command
 COMMANDS = {
     "run": ("mixtral_ms.cli.run", "train or evaluate from a YAML"),
     "preprocess": ("mixtral_ms.cli.preprocess", "text to MindRecord"),
+    "convert": ("mixtral_ms.cli.convert", "weights between formats"),
 }
 
 

@@ -1,0 +1,142 @@
+"""What a user names as input -> the tensors in it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mixtral_ms.checkpoint.manifest import MANIFEST
+from mixtral_ms.checkpoint.open_file import MergedSource, open_tensors
+from mixtral_ms.checkpoint.tensors import TensorSource
+from mixtral_ms.errors import UserError
+from mixtral_ms.progress import progress_bar
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_PATTERNS = (
+    "model.safetensors",
+    "model-*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-*.bin",
+    "consolidated*.pth",
+    "consolidated*.pt",
+    "consolidated*.safetensors",
+    "*.safetensors",
+    "*.ckpt",
+)
+_SPLIT = "*.pth-split0"
+_RELEASE_MD5 = {
+    "consolidated.00.pth": "1faa9bc9b20fcfe81fcd4eb7166a79e6",
+    "tokenizer.model": "37974873eb68a7ab30c4912fc36264ae",
+}
+_CHUNK = 1 << 22
+
+
+def open_source(path: Path, flag: str) -> TensorSource:
+    """The weights in a file or a folder.
+
+    In a folder: our checkpoint; files named by a Hugging Face index; else the first that is there
+    of model*.safetensors, pytorch_model*.bin, consolidated* (also in parts), any .safetensors,
+    one .ckpt.
+
+    Raises:
+        UserError: there are none, or a file is missing; it names `flag`.
+        DamagedFileError: a file is not what its format says.
+    """
+    if not path.exists():
+        raise UserError(f"{flag}: {path} does not exist")
+    if path.is_file():
+        return open_tensors(path)
+    return MergedSource(path, [open_tensors(file) for file in _files(path, flag)])
+
+
+def _files(folder: Path, flag: str) -> Sequence[Path]:
+    if (folder / MANIFEST).is_file():
+        return [_model_of_checkpoint(folder, flag)]
+    for name in _INDEXES:
+        if (folder / name).is_file():
+            return _indexed(folder / name)
+    if parts := sorted(folder.glob(_SPLIT)):
+        return parts
+    for pattern in _PATTERNS:
+        found = sorted(one for one in folder.glob(pattern) if not one.name.startswith("."))
+        if pattern == "*.ckpt" and len(found) > 1:
+            names = ", ".join(one.name for one in found)
+            raise UserError(f"{flag}: {folder} holds several checkpoints: name one of {names}")
+        if found:
+            return found
+    if any(folder.glob("rank_*/*")):
+        raise UserError(
+            f"{flag}: {folder} holds the parts of a distributed checkpoint: give --strategy_dir too"
+        )
+    raise UserError(
+        f"{flag}: {folder} holds no weights: looked for a checkpoint's manifest.json, "
+        f"{', '.join(_INDEXES)} and {', '.join(_PATTERNS)}"
+    )
+
+
+def _model_of_checkpoint(folder: Path, flag: str) -> Path:
+    ranks = sorted(folder.glob("rank_*/model.safetensors"))
+    if len(ranks) == 1:
+        return ranks[0]
+    raise UserError(
+        f"{flag}: {folder} holds the weights of {len(ranks)} ranks: "
+        + ("give --strategy_dir too" if ranks else "there is no rank_0/model.safetensors")
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that a Hugging Face index names."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: is not an index of tensors: {error!r}") from None
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{index.parent} lacks {missing[0]}"
+            + (f" and {len(missing) - 1} more files" if len(missing) > 1 else "")
+            + f", which {index.name} names: finish the download"
+        )
+    return [index.parent / name for name in names]
+
+
+def verify_release(folder: Path) -> list[str]:
+    """Compare Mistral's release of Mixtral 8x7B with its published MD5 sums.
+
+    A file in parts (name-split0, ...) is hashed as one.
+
+    Returns:
+        One line a file.
+
+    Raises:
+        UserError: a file is missing or has another sum.
+    """
+    lines = []
+    for name, published in _RELEASE_MD5.items():
+        parts = [folder / name] if (folder / name).is_file() else _parts(folder, name)
+        if not parts:
+            raise UserError(f"--verify_md5: {folder} holds neither {name} nor {name}-split0")
+        if (found := _md5(parts, name)) != published:
+            raise UserError(
+                f"--verify_md5: {folder / name} has MD5 {found}, published is {published}: "
+                "download it again"
+            )
+        lines.append(f"{name}: MD5 {found}, as published")
+    return lines
+
+
+def _parts(folder: Path, name: str) -> list[Path]:
+    parts = folder.glob(f"{name}-split*")
+    return sorted(parts, key=lambda part: int(part.name.rpartition("split")[2]))
+
+
+def _md5(files: Sequence[Path], name: str) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    total = sum(file.stat().st_size for file in files)
+    with progress_bar(total, f"MD5 of {name}", "B", scale=True) as bar:
+        for file in files:
+            with open(file, "rb") as data:
+                while chunk := data.read(_CHUNK):
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+    return digest.hexdigest()
