@@ -2,13 +2,14 @@
 
 <checkpoint>/state.json                  step, epoch, ...: whatever the Trainer keeps
 <checkpoint>/rank_0/model.safetensors    one folder a rank, one file a group of tensors
+<checkpoint>/strategy/                   MindSpore's strategy files, where ranks hold parts
 <checkpoint>/manifest.json               every file and tensor with its size and hash
 <checkpoint>/manifest.sha256             hash of manifest.json, as `sha256sum` writes it
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,15 @@ class Manifest:
     """Contents of manifest.json; `files` maps a path inside the checkpoint to its entry."""
 
     world: int
-    state_sha256: str
+    state_sha256: str | None
+    """None: there is no state.json."""
     files: dict[str, FileEntry]
+    others: dict[str, str] = field(default_factory=dict)
+    """Hashes of the files that hold no tensors, such as strategy files."""
+    strategy: str | None = None
+    """The rank grid as text, where it was given so."""
+    layout_sha256: str | None = None
+    """Hash of which rank holds what of each tensor."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -61,13 +69,13 @@ def read_manifest(folder: Path) -> Manifest:
     if hash_line != _hash_line(text).encode():
         raise DamagedManifestError(f"{MANIFEST} does not have the hash in {MANIFEST_HASH}")
     body = json.loads(text)
-    if body["format_version"] != FORMAT_VERSION:
+    if (version := body.pop("format_version")) != FORMAT_VERSION:
         raise DamagedManifestError(
-            f"{MANIFEST} has format_version {body['format_version']}, "
+            f"{MANIFEST} has format_version {version}, "
             f"this version of mixtral-ms reads {FORMAT_VERSION}"
         )
     files = {path: _file_entry(entry) for path, entry in body["files"].items()}
-    return Manifest(body["world"], body["state_sha256"], files)
+    return Manifest(**{**body, "files": files})
 
 
 def _hash_line(text: bytes) -> str:
@@ -98,16 +106,28 @@ def verify_checkpoint(path: str | Path) -> list[str]:
     problems = _state_problems(folder, manifest)
     for name, entry in manifest.files.items():
         problems += verify_file(folder / name, entry, name)
-    present = {file.relative_to(folder).as_posix() for file in folder.glob("*/*.safetensors")}
-    problems += [f"{name} is not in the manifest" for name in sorted(present - set(manifest.files))]
-    return problems
+    for name, digest in manifest.others.items():
+        problems += _hash_problems(folder / name, name, digest)
+    present = {
+        file.relative_to(folder).as_posix()
+        for pattern in ("*/*.safetensors", "*/*.ckpt")
+        for file in folder.glob(pattern)
+    }
+    unknown = present - set(manifest.files) - set(manifest.others)
+    return problems + [f"{name} is not in the manifest" for name in sorted(unknown)]
 
 
 def _state_problems(folder: Path, manifest: Manifest) -> list[str]:
-    if not (folder / STATE).is_file():
-        return [f"{STATE} is missing"]
-    if sha256_file(folder / STATE) != manifest.state_sha256:
-        return [f"{STATE} was changed: its hash is not the manifest's"]
+    if manifest.state_sha256 is not None:
+        return _hash_problems(folder / STATE, STATE, manifest.state_sha256)
+    return [f"{STATE} is not in the manifest"] if (folder / STATE).exists() else []
+
+
+def _hash_problems(path: Path, name: str, digest: str) -> list[str]:
+    if not path.is_file():
+        return [f"{name} is missing"]
+    if sha256_file(path) != digest:
+        return [f"{name} was changed: its hash is not the manifest's"]
     return []
 
 
