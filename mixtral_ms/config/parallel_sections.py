@@ -79,7 +79,7 @@ class ParallelConfig:
     model_parallel: int = 1
     """Ranks over which attention heads, expert widths and the vocabulary are split."""
     expert_parallel: int = 1
-    """Ranks (of the data-parallel ones) over which the experts are split."""
+    """Ranks over which the experts are split: data-parallel ones, then model-parallel ones."""
     pipeline_stage: int = 1
     """Stages over which the layers are split."""
     context_parallel: int = 1

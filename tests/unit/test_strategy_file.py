@@ -191,6 +191,22 @@ def test_uneven_parts_and_impossible_layouts_name_file_and_tensor(tmp_path):
     refused(tmp_path / "bad.ckpt", "bad.ckpt", "'x-a'")
 
 
+def test_without_strategy_items_current_stage_counts(tmp_path):
+    from mindspore.train import node_strategy_pb2  # noqa: PLC0415 - slow
+
+    placed = {"a": {0: Placement((2,), ((0,),))}}
+    write_merged_strategy(tmp_path / "good.ckpt", placed)
+    message = node_strategy_pb2.ParallelStrategyMap()
+    message.ParseFromString((tmp_path / "good.ckpt").read_bytes())
+    message.ClearField("parallel_strategy_item")
+    message.parallel_layout_item[0].param_name = "a"
+    (tmp_path / "bare.ckpt").write_bytes(message.SerializeToString())
+    assert read_strategies(tmp_path / "bare.ckpt") == placed
+    message.current_stage = 1
+    (tmp_path / "bare.ckpt").write_bytes(message.SerializeToString())
+    refused(tmp_path / "bare.ckpt", "stage 0", "but of 1")
+
+
 def test_a_grid_as_text():
     grid, zero = parse_grid("dp=2, tp=4,ep=2,pp=3,zero=1")
     assert (grid, zero) == (ParallelConfig(2, 4, 2, 3), True)
