@@ -49,6 +49,22 @@ def network_of(shapes: Mapping[str, Shape], known: MixtralConfig | None = None) 
     return known
 
 
+def shape_contradiction(infos: Mapping[str, TensorInfo]) -> str | None:
+    """A tensor of our network whose shape does not go with the others', as text."""
+    shapes = parameter_shapes_of(infos)
+    try:
+        expected = parameter_shapes(_inferred(shapes))
+    except UserError:
+        return None  # not our network, or only some of its tensors
+    for name, shape in shapes.items():
+        if expected.get(name, shape) != shape:
+            return (
+                f"{name} has the shape {list(shape)}, by the other tensors it would be "
+                f"{list(expected[name])}"
+            )
+    return None
+
+
 def _says(shape: Shape | None) -> str:
     return "is missing" if shape is None else f"has shape {list(shape)}"
 

@@ -21,7 +21,11 @@ from mixtral_ms.checkpoint.manifest import (
     read_manifest,
     verify_checkpoint,
 )
-from mixtral_ms.checkpoint.network import known_network, source_strategies
+from mixtral_ms.checkpoint.network import (
+    known_network,
+    shape_contradiction,
+    source_strategies,
+)
 from mixtral_ms.checkpoint.open_file import MergedSource, open_tensors
 from mixtral_ms.checkpoint.rank_files import STEMS, SUFFIXES, find_rank_files, is_rank_folders
 from mixtral_ms.checkpoint.sharded_source import ShardedSource
@@ -126,6 +130,10 @@ def open_source(
     if places is not None:
         tensors = assemble(path, ranks, places, every_replica=every_replica)
         _check_layout(path, tensors, manifest)
+        if contradiction := shape_contradiction(tensors.infos):
+            raise UserError(
+                f"{path}: by the strategy {contradiction}: it is not this checkpoint's strategy"
+            )
     own = bool(state) and all(file.stem in STEMS for file in files[0])
     return OpenedSource(path, tensors, len(ranks), _format_of(files[0][0]), own, state)
 
