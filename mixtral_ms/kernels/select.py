@@ -13,7 +13,7 @@ from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
 from mixtral_ms.kernels.experts import BlockedExperts, NativeExperts, PaddedExperts
 from mixtral_ms.kernels.native.build import native_library
 from mixtral_ms.kernels.rms_norm import NativeRMSNorm, PlainRMSNorm
-from mixtral_ms.kernels.update import NativeUpdate, PlainUpdate
+from mixtral_ms.kernels.update import CpuUpdate, NativeUpdate, PlainUpdate
 
 BACKENDS = ("cpu", "reference", "ascend")
 
@@ -70,7 +70,9 @@ def select_kernels(
     )
 
 
-def select_update(device_target: str) -> PlainUpdate | NativeUpdate:
+def select_update(device_target: str) -> PlainUpdate:
     """How the optimizer updates a tensor on a device."""
-    library = native_library() if device_target == "CPU" else None
-    return NativeUpdate(library) if library else PlainUpdate()
+    if device_target != "CPU":
+        return PlainUpdate()
+    library = native_library()
+    return NativeUpdate(library) if library else CpuUpdate()

@@ -102,15 +102,3 @@ def adamw(library: Path) -> ops.Custom:
         return parameter
 
     return ops.Custom(f"{library}:adamw", shapes, dtypes, "aot")
-
-
-def sum_of_squares(library: Path) -> ops.Custom:
-    """x of any shape -> its sum of squares (1)."""
-
-    def shapes(_x: list) -> list:
-        return [1]
-
-    def dtypes(x: object) -> object:
-        return x
-
-    return ops.Custom(f"{library}:sum_of_squares", shapes, dtypes, "aot")
