@@ -18,7 +18,7 @@ class SamplingParams:
     """How one answer is generated. A value out of range is a UserError that names it."""
 
     max_new_tokens: int | None = None
-    """Longest answer; None means up to the end of the context."""
+    """Longest answer; None means up to the end of the context, 0 scores the prompt only."""
     max_length: int | None = None
     """Longest prompt and answer together (max_decode_length of a YAML); None means the context."""
     do_sample: bool = False
@@ -58,11 +58,12 @@ class SamplingParams:
             object.__setattr__(self, name, tuple(value or ()))
         _check_numbers(self)
         _check_stops(self)
-        if self.num_beams > 1 and self.do_sample:
-            raise UserError(
-                f"num_beams {self.num_beams} does not go with do_sample: "
-                "a beam search takes the likeliest answers; choose one of them"
-            )
+        for name in ("do_sample", "stop"):
+            if self.num_beams > 1 and getattr(self, name):
+                raise UserError(
+                    f"num_beams {self.num_beams} does not go with {name} {getattr(self, name)!r}: "
+                    "a beam search takes the likeliest whole answers; choose one of them"
+                )
 
     @property
     def greedy(self) -> bool:
@@ -92,7 +93,7 @@ class SamplingParams:
 
 # (parameter, type, least, whether the least is allowed, most)
 _NUMBERS = (
-    ("max_new_tokens", int, 1, True, math.inf),
+    ("max_new_tokens", int, 0, True, math.inf),
     ("max_length", int, 1, True, math.inf),
     ("temperature", float, 0, True, math.inf),
     ("top_k", int, 0, True, math.inf),
