@@ -41,13 +41,12 @@ class Format:
     """Read by MindSpore, not by PyTorch."""
 
 
-_ROUTER = LAYER + "feed_forward.routed_experts.router.dense.weight"
-_W1, _W2, _W3 = (LAYER + f"feed_forward.routed_experts.ffn.{w}.weight" for w in ("w1", "w2", "w3"))
-_QUERY, _KEY, _VALUE, _OUTPUT = (LAYER + f"attention.{w}.weight" for w in ("wq", "wk", "wv", "wo"))
+ROUTER = LAYER + "feed_forward.routed_experts.router.dense.weight"
+_EXPERTS = LAYER + "feed_forward.routed_experts.ffn."
+_EXPERT_GATE, EXPERT_DOWN, _EXPERT_UP = (_EXPERTS + f"{w}.weight" for w in ("w1", "w2", "w3"))
+QUERY, KEY, _VALUE, _OUTPUT = (LAYER + f"attention.{w}.weight" for w in ("wq", "wk", "wv", "wo"))
 _ATTENTION_NORM, _FFN_NORM = LAYER + "attention_norm.weight", LAYER + "ffn_norm.weight"
 _BIASES = tuple(LAYER + f"attention.{w}.bias" for w in ("wq", "wk", "wv", "wo"))
-
-ROUTER, QUERY, KEY, EXPERT_DOWN = _ROUTER, _QUERY, _KEY, _W2
 
 
 def _entries(
@@ -61,20 +60,20 @@ def _same_names(names: tuple[str, ...], optional: bool = False) -> tuple[Entry, 
 
 
 _MINDSPORE_OUTSIDE = (
-    *_same_names((EMBEDDING, _ATTENTION_NORM, _QUERY, _KEY, _VALUE, _OUTPUT)),
+    *_same_names((EMBEDDING, _ATTENTION_NORM, QUERY, KEY, _VALUE, _OUTPUT)),
     *_same_names(_BIASES, optional=True),
     *_same_names((_FFN_NORM, FINAL_NORM)),
     *_same_names((LM_HEAD,), optional=True),
 )
-_ROUTED = {name: name for name in (_ROUTER, _W1, _W2, _W3)}
+_ROUTED = {name: name for name in (ROUTER, _EXPERT_GATE, EXPERT_DOWN, _EXPERT_UP)}
 _ROUTED_OLD = {a: a.replace("routed_experts.", "") for a in _ROUTED}
 
 _HF_OUTSIDE = _entries(
     {
         EMBEDDING: "model.embed_tokens.weight",
         _ATTENTION_NORM: "model.layers.{layer}.input_layernorm.weight",
-        _QUERY: "model.layers.{layer}.self_attn.q_proj.weight",
-        _KEY: "model.layers.{layer}.self_attn.k_proj.weight",
+        QUERY: "model.layers.{layer}.self_attn.q_proj.weight",
+        KEY: "model.layers.{layer}.self_attn.k_proj.weight",
         _VALUE: "model.layers.{layer}.self_attn.v_proj.weight",
         _OUTPUT: "model.layers.{layer}.self_attn.o_proj.weight",
         _FFN_NORM: "model.layers.{layer}.post_attention_layernorm.weight",
@@ -98,8 +97,8 @@ _NATIVE_OUTSIDE = (
         },
         optional=(LM_HEAD,),
     ),
-    Entry((_QUERY,), "layers.{layer}.attention.wq.weight", "interleaved"),
-    Entry((_KEY,), "layers.{layer}.attention.wk.weight", "interleaved"),
+    Entry((QUERY,), "layers.{layer}.attention.wq.weight", "interleaved"),
+    Entry((KEY,), "layers.{layer}.attention.wk.weight", "interleaved"),
 )
 _NATIVE_MOE = "layers.{layer}.block_sparse_moe."
 
@@ -120,8 +119,10 @@ GMM = Format(
     "MindSpore, experts for the grouped matmul: w1 and w3 (E, D, F), w2 (E, F, D)",
     (
         *_MINDSPORE_OUTSIDE,
-        Entry((_ROUTER,), _ROUTER),
-        *_entries({a: _ROUTED[a] for a in (_W1, _W2, _W3)}, op="transposed"),
+        Entry((ROUTER,), ROUTER),
+        *_entries(
+            {a: _ROUTED[a] for a in (_EXPERT_GATE, EXPERT_DOWN, _EXPERT_UP)}, op="transposed"
+        ),
     ),
     mindspore=True,
 )
@@ -130,8 +131,10 @@ GMM_OLD = Format(
     "MindSpore, experts for the grouped matmul, names of MindFormers before routed_experts",
     (
         *_MINDSPORE_OUTSIDE,
-        Entry((_ROUTER,), _ROUTED_OLD[_ROUTER]),
-        *_entries({a: _ROUTED_OLD[a] for a in (_W1, _W2, _W3)}, op="transposed"),
+        Entry((ROUTER,), _ROUTED_OLD[ROUTER]),
+        *_entries(
+            {a: _ROUTED_OLD[a] for a in (_EXPERT_GATE, EXPERT_DOWN, _EXPERT_UP)}, op="transposed"
+        ),
     ),
     mindspore=True,
 )
@@ -140,10 +143,10 @@ HF = Format(
     "Hugging Face, a tensor for every expert",
     (
         *_HF_OUTSIDE,
-        Entry((_ROUTER,), _HF_MOE + "gate.weight"),
-        Entry((_W1,), _HF_MOE + "experts.{expert}.w1.weight"),
-        Entry((_W2,), _HF_MOE + "experts.{expert}.w2.weight"),
-        Entry((_W3,), _HF_MOE + "experts.{expert}.w3.weight"),
+        Entry((ROUTER,), _HF_MOE + "gate.weight"),
+        Entry((_EXPERT_GATE,), _HF_MOE + "experts.{expert}.w1.weight"),
+        Entry((EXPERT_DOWN,), _HF_MOE + "experts.{expert}.w2.weight"),
+        Entry((_EXPERT_UP,), _HF_MOE + "experts.{expert}.w3.weight"),
     ),
     mindspore=False,
 )
@@ -152,9 +155,9 @@ HF_FUSED = Format(
     "the parameters of transformers 5 as they are in memory: gate_up_proj (E, 2F, D)",
     (
         *_HF_OUTSIDE,
-        Entry((_ROUTER,), "model.layers.{layer}.mlp.gate.weight"),
-        Entry((_W1, _W3), "model.layers.{layer}.mlp.experts.gate_up_proj"),
-        Entry((_W2,), "model.layers.{layer}.mlp.experts.down_proj"),
+        Entry((ROUTER,), "model.layers.{layer}.mlp.gate.weight"),
+        Entry((_EXPERT_GATE, _EXPERT_UP), "model.layers.{layer}.mlp.experts.gate_up_proj"),
+        Entry((EXPERT_DOWN,), "model.layers.{layer}.mlp.experts.down_proj"),
     ),
     mindspore=False,
 )
@@ -163,10 +166,10 @@ NATIVE = Format(
     "Mistral's own release, a tensor for every expert",
     (
         *_NATIVE_OUTSIDE,
-        Entry((_ROUTER,), "layers.{layer}.feed_forward.gate.weight"),
-        Entry((_W1,), "layers.{layer}.feed_forward.experts.{expert}.w1.weight"),
-        Entry((_W2,), "layers.{layer}.feed_forward.experts.{expert}.w2.weight"),
-        Entry((_W3,), "layers.{layer}.feed_forward.experts.{expert}.w3.weight"),
+        Entry((ROUTER,), "layers.{layer}.feed_forward.gate.weight"),
+        Entry((_EXPERT_GATE,), "layers.{layer}.feed_forward.experts.{expert}.w1.weight"),
+        Entry((EXPERT_DOWN,), "layers.{layer}.feed_forward.experts.{expert}.w2.weight"),
+        Entry((_EXPERT_UP,), "layers.{layer}.feed_forward.experts.{expert}.w3.weight"),
     ),
     mindspore=False,
 )
@@ -175,10 +178,10 @@ NATIVE_STACKED = Format(
     "Mistral's first release: w1, w2 and w3 (E*F, D)",
     (
         *_NATIVE_OUTSIDE,
-        Entry((_ROUTER,), _NATIVE_MOE + "gate.weight"),
-        Entry((_W1,), _NATIVE_MOE + "w1", rows=True),
-        Entry((_W2,), _NATIVE_MOE + "w2", "transposed", rows=True),
-        Entry((_W3,), _NATIVE_MOE + "w3", rows=True),
+        Entry((ROUTER,), _NATIVE_MOE + "gate.weight"),
+        Entry((_EXPERT_GATE,), _NATIVE_MOE + "w1", rows=True),
+        Entry((EXPERT_DOWN,), _NATIVE_MOE + "w2", "transposed", rows=True),
+        Entry((_EXPERT_UP,), _NATIVE_MOE + "w3", rows=True),
     ),
     mindspore=False,
 )
