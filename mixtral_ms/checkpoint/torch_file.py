@@ -88,7 +88,7 @@ class _Archive:
         try:
             with zipfile.ZipFile(_Reader(file)) as archive:
                 entries = archive.infolist()
-        except (zipfile.BadZipFile, ValueError, struct.error, OSError) as error:
+        except Exception as error:  # a damaged directory can raise anything
             raise DamagedFileError(
                 f"{path} is truncated or damaged: its {file.size} bytes have no directory of the "
                 f"zip archive at their end ({error})"
@@ -108,8 +108,8 @@ class _Archive:
         if entry.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{self.path}: its record {name} is compressed; torch.save never does")
         names = entry.header_offset + _LOCAL_HEADER.size
-        if names > self._file.size:
-            raise DamagedFileError(f"{self.path} is truncated before its record {name}")
+        if not 0 <= entry.header_offset <= names <= self._file.size:
+            raise DamagedFileError(f"{self.path} has its record {name} outside of the file")
         head = self._file.bytes(entry.header_offset, names).tobytes()
         start = names + sum(_LOCAL_HEADER.unpack(head))
         if not head.startswith(_ZIP_START) or start + entry.file_size > self._file.size:
