@@ -7,7 +7,8 @@ from mixtral_ms.cli.main_guard import run_command
 
 COMMANDS = {
     "run": ("mixtral_ms.cli.run", "train or evaluate from a YAML"),
-    "preprocess": ("mixtral_ms.cli.preprocess", "text to MindRecord"),
+    "preprocess": ("mixtral_ms.cli.preprocess", "text and conversations to MindRecord"),
+    "alpaca": ("mixtral_ms.cli.alpaca", "Alpaca rows to conversations"),
     "transform": ("mixtral_ms.cli.transform", "cut a checkpoint for other devices, or merge it"),
     "inspect": ("mixtral_ms.cli.inspect", "what a checkpoint holds, and what is wrong with it"),
     "convert": ("mixtral_ms.cli.convert", "weights between formats"),

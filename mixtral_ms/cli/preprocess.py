@@ -1,45 +1,73 @@
-"""Make training records from text: `python -m mixtral_ms.cli.preprocess`."""
+"""Make training records from text or conversations: `python -m mixtral_ms.cli.preprocess`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import get_args
+from typing import Any, get_args
 
 from mixtral_ms.cli.main_guard import DEBUG_FLAG, run_command
+from mixtral_ms.cli.preprocess_qa import ONLY_QA, add_qa_flags, run_qa
 from mixtral_ms.data.preprocess import (
-    DATASET_TYPES,
     PreprocessOptions,
     PreprocessSummary,
     preprocess,
 )
 from mixtral_ms.data.tokenizer import Backend
+from mixtral_ms.errors import UserError
 
 _DESCRIPTION = """\
-Encode text with a sentencepiece tokenizer.model and pack it into a MindRecord whose records have
-one int32 column, input_ids, of seq_length + 1 ids. Text is taken literally: <s>, </s> and <unk> in
-it are characters, not control ids.
+Encode text with a sentencepiece tokenizer.model and write it as a MindRecord. Documents are packed
+into records with one int32 column, input_ids, of seq_length + 1 ids; conversations (qa) become
+records with a second one, labels, -100 where the model has nothing to learn. Text is taken
+literally: <s>, </s> and <unk> in it are characters, not control ids.
 """
 _EXAMPLE = """\
-example:
+examples:
   python tools/dataset_preprocess/llama_preprocess.py --dataset_type wiki \\
       --input_glob 'wikitext-2/wiki.train.tokens' --model_file tokenizer.model \\
       --seq_length 4096 --output_file wiki4096.mindrecord
+  python tools/dataset_preprocess/llama_preprocess.py --dataset_type qa \\
+      --input_glob alpaca-data-conversation.json --model_file tokenizer.model \\
+      --seq_length 4096 --output_file alpaca-fastchat4096.mindrecord
 
 dataset types:
   wiki        plain text: a document is what stands between blank lines; WikiText's headings
               are left out and its spacing around punctuation is undone (--clean_text)
   wikipedia   .jsonl or .parquet: a document is a row's --text_column
+  qa          .json, .jsonl or .parquet rows of ShareGPT (conversations), OpenAI (messages) or
+              Alpaca (instruction, input, output); the answers and the eos behind them are what
+              is learnt. Rows that are left out, cut or shortened are listed in
+              OUTPUT_FILE.rows.jsonl
 """
+
+_ONLY_DOCUMENTS = ("repeat", "samples_num", "text_column", "add_bos", "add_eos", "clean_text")
 
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit status. Raises UserError for bad input."""
-    arguments = vars(_parser().parse_args(argv))
-    options = {one.name: arguments[one.name] for one in fields(PreprocessOptions)}
-    summary = preprocess(PreprocessOptions(**options))
-    print(_report(PreprocessOptions(**options), summary))
+    parser = _parser()
+    arguments = vars(parser.parse_args(argv))
+    qa = arguments["dataset_type"] == "qa"
+    _refuse_others_flags(parser, arguments, _ONLY_DOCUMENTS if qa else ONLY_QA)
+    if qa:
+        return run_qa(arguments)
+    if arguments["output_file"] is None:
+        raise UserError("--output_file is needed: the MindRecord to write")
+    given = {one.name: arguments[one.name] for one in fields(PreprocessOptions)}
+    options = PreprocessOptions(**given)
+    print(_report(options, preprocess(options)))
     return 0
+
+
+def _refuse_others_flags(
+    parser: argparse.ArgumentParser, arguments: dict[str, Any], names: Sequence[str]
+) -> None:
+    """Raise UserError for a flag that the dataset type takes no notice of."""
+    for name in names:
+        if arguments[name] != parser.get_default(name):
+            kind = arguments["dataset_type"]
+            raise UserError(f"--{name} has no effect with --dataset_type {kind}; leave it out")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,10 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--dataset_type", default="wiki", help=f"{' or '.join(DATASET_TYPES)} (default: wiki)")
+    add("--dataset_type", default="wiki", help="see below (default: wiki)")
     add("--input_glob", required=True, help="input file, or a quoted pattern of files")
     add("--model_file", required=True, help="sentencepiece tokenizer.model")
-    add("--output_file", required=True, help="MindRecord to write")
+    add("--output_file", help="MindRecord to write")
     add("--seq_length", type=int, default=2048, help="the model's seq_length (default: 2048)")
     add("--file_partition", type=int, default=1, metavar="N", help="write N files (default: 1)")
     add("--repeat", type=int, default=1, metavar="N", help="read the input N times (default: 1)")
@@ -66,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--clean_text", "wiki: drop headings and undo WikiText's spacing"),
     ):
         add(name, type=_true_or_false, default=True, metavar="True|False", help=f"{text} (True)")
+    add_qa_flags(parser)
     add("--overwrite", action="store_true", help="replace an existing output")
     add(
         "--tokenizer_backend",

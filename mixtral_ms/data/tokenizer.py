@@ -15,6 +15,7 @@ import numpy as np
 import sentencepiece
 
 from mixtral_ms.data.fast_encoders import Encoder, GigatokenEncoder, load_kitoken
+from mixtral_ms.data.piece_ends import encode_with_proto, piece_lengths
 from mixtral_ms.data.sentencepiece_model import is_plain_bpe
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
@@ -118,6 +119,26 @@ class Tokenizer:
             return np.frombuffer(array("i", ids), dtype=np.int32)
         return ids.astype(np.int32)
 
+    def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode_array`, and where each token ends in the text, in characters.
+
+        The pieces of a character in several bytes all end behind it; a piece that stands for
+        nothing (the space put in front) ends where it begins.
+        """
+        if self.splits_at_spaces:
+            ids = self.encode_array(text)
+            ends = self._piece_lengths[ids].cumsum(dtype=np.int32) - 1
+            if not len(ids) or ends[-1] == len(text):
+                return ids, ends
+        try:
+            return encode_with_proto(self._processor, text)
+        except UnicodeEncodeError as error:
+            raise UserError(_surrogate_message(text)) from error
+
+    @cached_property
+    def _piece_lengths(self) -> np.ndarray:
+        return piece_lengths(self._processor)
+
     def _encode_any(self, text: str) -> list[int] | np.ndarray:
         try:
             return self._encode(text)
@@ -135,6 +156,10 @@ class Tokenizer:
     def id_to_piece(self, one: int) -> str:
         """The piece an id stands for, as the model writes it."""
         return self._processor.id_to_piece(int(one))
+
+    def is_byte(self, one: int) -> bool:
+        """Whether an id stands for one byte of a character."""
+        return self._processor.is_byte(int(one))
 
     def _choose(self, backend: Backend, bulk: bool) -> None:
         """Take the first usable backend; one asked for by name must be usable."""

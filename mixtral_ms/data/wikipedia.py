@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mixtral_ms.data.rows import JSON_SUFFIXES, PARQUET_SUFFIXES, open_parquet
 from mixtral_ms.data.text import LONG_TEXT, Advance, Piece, not_utf8
 from mixtral_ms.data.tokenizer import split_at_spaces
-from mixtral_ms.errors import MissingDependencyError, UserError
+from mixtral_ms.errors import UserError
 
-_JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
-_PARQUET_SUFFIXES = {".parquet", ".pq"}
 _PARQUET_ROWS = 64
 
 
@@ -22,14 +21,14 @@ def read_wikipedia(
     Rows without text are left out. Raises UserError, with the line, for a row that is no JSON
     object, has no `text_column`, or holds something else than text there.
     """
-    if path.suffix.lower() in _PARQUET_SUFFIXES:
+    if path.suffix.lower() in PARQUET_SUFFIXES:
         texts = _parquet_texts(path, advance, text_column)
-    elif path.suffix.lower() in _JSON_SUFFIXES:
+    elif path.suffix.lower() in JSON_SUFFIXES:
         texts = _json_texts(path, advance, text_column)
     else:
         raise UserError(
-            f"{path}: dataset type wikipedia reads {', '.join(sorted(_PARQUET_SUFFIXES))} and "
-            f"{', '.join(sorted(_JSON_SUFFIXES))} files; for plain text use --dataset_type wiki"
+            f"{path}: dataset type wikipedia reads {', '.join(sorted(PARQUET_SUFFIXES))} and "
+            f"{', '.join(sorted(JSON_SUFFIXES))} files; for plain text use --dataset_type wiki"
         )
     for text in texts:
         parts = split_at_spaces(text, LONG_TEXT) if split_long else iter((text,))
@@ -89,17 +88,7 @@ def _text_of(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def _parquet_texts(path: Path, advance: Advance, column: str) -> Iterator[str]:
-    try:
-        import pyarrow as pa  # noqa: PLC0415 - an extra, and slow to import
-        import pyarrow.parquet as pq  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("pyarrow", "parquet", "reading Parquet files") from error
-    except ImportError as error:
-        raise UserError(f"reading Parquet files: pyarrow does not work here ({error})") from error
-    try:
-        file = pq.ParquetFile(path, memory_map=True)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({error})") from error
+    file = open_parquet(path)
     with file:
         schema = file.schema_arrow
         if column not in schema.names:
@@ -108,7 +97,7 @@ def _parquet_texts(path: Path, advance: Advance, column: str) -> Iterator[str]:
                 "name the one with the text by --text_column"
             )
         kind = schema.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if str(kind) not in ("string", "large_string"):
             raise UserError(f"{path}: column {column!r} is {kind}, not text")
         yield from _parquet_rows(path, file, column, advance)
 

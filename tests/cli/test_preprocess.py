@@ -93,7 +93,8 @@ def test_help_has_an_example(capsys):
         main(["--help"])
     assert leaving.value.code == 0
     assert (
-        "example:\n  python tools/dataset_preprocess/llama_preprocess.py" in capsys.readouterr().out
+        "examples:\n  python tools/dataset_preprocess/llama_preprocess.py"
+        in capsys.readouterr().out
     )
 
 

@@ -1,4 +1,4 @@
-"""MindFormers' llama_preprocess.py: text to MindRecord. See --help."""
+"""MindFormers' llama_preprocess.py: text and conversations to MindRecord. See --help."""
 
 import sys
 from pathlib import Path
