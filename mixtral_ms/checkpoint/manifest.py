@@ -23,7 +23,7 @@ from mixtral_ms.files import sha256_file
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 STATE = "state.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAMES_SHOWN = 3
 
 

@@ -227,5 +227,5 @@ def test_manifest_of_a_later_format_is_refused(tmp_path):
     text = json.dumps(body).encode()
     (path / "manifest.json").write_bytes(text)
     (path / "manifest.sha256").write_text(_hash_line(text))
-    with pytest.raises(UserError, match="format_version 9, this version of mixtral-ms reads 1"):
+    with pytest.raises(UserError, match="format_version 9, this version of mixtral-ms reads 2"):
         load_checkpoint(path)
