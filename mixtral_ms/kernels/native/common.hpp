@@ -24,9 +24,14 @@ using Sgemm = int (*)(char, char, int64_t, int64_t, int64_t, float, const float*
                       const float*, int64_t, float, float*, int64_t, void*);
 
 inline Sgemm find_sgemm() {
-  void* library = dlopen("libdnnl.so.2", RTLD_LAZY | RTLD_NOLOAD);
-  if (library == nullptr) return nullptr;
-  return reinterpret_cast<Sgemm>(dlsym(library, "dnnl_threadpool_interop_sgemm"));
+  // MindSpore 2.10 carries version 3 of oneDNN, 2.7 version 2; this function is the same in both.
+  for (const char* name : {"libdnnl.so.3", "libdnnl.so.2"}) {
+    void* library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) continue;
+    void* found = dlsym(library, "dnnl_threadpool_interop_sgemm");
+    if (found != nullptr) return reinterpret_cast<Sgemm>(found);
+  }
+  return nullptr;
 }
 
 inline const Sgemm sgemm = find_sgemm();
