@@ -89,12 +89,12 @@ def prepare(options: ConvertOptions) -> Conversion:
     to = FORMATS[options.to]
     target = destination(options.output_path, options.output_flag, huggingface=not to.mindspore)
     require_free(target, options.input_path, options.output_flag, options.overwrite)
-    source = _open(options)
-    named = options.input_format or recorded_format(options.input_path)
+    source = open_source(options.input_path, options.input_flag, options.strategy_dir)
+    named = options.input_format or recorded_format(source.path)
     source_format = detect_format(source.infos, source.path, named)
     sizes = measure(source.infos, source_format, source.path)
     measured = measured_config(source.infos, source_format, sizes)
-    found = read_config(options.config) if options.config else find_config(options.input_path)
+    found = read_config(options.config) if options.config else find_config(source.path)
     if found:
         check_sizes(found, sizes, measured.tie_word_embeddings)
     else:
@@ -122,14 +122,6 @@ def _require_yaml_possible(options: ConvertOptions, config: MixtralConfig | None
         raise UserError(
             f"--emit_yaml: {options.emit_yaml} exists: add --overwrite, or name another"
         )
-
-
-def _open(options: ConvertOptions) -> TensorSource:
-    if options.strategy_dir is None:
-        return open_source(options.input_path, options.input_flag)
-    from mixtral_ms.checkpoint.sharded import open_sharded  # noqa: PLC0415
-
-    return open_sharded(options.input_path, options.strategy_dir)
 
 
 def _require_config_not_needed(
@@ -189,7 +181,7 @@ def convert(conversion: Conversion) -> Summary:
         outcome = execute(plan, workspace, options.workers)
         tokenizer: list[str] = []
         if target.kind != "file":
-            tokenizer = copy_tokenizer(options.input_path, workspace.output)
+            tokenizer = copy_tokenizer(plan.source.path, workspace.output)
         complete(
             workspace.output,
             target,

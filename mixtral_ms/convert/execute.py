@@ -157,14 +157,14 @@ class _Run:
         """A target's values; counts what it reads, and what float16 loses of it."""
         plan, dtype = self._plan, target.info.dtype
         over = under = 0
-        for placement in target.layout.placements:
-            name, origin = plan.origins[placement.atom]
+        for slot in target.layout.slots:
+            name, origin = plan.origins[slot.atom]
             source_dtype = plan.source.infos[name].dtype
             most = PIECE_BYTES // carrier(source_dtype).itemsize
             for piece in stored_pieces(
                 partial(plan.source.read, name),
                 origin,
-                placement.op,
+                slot.op,
                 head_dim=plan.head_dim,
                 most=most,
             ):

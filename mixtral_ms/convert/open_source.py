@@ -5,8 +5,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixtral_ms.checkpoint.manifest import MANIFEST
+from mixtral_ms.checkpoint import sharded
 from mixtral_ms.checkpoint.open_file import MergedSource, open_tensors
+from mixtral_ms.checkpoint.rank_files import is_rank_folders
+from mixtral_ms.checkpoint.sharded import STRATEGY_FOLDER, checkpoint_folder, open_sharded
 from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.errors import UserError
 from mixtral_ms.progress import progress_bar
@@ -31,27 +33,45 @@ _RELEASE_MD5 = {
 _CHUNK = 1 << 22
 
 
-def open_source(path: Path, flag: str) -> TensorSource:
+def open_source(path: Path, flag: str, strategy: Path | None = None) -> TensorSource:
     """The weights in a file or a folder.
 
-    In a folder: our checkpoint; files named by a Hugging Face index; else the first that is there
-    of model*.safetensors, pytorch_model*.bin, consolidated* (also in parts), any .safetensors,
-    one .ckpt.
+    In a folder: a checkpoint of ours, the latest of several, or ranks of MindSpore's; files named
+    by a Hugging Face index; else the first that is there of model*.safetensors,
+    pytorch_model*.bin, consolidated* (also in parts), any .safetensors, one .ckpt.
+
+    Args:
+        path: what the user named.
+        flag: with this.
+        strategy: strategy file or folder of a checkpoint in rank_0, rank_1, ...; None where it is
+            of one rank, or `strategy/` lies in it.
+
+    Returns:
+        Global tensors; its `path` is the checkpoint's folder where `path` holds several.
 
     Raises:
-        UserError: there are none, or a file is missing; it names `flag`.
+        UserError: there are none, or they are damaged, or a file is missing.
         DamagedFileError: a file is not what its format says.
     """
     if not path.exists():
         raise UserError(f"{flag}: {path} does not exist")
+    if strategy is not None:
+        if not strategy.exists():
+            raise UserError(f"--strategy_dir: {strategy} does not exist")
+        return open_sharded(checkpoint_folder(path), strategy)
     if path.is_file():
         return open_tensors(path)
+    folder = checkpoint_folder(path)
+    if is_rank_folders(folder):
+        ranks = len(list(folder.glob("rank_*")))
+        if ranks > 1 and not (folder / STRATEGY_FOLDER).is_dir():
+            raise UserError(f"{flag}: {folder} holds {ranks} ranks: give --strategy_dir too")
+        opened = sharded.open_source(folder).tensors
+        return MergedSource(folder, [opened])
     return MergedSource(path, [open_tensors(file) for file in _files(path, flag)])
 
 
 def _files(folder: Path, flag: str) -> Sequence[Path]:
-    if (folder / MANIFEST).is_file():
-        return [_model_of_checkpoint(folder, flag)]
     for name in _INDEXES:
         if (folder / name).is_file():
             return _indexed(folder / name)
@@ -64,23 +84,9 @@ def _files(folder: Path, flag: str) -> Sequence[Path]:
             raise UserError(f"{flag}: {folder} holds several checkpoints: name one of {names}")
         if found:
             return found
-    if any(folder.glob("rank_*/*")):
-        raise UserError(
-            f"{flag}: {folder} holds the parts of a distributed checkpoint: give --strategy_dir too"
-        )
     raise UserError(
-        f"{flag}: {folder} holds no weights: looked for a checkpoint's manifest.json, "
+        f"{flag}: {folder} holds no weights: looked for rank_0, "
         f"{', '.join(_INDEXES)} and {', '.join(_PATTERNS)}"
-    )
-
-
-def _model_of_checkpoint(folder: Path, flag: str) -> Path:
-    ranks = sorted(folder.glob("rank_*/model.safetensors"))
-    if len(ranks) == 1:
-        return ranks[0]
-    raise UserError(
-        f"{flag}: {folder} holds the weights of {len(ranks)} ranks: "
-        + ("give --strategy_dir too" if ranks else "there is no rank_0/model.safetensors")
     )
 
 

@@ -19,7 +19,7 @@ Atom = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
-class Placement:
+class Slot:
     """An atom in a tensor: the region that holds it, and how it is stored there."""
 
     atom: Atom
@@ -31,11 +31,11 @@ class Placement:
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """A tensor of a format: its placements, in row-major order, fill it."""
+    """A tensor of a format: its slots, in row-major order, fill it."""
 
     name: str
     shape: tuple[int, ...]
-    placements: tuple[Placement, ...]
+    slots: tuple[Slot, ...]
 
 
 def layout_of(format_: Format, config: MixtralConfig) -> list[TensorLayout]:
@@ -50,7 +50,7 @@ def layout_of(format_: Format, config: MixtralConfig) -> list[TensorLayout]:
         for entry, layer in _entries_in_order(format_, config.num_layers)
         for layout in _tensors(entry, layer, shapes)
     ]
-    held = {placement.atom[0] for layout in layouts for placement in layout.placements}
+    held = {slot.atom[0] for layout in layouts for slot in layout.slots}
     if homeless := [name for name in shapes if name not in held]:
         raise UserError(
             f"the format {format_.name} ({format_.text}) has no place for {homeless[0]}"
@@ -78,8 +78,8 @@ def _tensors(
         return
     shape = shapes[names[0]]
     if rule_of(names[0]).expert_axis is None:
-        placement = Placement((names[0], None), whole_region(shape), shape, entry.op)
-        yield TensorLayout(entry.theirs.format(layer=layer), shape, (placement,))
+        slot = Slot((names[0], None), whole_region(shape), shape, entry.op)
+        yield TensorLayout(entry.theirs.format(layer=layer), shape, (slot,))
     elif "{expert}" in entry.theirs:
         for expert in range(shape[0]):
             name = entry.theirs.format(layer=layer, expert=expert)
@@ -101,11 +101,11 @@ def _matrix_of_experts(
     """(experts * rows, columns)."""
     rows, columns = stored = _stored(shape, entry.op)
     atoms = [(parameter, expert) for expert in experts for parameter in names]
-    placements = tuple(
-        Placement(atom, (slice(at * rows, (at + 1) * rows), slice(0, columns)), stored, entry.op)
+    slots = tuple(
+        Slot(atom, (slice(at * rows, (at + 1) * rows), slice(0, columns)), stored, entry.op)
         for at, atom in enumerate(atoms)
     )
-    return TensorLayout(name, (len(atoms) * rows, columns), placements)
+    return TensorLayout(name, (len(atoms) * rows, columns), slots)
 
 
 def _stack_of_experts(
@@ -114,8 +114,8 @@ def _stack_of_experts(
     """(experts, parts * rows, columns)."""
     experts = shape[0]
     rows, columns = stored = _stored(shape[1:], entry.op)
-    placements = tuple(
-        Placement(
+    slots = tuple(
+        Slot(
             (parameter, expert),
             (
                 slice(expert, expert + 1),
@@ -128,4 +128,4 @@ def _stack_of_experts(
         for expert in range(experts)
         for part, parameter in enumerate(names)
     )
-    return TensorLayout(name, (experts, len(names) * rows, columns), placements)
+    return TensorLayout(name, (experts, len(names) * rows, columns), slots)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mixtral_ms.checkpoint.tensors import TensorInfo, TensorSource
 from mixtral_ms.config.model import MixtralConfig
-from mixtral_ms.convert.audit import match_source, require_same_atoms
+from mixtral_ms.convert.audit import problems_text, require_same_atoms, source_problems
 from mixtral_ms.convert.names import Format
-from mixtral_ms.convert.placements import Atom, Placement, TensorLayout, layout_of
+from mixtral_ms.convert.placements import Atom, Slot, TensorLayout, layout_of
 from mixtral_ms.errors import UserError
 
 
@@ -43,8 +43,8 @@ class Plan:
     source_format: Format
     target_format: Format
     source_layouts: tuple[TensorLayout, ...]
-    origins: Mapping[Atom, tuple[str, Placement]]
-    """Source tensor and placement in it of every atom."""
+    origins: Mapping[Atom, tuple[str, Slot]]
+    """Source tensor and slot in it of every atom."""
     shards: tuple[Shard, ...]
     head_dim: int
     left_out: tuple[str, ...]
@@ -110,13 +110,11 @@ def make_plan(
     """
     source_layouts = layout_of(source_format, config)
     target_layouts = layout_of(target_format, config)
-    left_out = match_source(source.infos, source_layouts, source.path)
+    problems, left_out = source_problems(source.infos, source_layouts)
+    if problems:
+        raise UserError(problems_text(f"{source.path} is not as it should be", problems))
     require_same_atoms(source_layouts, target_layouts)
-    origins = {
-        placement.atom: (layout.name, placement)
-        for layout in source_layouts
-        for placement in layout.placements
-    }
+    origins = {slot.atom: (layout.name, slot) for layout in source_layouts for slot in layout.slots}
     targets = [
         Target(one, TensorInfo(one.shape, dtype or _common_dtype(one, origins, source)))
         for one in target_layouts
@@ -134,9 +132,9 @@ def make_plan(
 
 
 def _common_dtype(
-    layout: TensorLayout, origins: Mapping[Atom, tuple[str, Placement]], source: TensorSource
+    layout: TensorLayout, origins: Mapping[Atom, tuple[str, Slot]], source: TensorSource
 ) -> str:
-    names = [origins[placement.atom][0] for placement in layout.placements]
+    names = [origins[slot.atom][0] for slot in layout.slots]
     dtypes = {source.infos[name].dtype: name for name in names}
     if len(dtypes) > 1:
         several = " and ".join(f"{name} ({dtype})" for dtype, name in dtypes.items())
@@ -170,7 +168,7 @@ def mapping_table(plan: Plan) -> str:
     for shard in plan.shards:
         lines.append(f"{shard.name}: {len(shard.targets)} tensors, {shard.nbytes:,} bytes")
         for target in shard.targets:
-            first, last = target.layout.placements[0], target.layout.placements[-1]
+            first, last = target.layout.slots[0], target.layout.slots[-1]
             name, origin = plan.origins[first.atom]
             until = plan.origins[last.atom][0]
             how = "" if origin.op == first.op else f", {_how(origin.op, first.op)}"

@@ -7,7 +7,7 @@ import numpy as np
 from mixtral_ms.checkpoint.regions import region_size, row_major_blocks
 from mixtral_ms.checkpoint.tensors import Region
 from mixtral_ms.convert.names import Op
-from mixtral_ms.convert.placements import Placement
+from mixtral_ms.convert.placements import Slot
 
 _TILE_ROWS = 32  # transposed 32 rows at a time: two to three times as fast as at once
 
@@ -15,7 +15,7 @@ Read = Callable[[Region], np.ndarray]
 
 
 def stored_pieces(
-    read: Read, source: Placement, op: Op, *, head_dim: int, most: int
+    read: Read, source: Slot, op: Op, *, head_dim: int, most: int
 ) -> Iterator[np.ndarray]:
     """An atom's values, piece by piece, in row-major order of how `op` stores it.
 
@@ -36,7 +36,7 @@ def stored_pieces(
         yield from _rotary_order(read, source, most, head_dim)
 
 
-def _transposed(read: Read, source: Placement, most: int) -> Iterator[np.ndarray]:
+def _transposed(read: Read, source: Slot, most: int) -> Iterator[np.ndarray]:
     rows, columns = source.shape
     *outer, all_columns = source.region
     step = max(1, most // rows)
@@ -50,7 +50,7 @@ def _transposed(read: Read, source: Placement, most: int) -> Iterator[np.ndarray
         yield turned
 
 
-def _rotary_order(read: Read, source: Placement, most: int, head_dim: int) -> Iterator[np.ndarray]:
+def _rotary_order(read: Read, source: Slot, most: int, head_dim: int) -> Iterator[np.ndarray]:
     """Each head's rows from pairs to halves, or back."""
     rows, *rest = source.region
     width = region_size(tuple(rest))

@@ -233,14 +233,17 @@ def test_inputs_that_are_none(tmp_path):
         open_source(tmp_path / "nowhere", "--x")
     with pytest.raises(UserError, match="--x: .*empty holds no weights"):
         open_source(tmp_path / "empty", "--x")
-    (tmp_path / "empty" / "rank_1").mkdir()
-    (tmp_path / "empty" / "rank_1" / "a.ckpt").touch()
-    with pytest.raises(UserError, match="--strategy_dir"):
-        open_source(tmp_path / "empty", "--x")
     for name in ("a.ckpt", "b.ckpt"):
         (tmp_path / "empty" / name).touch()
     with pytest.raises(UserError, match=r"name one of a\.ckpt, b\.ckpt"):
         open_source(tmp_path / "empty", "--x")
+    for rank in range(2):
+        (tmp_path / "ranks" / f"rank_{rank}").mkdir(parents=True)
+        (tmp_path / "ranks" / f"rank_{rank}" / "a.ckpt").touch()
+    with pytest.raises(UserError, match="--x: .*ranks holds 2 ranks: give --strategy_dir"):
+        open_source(tmp_path / "ranks", "--x")
+    with pytest.raises(UserError, match="--strategy_dir: .*nowhere does not exist"):
+        open_source(tmp_path / "ranks", "--x", tmp_path / "nowhere")
 
 
 def test_a_shard_that_was_not_downloaded(source):
