@@ -21,9 +21,13 @@ SWITCH = "MIXTRAL_MS_NATIVE"
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(
     _FOLDER / name
-    for name in ("experts.cpp", "attention.cpp", "norm_and_loss.cpp", "optimizer.cpp")
+    for name in (
+        *("experts.cpp", "attention.cpp", "norm_and_loss.cpp", "optimizer.cpp"),
+        *("decoder.cpp", "decoder_attention.cpp", "decoder_experts.cpp"),
+        *("decoder_linear.cpp", "decoder_pool.cpp"),
+    )
 )
-_HEADER = _FOLDER / "common.hpp"
+_HEADERS = tuple(sorted(_FOLDER.glob("*.hpp")))
 # -ffast-math vectorises expf; infinities and NaN must still flow to the overflow check.
 _COMPILE = ("-O3", "-march=native", "-std=c++17", "-c", "-fPIC", "-fopenmp-simd", "-ffast-math",
             "-fno-finite-math-only")  # fmt: skip
@@ -84,7 +88,7 @@ def _fingerprint(compiler: str) -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         cpu_flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     flags = " ".join(_COMPILE + _LINK)
-    texts = [path.read_bytes() for path in (*_SOURCES, _HEADER)]
+    texts = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
     others = (compiler, flags, cpu_flags, mindspore.__version__)
     return hashlib.sha256(b"\0".join(texts + [s.encode() for s in others])).hexdigest()[:16]
 
