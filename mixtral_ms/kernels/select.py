@@ -10,7 +10,7 @@ from mindspore import nn
 from mixtral_ms.errors import UserError
 from mixtral_ms.kernels.attention import NativeRotaryAttention, PlainRotaryAttention
 from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
-from mixtral_ms.kernels.experts import BlockedExperts, NativeExperts, PaddedExperts
+from mixtral_ms.kernels.experts import PackedExperts, PaddedExperts
 from mixtral_ms.kernels.native.build import native_library
 from mixtral_ms.kernels.rms_norm import NativeRMSNorm, PlainRMSNorm
 from mixtral_ms.kernels.update import CpuUpdate, NativeUpdate, PlainUpdate
@@ -57,13 +57,13 @@ def select_kernels(
         )
     library = native_library() if backend == "cpu" and dtype == mstype.float32 else None
     if library is None:
-        experts = BlockedExperts if dropless else PaddedExperts
+        experts = PackedExperts if dropless else PaddedExperts
         return KernelChoice(
             "plain", experts, PlainRotaryAttention, PlainRMSNorm, LinearCrossEntropy
         )
     return KernelChoice(
         "C++",
-        partial(NativeExperts, library),
+        partial(PackedExperts, library),
         partial(NativeRotaryAttention, library),
         partial(NativeRMSNorm, library),
         partial(LinearCrossEntropy, library),

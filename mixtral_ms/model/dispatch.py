@@ -8,8 +8,6 @@ import math
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from mixtral_ms.kernels.experts import BLOCK
-
 
 def expert_capacity(
     tokens: int, top_k: int, experts: int, capacity_factor: float, multiple_of: int = 1
@@ -37,7 +35,7 @@ class Dispatch(nn.Cell):
         experts: E.
         capacity: C, slots per expert; None for dropless.
         token_first: hand out slots token by token (sdrop) instead of choice by choice (kdrop).
-        layout: how the experts want their rows: "packed", "blocked" or "padded".
+        layout: how the experts want their rows: "packed" or "padded".
     """
 
     def __init__(self, experts: int, capacity: int | None, token_first: bool, layout: str) -> None:
@@ -50,8 +48,6 @@ class Dispatch(nn.Cell):
         """R, the static number of rows that this many assignments may need."""
         if self.layout == "padded":
             return self.experts * self.capacity
-        if self.layout == "blocked":
-            return (math.ceil(assignments / BLOCK) + self.experts) * BLOCK
         return assignments
 
     def construct(self, expert_Tk: Tensor, valid_T: Tensor) -> tuple:
@@ -100,10 +96,7 @@ class Dispatch(nn.Cell):
         """First row of each expert's group."""
         if self.layout == "padded":
             return ops.arange(0, self.experts, 1, dtype=mstype.int32) * self.capacity
-        reserved_E = sizes_E
-        if self.layout == "blocked":
-            reserved_E = (sizes_E + (BLOCK - 1)) // BLOCK * BLOCK
-        return ops.cumsum(reserved_E, 0) - reserved_E
+        return ops.cumsum(sizes_E, 0) - sizes_E
 
     def _inverse(self, row_Tk: Tensor, kept_Tk: Tensor) -> Tensor:
         """The assignment of each row; dropped ones are scattered to a row past the end."""

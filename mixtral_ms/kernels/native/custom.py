@@ -4,9 +4,14 @@ from pathlib import Path
 
 from mindspore import ops
 
+from mixtral_ms.kernels import numpy_experts
 
-def expert_ffn_forward(library: Path) -> ops.Custom:
-    """x (R, D), w1, w3 (E, F, D), w2 (E, D, F), sizes (E) -> y (R, D), gate (R, F), up (R, F)."""
+
+def expert_ffn_forward(library: Path | None) -> ops.Custom:
+    """x (R, D), w1, w3 (E, F, D), w2 (E, D, F), sizes (E) -> y (R, D), gate (R, F), up (R, F).
+
+    Without a library, in numpy.
+    """
 
     def shapes(x: list, w1: list, _w3: list, _w2: list, _sizes: list) -> tuple:
         return x, [x[0], w1[1]], [x[0], w1[1]]
@@ -14,11 +19,16 @@ def expert_ffn_forward(library: Path) -> ops.Custom:
     def dtypes(x: object, *_: object) -> tuple:
         return x, x, x
 
+    if library is None:
+        return ops.Custom(numpy_experts.forward, shapes, dtypes, "pyfunc")
     return ops.Custom(f"{library}:expert_ffn_forward", shapes, dtypes, "aot")
 
 
-def expert_ffn_backward(library: Path) -> ops.Custom:
-    """The inputs of the forward, its gate and up, dy (R, D) -> dx, dw1, dw3, dw2."""
+def expert_ffn_backward(library: Path | None) -> ops.Custom:
+    """The inputs of the forward, its gate and up, dy (R, D) -> dx, dw1, dw3, dw2.
+
+    Without a library, in numpy.
+    """
 
     def shapes(x: list, w1: list, w3: list, w2: list, *_: list) -> tuple:
         return x, w1, w3, w2
@@ -26,6 +36,8 @@ def expert_ffn_backward(library: Path) -> ops.Custom:
     def dtypes(x: object, *_: object) -> tuple:
         return x, x, x, x
 
+    if library is None:
+        return ops.Custom(numpy_experts.backward, shapes, dtypes, "pyfunc")
     return ops.Custom(f"{library}:expert_ffn_backward", shapes, dtypes, "aot")
 
 
