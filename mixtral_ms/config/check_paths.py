@@ -34,11 +34,15 @@ def _check_dataset(config: RunConfig, name: str, flag: str) -> Iterator[str]:
     why = f"run_mode {config.run_mode}" + (" with do_eval" if config.do_eval else "")
     dataset = getattr(config, name)
     path = dataset.data_loader.dataset_dir if dataset else ""
+    conversations = dataset is not None and dataset.data_loader.type == "ConversationDataset"
+    what = "conversations (.json, .jsonl, .parquet)" if conversations else ".mindrecord"
     key = f"{name}.data_loader.dataset_dir"
     if not path:
-        yield f"{key} is empty, but {why} reads it: set {flag} to a .mindrecord file or folder"
+        yield f"{key} is empty, but {why} reads it: set {flag} to a {what} file or folder"
     elif not Path(path).exists():
-        yield f"{key}: path does not exist: {path}: set {flag} to a .mindrecord file or folder"
+        yield f"{key}: path does not exist: {path}: set {flag} to a {what} file or folder"
+    if conversations:
+        yield from _check_vocab_file(config)
 
 
 def _check_optional(path: str | None, key: str, flag: str) -> Iterator[str]:
@@ -47,9 +51,12 @@ def _check_optional(path: str | None, key: str, flag: str) -> Iterator[str]:
 
 
 def _check_tokenizer(config: RunConfig) -> Iterator[str]:
-    """Only prediction reads and writes text."""
-    if config.run_mode != "predict":
-        return
+    """Prediction reads and writes text."""
+    if config.run_mode == "predict":
+        yield from _check_vocab_file(config)
+
+
+def _check_vocab_file(config: RunConfig) -> Iterator[str]:
     path = config.processor.tokenizer.vocab_file
     if not path or not Path(path).is_file():
         found = "is empty" if not path else f": file does not exist: {path}"

@@ -12,13 +12,21 @@ _LOADER_NO_EFFECT = "the loader is one thread that is faster than the network"
 class DataLoaderSection:
     """`train_dataset.data_loader`."""
 
-    type: Literal["MindDataset"] = "MindDataset"
+    type: Literal["MindDataset", "ConversationDataset"] = "MindDataset"
+    """MindRecord files; or JSON, JSON Lines or Parquet files of conversations, tokenized with
+    processor.tokenizer.vocab_file when the run starts."""
     dataset_dir: str = ""
-    """A .mindrecord file, or a folder with such files."""
+    """A .mindrecord file, or a folder with such files; for a ConversationDataset those it reads."""
     shuffle: bool = True
     """Another order each epoch, a pure function of (seed, epoch)."""
     num_samples: int | None = None
     """Use only so many records; empty means all."""
+    template: str = "vicuna"
+    """ConversationDataset: one of fschat's conversation templates."""
+    long_rows: Literal["cut", "drop", "error"] = "cut"
+    """ConversationDataset: what to do with a row of more than seq_length + 1 ids."""
+    packing: bool = False
+    """ConversationDataset: several samples a record, which do not see each other."""
     num_parallel_workers: int | None = inert(None, _LOADER_NO_EFFECT)
     dataset_files: list[str] | None = inert(None, "dataset_dir names the file or the folder")
 

@@ -58,6 +58,7 @@ def build_loader(config: RunConfig, section: DatasetSection, *, training: bool) 
         vocab_size=model.vocab_size,
         pad_token_id=model.pad_token_id,
         ignore_token_id=model.ignore_token_id,
+        tokenizer_file=config.processor.tokenizer.vocab_file,
     )
 
 

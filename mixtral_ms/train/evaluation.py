@@ -14,6 +14,7 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.progress import progress_bar
 from mixtral_ms.train.plan import Loader
+from mixtral_ms.train.step import segment_tensors
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Evaluator:
         with progress_bar(len(self.loader), "evaluating", "batch") as bar:
             for batch in self.loader.batches(0):
                 full = _filled_up(batch, self.batch_size)
-                total += float(self._loss(Tensor(full.input_ids), Tensor(full.labels)))
+                ids, labels = Tensor(full.input_ids), Tensor(full.labels)
+                total += float(self._loss(ids, labels, *segment_tensors(full)))
                 tokens += batch.supervised_tokens
                 bar.update()
         if tokens == 0:
@@ -77,8 +79,14 @@ class _SummedLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.network = network
 
-    def construct(self, input_ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        return self.network.loss_parts(input_ids_BS, labels_BS)[0]
+    def construct(
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        segment_ids_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+    ) -> Tensor:
+        return self.network.loss_parts(input_ids_BS, labels_BS, segment_ids_BS, positions_BS)[0]
 
 
 def _filled_up(batch: Batch, rows: int) -> Batch:
@@ -87,6 +95,9 @@ def _filled_up(batch: Batch, rows: int) -> Batch:
     if missing == 0:
         return batch
     padding = ((0, missing), (0, 0))
+    segments = batch.segment_ids
     return Batch(
-        np.pad(batch.input_ids, padding), np.pad(batch.labels, padding, constant_values=-100)
+        np.pad(batch.input_ids, padding),
+        np.pad(batch.labels, padding, constant_values=-100),
+        None if segments is None else np.pad(segments, padding),
     )

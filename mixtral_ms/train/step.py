@@ -87,6 +87,7 @@ class TrainStep:
                 Tensor(batch.labels),
                 Tensor(loss_scale / tokens, mstype.float32),
                 Tensor(loss_scale / self.accumulation, mstype.float32),
+                *segment_tensors(batch),
             )
             totals.add(outputs)
         norm = self._global_norm(gradients) / loss_scale
@@ -115,6 +116,13 @@ class TrainStep:
         if self.max_grad_norm is None or norm <= self.max_grad_norm:
             return 1.0
         return self.max_grad_norm / norm
+
+
+def segment_tensors(batch: Batch) -> tuple[Tensor, ...]:
+    """Segment ids and positions of a packed batch, nothing otherwise: that graph goes without."""
+    if batch.segment_ids is None:
+        return ()
+    return Tensor(batch.segment_ids), Tensor(batch.positions)
 
 
 class _Totals:
@@ -161,9 +169,15 @@ class _Objective(nn.Cell):
         self.network = network
 
     def construct(
-        self, input_ids_BS: Tensor, labels_BS: Tensor, per_token: Tensor, per_micro: Tensor
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        per_token: Tensor,
+        per_micro: Tensor,
+        segment_ids_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
     ) -> tuple:
-        parts = self.network.loss_parts(input_ids_BS, labels_BS)
+        parts = self.network.loss_parts(input_ids_BS, labels_BS, segment_ids_BS, positions_BS)
         objective = parts[0] * per_token + (ops.sum(parts[2]) + ops.sum(parts[3])) * per_micro
         return (objective, *parts)
 
@@ -179,9 +193,17 @@ class _Gradients(nn.Cell):
         )
 
     def construct(
-        self, input_ids_BS: Tensor, labels_BS: Tensor, per_token: Tensor, per_micro: Tensor
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        per_token: Tensor,
+        per_micro: Tensor,
+        segment_ids_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
     ) -> tuple:
-        outputs, gradients = self.differentiate(input_ids_BS, labels_BS, per_token, per_micro)
+        outputs, gradients = self.differentiate(
+            input_ids_BS, labels_BS, per_token, per_micro, segment_ids_BS, positions_BS
+        )
         return outputs[1:], gradients
 
 
@@ -202,9 +224,17 @@ class _AccumulateGradients(_Gradients):
         )
 
     def construct(
-        self, input_ids_BS: Tensor, labels_BS: Tensor, per_token: Tensor, per_micro: Tensor
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        per_token: Tensor,
+        per_micro: Tensor,
+        segment_ids_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
     ) -> tuple:
-        outputs, gradients = self.differentiate(input_ids_BS, labels_BS, per_token, per_micro)
+        outputs, gradients = self.differentiate(
+            input_ids_BS, labels_BS, per_token, per_micro, segment_ids_BS, positions_BS
+        )
         sums = ()
         for i in range(len(self.sums)):
             sums += (ops.assign_add(self.sums[i], gradients[i]),)

@@ -92,10 +92,8 @@ def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["--help"])
     assert leaving.value.code == 0
-    assert (
-        "examples:\n  python tools/dataset_preprocess/llama_preprocess.py"
-        in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "examples:\n  python tools/dataset_preprocess/llama_preprocess.py" in printed
 
 
 @pytest.mark.parametrize("bos", [True, False])

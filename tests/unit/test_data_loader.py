@@ -6,8 +6,9 @@ import pytest
 from mindspore.dataset import MindDataset
 
 from mixtral_ms.config.data_sections import DataLoaderSection, DatasetSection
-from mixtral_ms.data.loader import RecordLoader, find_records
+from mixtral_ms.data.loader import RecordLoader
 from mixtral_ms.data.mindrecord import RecordWriter, read_header
+from mixtral_ms.data.records import find_records
 from mixtral_ms.errors import UserError
 
 SEQ = 8
