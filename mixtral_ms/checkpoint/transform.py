@@ -25,8 +25,14 @@ from mixtral_ms.checkpoint.reshard import (
     require_space,
     write_ranks,
 )
-from mixtral_ms.checkpoint.sharded import STRATEGY_FOLDER, OpenedSource, open_source
+from mixtral_ms.checkpoint.sharded import (
+    STRATEGY_FOLDER,
+    OpenedSource,
+    checkpoint_folder,
+    open_source,
+)
 from mixtral_ms.checkpoint.tensor_stream import FileEntry
+from mixtral_ms.checkpoint.verification import Verification
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import fsync_path, sha256_file
@@ -55,6 +61,7 @@ class TransformOptions:
     workers: int = 0
     overwrite: bool = False
     verify: bool = True
+    """Compare the source with its manifest, where there is one, while the target is written."""
     check_replicas: bool = False
 
 
@@ -68,7 +75,6 @@ class TransformSummary:
     tensors: int
     size: int
     files: list[str]
-    own_layout: bool
 
 
 def transform(
@@ -90,30 +96,31 @@ def transform(
     """
     _require_one_strategy("src", options.src_ckpt_strategy, options.src_strategy)
     _require_one_strategy("dst", options.dst_ckpt_strategy, options.dst_strategy)
-    source_folder, target = Path(options.src_ckpt_dir), Path(options.dst_ckpt_dir)
-    _require_apart(source_folder, target)
+    source_folder, target = checkpoint_folder(options.src_ckpt_dir), options.dst_ckpt_dir
+    _require_apart(options.src_ckpt_dir, target)
     require_replaceable(target, options.overwrite, "--dst_ckpt_dir")
-    source = open_source(
-        source_folder,
-        strategy=options.src_ckpt_strategy,
-        grid=options.src_strategy,
-        prefix=options.src_prefix,
-        known=known,
-        verify=options.verify,
-        every_replica=options.check_replicas,
-    )
-    strategies = _target_strategies(options, source, known)
-    ranks = regions_of_ranks(source.tensors.infos, strategies)
+    verification = Verification(source_folder, wanted=options.verify)
+    with verification.explaining():
+        source = _open(options, source_folder, known)
+        strategies = _target_strategies(options, source, known)
+        ranks = regions_of_ranks(source.tensors.infos, strategies)
     naming = _naming(options, source)
     size = needed_bytes(source.tensors.infos, ranks)
     require_space(target, size, len(ranks))
+    told = start_progress(size) if start_progress else None
+
+    def on_bytes(count: int) -> None:
+        verification.check()
+        if told:
+            told(count)
+
     with new_folder(target) as folder:
         others = _write_small_files(folder, source, strategies)
-        told = start_progress(size) if start_progress else None
         files = write_ranks(
-            source.tensors, ranks, folder, naming, workers=options.workers, on_bytes=told
+            source.tensors, ranks, folder, naming, workers=options.workers, on_bytes=on_bytes
         )
         _write_manifest(folder, files, others, ranks, options.dst_strategy)
+        verification.finish()
     return TransformSummary(
         target,
         len(ranks),
@@ -121,7 +128,18 @@ def transform(
         len(source.tensors.infos),
         size,
         sorted(files),
-        naming.prefix is None,
+    )
+
+
+def _open(options: TransformOptions, folder: Path, known: MixtralConfig | None) -> OpenedSource:
+    return open_source(
+        folder,
+        strategy=options.src_ckpt_strategy,
+        grid=options.src_strategy,
+        prefix=options.src_prefix,
+        known=known,
+        verify=False,
+        every_replica=options.check_replicas,
     )
 
 
@@ -148,7 +166,10 @@ def _target_strategies(
     infos = source.tensors.infos
     if options.dst_strategy is not None:
         grid, zero = parse_grid(options.dst_strategy, "--dst_strategy")
-        return grid_strategies(infos, grid, zero, known or known_network(source.state))
+        try:
+            return grid_strategies(infos, grid, zero, known or known_network(source.state))
+        except UserError as error:
+            raise UserError(f"--dst_strategy {options.dst_strategy}: {error}") from error
     if options.dst_ckpt_strategy is not None:
         return read_strategies(options.dst_ckpt_strategy)
     return None

@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="first compare the source with its manifest, where it has one (default: yes)",
+        help="compare the source with its manifest, where it has one (default: yes)",
     )
     add("--check_replicas", action="store_true", help="compare replicas in full, not in samples")
     add(DEBUG_FLAG, action="store_true", help="show the traceback of an error")

@@ -14,7 +14,7 @@ from mixtral_ms.parallel.layout import MOMENTS, parameter_shapes
 
 def network(**changes):
     """Divides by 8 ranks in every way."""
-    return tiny_config(vocab_size=64, **changes)
+    return tiny_config(**{"vocab_size": 64, **changes})
 
 
 def whole_tensors(dtype="float32", moments=True, config=None):
