@@ -1,14 +1,18 @@
 """The network that a checkpoint's tensors are of, and where a rank grid puts them."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mixtral_ms.checkpoint.assemble import Strategies
 from mixtral_ms.checkpoint.tensors import TensorInfo, TensorSource
+from mixtral_ms.config.expert_ranks import expert_matrix
 from mixtral_ms.config.model import MixtralConfig, MoEConfig
 from mixtral_ms.config.parallel_sections import ParallelConfig
 from mixtral_ms.errors import UserError
+from mixtral_ms.parallel.grid_text import parse_grid
 from mixtral_ms.parallel.layout import (
     EMBEDDING,
     LAYER,
@@ -133,16 +137,39 @@ def grid_strategies(
 
 
 def source_strategies(
-    ranks: list[TensorSource],
-    grid: ParallelConfig,
-    zero: bool,
+    path: Path,
+    ranks: Sequence[TensorSource],
+    text: str,
+    flag: str,
     known: MixtralConfig | None = None,
 ) -> Strategies:
     """Where a rank grid has put the tensors of a sharded checkpoint.
 
+    Args:
+        path: what the user named.
+        ranks: the tensors of each rank.
+        text: the grid, `dp=2,mp=4`.
+        flag: that named it.
+        known: the network as a configuration says it.
+
     Raises:
         UserError: the parts are not those of this grid.
     """
+    grid, zero = parse_grid(text, flag)
+    world = math.prod(expert_matrix(grid)) * grid.pipeline_stage
+    if world != len(ranks):
+        raise UserError(
+            f"{flag} {text} is for {world} devices, {path} holds the files of {len(ranks)}"
+        )
+    try:
+        return _source_strategies(ranks, grid, zero, known)
+    except UserError as error:
+        raise UserError(f"{flag} {text} is not this checkpoint's strategy: {error}") from error
+
+
+def _source_strategies(
+    ranks: Sequence[TensorSource], grid: ParallelConfig, zero: bool, known: MixtralConfig | None
+) -> Strategies:
     infos = {name: info for source in ranks for name, info in source.infos.items()}
     shapes = {
         name: placement_on_stage(name, len(shape), grid).global_shape(shape)

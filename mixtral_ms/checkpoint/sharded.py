@@ -33,7 +33,6 @@ from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
-from mixtral_ms.parallel.grid_text import parse_grid
 from mixtral_ms.parallel.strategy_file import read_strategies
 
 STRATEGY_FOLDER = "strategy"
@@ -196,7 +195,7 @@ def _strategies(
 ) -> Strategies | None:
     """Where the tensors are; None where one rank holds them whole."""
     if grid is not None:
-        return source_strategies(ranks, *parse_grid(grid, "--src_strategy"), known)
+        return source_strategies(path, ranks, grid, "--src_strategy", known)
     if strategy is None and (path / STRATEGY_FOLDER).is_dir():
         strategy = path / STRATEGY_FOLDER
         get_logger().info("%s: its strategy is taken from %s", path, strategy)

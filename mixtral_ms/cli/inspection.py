@@ -29,7 +29,6 @@ from mixtral_ms.convert.detect import detect_format
 from mixtral_ms.convert.names import OURS
 from mixtral_ms.convert.open_source import open_source
 from mixtral_ms.errors import UserError
-from mixtral_ms.parallel.grid_text import parse_grid
 from mixtral_ms.parallel.layout import MOMENTS, parameter_of, rule_of
 from mixtral_ms.parallel.strategy_file import read_strategies
 
@@ -178,7 +177,7 @@ def _open_ranks(found: Inspection, strategy: Path | None, grid: str | None) -> N
         found.layout = "unknown: give --strategy or --grid to have the parts checked"
         return
     if grid is not None:
-        places = source_strategies(ranks, *parse_grid(grid, "--grid"))
+        places = source_strategies(found.path, ranks, grid, "--grid")
     else:
         places = read_strategies(strategy)
     found.layout = layout_text(places)
