@@ -25,6 +25,7 @@ from mixtral_ms.checkpoint.ckpt_file import write_ckpt
 from mixtral_ms.checkpoint.rank_files import MODEL_STEM, OPTIMIZER_STEM
 from mixtral_ms.checkpoint.regions import region_shape, row_major_blocks, whole_region
 from mixtral_ms.checkpoint.safetensors_file import write_safetensors
+from mixtral_ms.checkpoint.store import CheckpointError
 from mixtral_ms.checkpoint.tensor_stream import FileEntry
 from mixtral_ms.checkpoint.tensors import (
     OutgoingTensor,
@@ -40,6 +41,10 @@ Format = Literal["ckpt", "safetensors"]
 RankRegions = Mapping[str, Region]
 """What one rank holds of each of its tensors."""
 _OVERHEAD_BYTES = 1 << 20  # a file's framing and the file system's own blocks
+
+
+class _StoppedError(Exception):
+    """Another file could not be written, or the user has had enough."""
 
 
 @dataclass(frozen=True)
@@ -155,14 +160,14 @@ def write_ranks(
         File, from `folder` -> its hashes.
 
     Raises:
-        OSError: the disk is full or cannot be written.
+        CheckpointError: the disk is full or cannot be written.
         DamagedFileError: a source file has changed meanwhile.
     """
     stopped = Event()
 
     def told(size: int) -> None:
         if stopped.is_set():
-            raise InterruptedError("another file could not be written")
+            raise _StoppedError
         if on_bytes:
             on_bytes(size)
 
@@ -208,7 +213,14 @@ def outgoing_region(source: TensorSource, name: str, region: Region) -> Outgoing
 def _write_file(
     path: Path, tensors: list[OutgoingTensor], format_: Format, on_bytes: Callable[[int], None]
 ) -> FileEntry:
-    path.parent.mkdir(exist_ok=True)
-    if format_ == "ckpt":
-        return write_ckpt(path, tensors, on_bytes)
-    return write_safetensors(path, tensors, {"format": "ms"}, on_bytes)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        if format_ == "ckpt":
+            return write_ckpt(path, tensors, on_bytes)
+        return write_safetensors(path, tensors, {"format": "ms"}, on_bytes)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent.parent).free
+        raise CheckpointError(
+            f"cannot write {path.parent.name}/{path.name}: {error.strerror or error} "
+            f"({free / 1e9:,.3f} GB are free); the source and what was at the target are untouched"
+        ) from error

@@ -1,7 +1,6 @@
 """What a checkpoint holds and what is wrong with it, gathered for `inspect`."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from mixtral_ms.checkpoint.sharded import STRATEGY_FOLDER, checkpoint_folder
 from mixtral_ms.checkpoint.tensor_stream import FileEntry, TensorEntry
 from mixtral_ms.checkpoint.tensors import DamagedFileError, TensorInfo, TensorSource
 from mixtral_ms.convert.detect import detect_format
+from mixtral_ms.convert.model_config import read_json
 from mixtral_ms.convert.names import OURS
 from mixtral_ms.convert.open_source import open_source
 from mixtral_ms.errors import UserError
@@ -79,8 +79,8 @@ def inspect_checkpoint(
     except UserError as error:
         found.problems.append(str(error))
         return found
-    _read_record(found, verify)
     try:
+        _read_record(found, verify)
         if is_rank_folders(found.path):
             _open_ranks(found, strategy, grid)
         else:
@@ -107,10 +107,7 @@ def _read_record(found: Inspection, verify: bool) -> None:
     """The manifest of a checkpoint, or the record of a conversion, and what they say."""
     folder = found.path
     if (folder / STATE).is_file():
-        try:
-            found.state = json.loads((folder / STATE).read_bytes())
-        except ValueError:
-            found.problems.append(f"{STATE} is not JSON")
+        found.state = read_json(folder / STATE)
     if (folder / MANIFEST).is_file():
         problems = verify_checkpoint(folder) if verify else _readable(folder)
         found.problems += problems
@@ -144,7 +141,7 @@ def _conversion_record(path: Path) -> tuple[Path, Mapping[str, Any]] | None:
     places = [path / "conversion.json"] if path.is_dir() else [path.with_name(path.name + ".json")]
     for place in places:
         if place.is_file():
-            files = json.loads(place.read_bytes()).get("files")
+            files = read_json(place).get("files")
             return (place, files) if files else None
     return None
 

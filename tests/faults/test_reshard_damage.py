@@ -328,7 +328,7 @@ def test_disk_that_fills_up_meanwhile(cuts, tmp_path):
         check=False,
     )
     assert done.returncode == 1
-    assert "failed:" in done.stderr and "File too large" in done.stderr
+    assert "cannot write rank_0/checkpoint_0.ckpt: File too large" in done.stderr
     assert folder_hashes(tmp_path) == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -348,25 +348,44 @@ sys.exit(command())
 """
 
 
+def start_slow_transform(folder):
+    """A process that is in the middle of writing."""
+    flags = ["--src_ckpt_dir", "cut", "--dst_ckpt_dir", "target", "--dst_strategy", "mp=4"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *flags, "--workers", "1"],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(2):  # the first file is complete
+        process.stdout.readline()
+    time.sleep(0.02)
+    return process
+
+
 def test_kill_in_the_middle(cuts, tmp_path):
     shutil.copytree(cuts / "ckpt", tmp_path / "cut")
     before = folder_hashes(tmp_path / "cut")
-    flags = ["--src_ckpt_dir", "cut", "--dst_ckpt_dir", "target", "--dst_strategy", "mp=4"]
     for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOW, *flags, "--workers", "1"],
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.PIPE,
-        )
-        process.stdout.readline()
-        process.stdout.readline()
-        time.sleep(0.02)
+        process = start_slow_transform(tmp_path)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         assert not (tmp_path / "target").exists()
+        # what the one before has left is gone
         assert len([path for path in tmp_path.iterdir() if path.name.startswith(".")]) == 1
     transform(TransformOptions(tmp_path / "cut", tmp_path / "target", dst_strategy="mp=4"))
     assert verify_checkpoint(tmp_path / "target") == []
     assert folder_hashes(tmp_path / "cut") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "target"]
+
+
+def test_ctrl_c_leaves_nothing_behind(cuts, tmp_path):
+    shutil.copytree(cuts / "ckpt", tmp_path / "cut")
+    process = start_slow_transform(tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
