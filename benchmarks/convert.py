@@ -34,6 +34,7 @@ HIDDEN, WIDTH, EXPERTS, KEY_VALUE, VOCABULARY = 4096, 14336, 8, 1024, 32000
 SHARD_BYTES = 1 << 30
 PIECE = 1 << 24
 GRID = "dp=2,mp=2,ep=2,pp=2,zero=1"
+GRID_OF_ONE_LAYER = "dp=4,mp=2,ep=4,zero=1"
 TIMEOUT_S = 1800
 
 
@@ -42,7 +43,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=2, help="0 leaves this part out")
     parser.add_argument("--mindspore_layers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--copy", nargs=2, type=Path, help=argparse.SUPPRESS)
@@ -54,7 +55,8 @@ def main() -> None:
         mindspore_transform(*args.mindspore)
     else:
         args.folder.mkdir(parents=True, exist_ok=True)
-        conversion(args.folder, args.layers, args.rounds)
+        if args.layers:
+            conversion(args.folder, args.layers, args.rounds)
         resharding(args.folder, args.mindspore_layers, args.rounds)
 
 
@@ -83,10 +85,11 @@ def conversion(folder: Path, layers: int, rounds: int) -> None:
 
 def resharding(folder: Path, layers: int, rounds: int) -> None:
     """Beside MindSpore's own tool."""
+    grid = GRID if layers > 1 else GRID_OF_ONE_LAYER
     source, ours, split = folder / "hf", folder / "ours", folder / "split"
     size = write_checkpoint(source, layers)
     run(converting(source, ours))
-    run(transforming(ours, split, GRID))
+    run(transforming(ours, split, grid))
     strategy = str(split / "strategy")
     to_8 = mindspore_command(ours, folder / "ms_split", "", strategy)
     to_1 = mindspore_command(split, folder / "ms_whole", strategy, "")
@@ -95,7 +98,7 @@ def resharding(folder: Path, layers: int, rounds: int) -> None:
         size,
         rounds,
         {
-            "mixtral-ms": (transforming(ours, folder / "split_2", GRID), folder / "split_2"),
+            "mixtral-ms": (transforming(ours, folder / "split_2", grid), folder / "split_2"),
             "mindspore": (to_8, folder / "ms_split"),
         },
     )
