@@ -11,7 +11,6 @@ from helpers.compare import assert_close
 from mindspore import Tensor
 from mindspore import dtype as mstype
 
-from mixtral_ms.errors import UserError
 from mixtral_ms.kernels import cross_entropy, select_kernels
 from mixtral_ms.kernels.attention import CausalAttention
 from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
@@ -386,22 +385,3 @@ def test_swiglu(record_error):
     record_error("output", out, expected.detach().numpy(), TOLERANCE)
     record_error("gate", grads[0], leaves[0].grad.numpy(), TOLERANCE)
     record_error("up", grads[1], leaves[1].grad.numpy(), TOLERANCE)
-
-
-# choice
-
-
-def test_an_unknown_backend_is_named():
-    with pytest.raises(UserError, match="'gpu'.*cpu, reference, ascend"):
-        select_kernels("gpu", dropless=True)
-
-
-@pytest.mark.parametrize("dropless", [True, False])
-def test_the_reference_backend_is_plain(dropless):
-    choice = select_kernels("reference", dropless=dropless)
-    assert choice.name == "plain"
-    assert choice.experts().layout == ("packed" if dropless else "padded")
-
-
-def test_float16_does_not_reach_the_float32_kernels():
-    assert select_kernels("cpu", dropless=True, dtype=mstype.float16).name == "plain"
