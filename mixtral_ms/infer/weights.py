@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from mixtral_ms.checkpoint.dtypes import cast
 from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.errors import UserError
@@ -19,7 +20,7 @@ WEIGHT_DTYPES: tuple[WeightDtype, ...] = get_args(WeightDtype)
 
 _PIECE_BYTES = 64 << 20
 _ALWAYS_FLOAT32 = ("embedding_weight", "norm.weight", "norm_out.weight", "dense.weight", ".bias")
-_FLOATS = ("float32", "float16", "bfloat16", "float64")
+_FLOATS = ("float32", "float16", "bfloat16")
 _MOST_NAMED = 8
 
 
@@ -63,7 +64,8 @@ def load_weights(
         wanted = "float32" if name.endswith(_ALWAYS_FLOAT32) else weight_dtype
         bad = 0
         if source.infos[name].dtype == wanted:
-            tensors[name] = np.ascontiguousarray(source.read(name))
+            # A view of a file is copied only where its values do not lie at whole addresses.
+            tensors[name] = np.require(source.read(name), requirements=("C", "A"))
             bad = sum(_not_finite(tensors[name][rows]) for rows in _pieces(shape))
         else:
             tensors[name] = np.empty(shape, wanted)
@@ -71,7 +73,8 @@ def load_weights(
                 scales[name] = np.empty(shape[:-1], np.float32)
             for rows in _pieces(shape):
                 values = _as_float32(source, name, rows)
-                bad += _store(values, tensors[name][rows], scales[name][rows] if scales else None)
+                own = scales[name][rows] if name in scales else None
+                bad += _store(values, tensors[name][rows], own)
         if bad:
             problems.append(f"{name} ({bad} of {tensors[name].size} values)")
     if problems:
@@ -99,7 +102,7 @@ def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]]) -> 
     if whole := [
         f"{name} {infos[name].dtype}" for name in common if infos[name].dtype not in _FLOATS
     ]:
-        problems.append(f"{len(whole)} tensors are no floats: {_listed(whole)}")
+        problems.append(f"{len(whole)} tensors are not of {', '.join(_FLOATS)}: {_listed(whole)}")
     if problems:
         raise UserError(
             f"{source.path} does not fit the network of the configuration: {'; '.join(problems)}. "
@@ -123,10 +126,7 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
 def _as_float32(source: TensorSource, name: str, rows: slice) -> np.ndarray:
     info = source.infos[name]
     region = (rows, *(slice(0, size) for size in info.shape[1:]))
-    values = source.read(name, region)
-    if info.dtype == "bfloat16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
+    return cast(source.read(name, region), info.dtype, "float32")
 
 
 def _store(values: np.ndarray, tensor: np.ndarray, scales: np.ndarray | None) -> int:
