@@ -16,7 +16,6 @@ from typing import Any
 from mixtral_ms.checkpoint.mapped_source import FramedSource
 from mixtral_ms.checkpoint.open_file import open_tensors
 from mixtral_ms.checkpoint.tensor_stream import FileEntry, TensorEntry
-from mixtral_ms.checkpoint.tensors import DamagedFileError
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import sha256_file
 
@@ -148,7 +147,7 @@ def verify_file(path: Path, entry: FileEntry, name: str | None = None) -> list[s
     surplus = [f"{name} has {size} bytes, {entry.size} were saved"] if size > entry.size else []
     try:
         source = open_tensors(path)
-    except (DamagedFileError, UserError) as error:
+    except UserError as error:
         return surplus or [f"{name}: its header was changed ({error})"]
     if not isinstance(source, FramedSource) or source.framing.sha256() != entry.header_sha256:
         return _header_problems(name, set(source.infos), set(entry.tensors))

@@ -6,13 +6,13 @@ with their hashes first. Without one, a flipped bit outside the samples cannot b
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mixtral_ms.checkpoint.assemble import Strategies, assemble, layout_sha256, open_ranks
-from mixtral_ms.checkpoint.folders import list_checkpoints, read_latest
+from mixtral_ms.checkpoint.folders import list_checkpoints
 from mixtral_ms.checkpoint.manifest import (
     MANIFEST,
     STATE,
@@ -29,6 +29,7 @@ from mixtral_ms.checkpoint.network import (
 from mixtral_ms.checkpoint.open_file import MergedSource, open_tensors
 from mixtral_ms.checkpoint.rank_files import STEMS, SUFFIXES, find_rank_files, is_rank_folders
 from mixtral_ms.checkpoint.sharded_source import ShardedSource
+from mixtral_ms.checkpoint.store import find_checkpoint, require_undamaged
 from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.errors import UserError
@@ -144,10 +145,9 @@ def checkpoint_folder(path: Path) -> Path:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    if not path.is_dir() or is_rank_folders(path) or not (found := list_checkpoints(path)):
+    if not path.is_dir() or is_rank_folders(path) or not list_checkpoints(path):
         return path
-    latest = path / (read_latest(path) or "")
-    return latest if latest in found else found[-1]
+    return find_checkpoint(path)
 
 
 def _open_whole(path: Path) -> OpenedSource:
@@ -174,16 +174,6 @@ def _checked_manifest(path: Path, verify: bool) -> Manifest | None:
         return read_manifest(path)
     except DamagedManifestError as error:
         require_undamaged(path, [str(error)])
-
-
-def require_undamaged(path: Path, problems: Sequence[str]) -> None:
-    """Raises UserError with the first problems, if there are any."""
-    if problems:
-        more = len(problems) - _PROBLEMS_SHOWN
-        raise UserError(
-            f"the checkpoint {path} is damaged: {'; '.join(problems[:_PROBLEMS_SHOWN])}"
-            + (f"; and {more} more" if more > 0 else "")
-        )
 
 
 def _strategies(

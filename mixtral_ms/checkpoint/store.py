@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,8 +205,8 @@ def load_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
         UserError: it is damaged; the message says what is.
     """
     path = Path(path)
-    if verify and (problems := verify_checkpoint(path)):
-        raise UserError(_damage_text(path, problems))
+    if verify:
+        require_undamaged(path, verify_checkpoint(path))
     try:
         files = read_manifest(path).files
         tensors = {Path(name).stem: TensorFile(open_tensors(path / name)) for name in files}
@@ -226,6 +226,13 @@ def resolve_checkpoint(path: str | Path, name: str | None = None) -> Path:
         UserError: there is none, or it is damaged; the message names the damage and the
             newest whole one beside it.
     """
+    path = find_checkpoint(path, name)
+    require_undamaged(path, verify_checkpoint(path))
+    return path
+
+
+def find_checkpoint(path: str | Path, name: str | None = None) -> Path:
+    """As `resolve_checkpoint`, without looking into it."""
     path = Path(path)
     for folder in (path, path.parent):
         restore_moved(folder)
@@ -233,12 +240,13 @@ def resolve_checkpoint(path: str | Path, name: str | None = None) -> Path:
     root = path.parent if is_checkpoint else path
     if not path.is_dir():
         raise UserError(f"--load_checkpoint: the folder {path} does not exist")
-    if not is_checkpoint:
-        path = _named_or_latest(root, name)
-    problems = verify_checkpoint(path)
+    return path if is_checkpoint else _named_or_latest(root, name)
+
+
+def require_undamaged(path: Path, problems: Sequence[str]) -> None:
+    """Raises UserError with the first problems, if any, and the newest whole one beside it."""
     if problems:
-        raise UserError(_damage_text(path, problems) + _offer(root, path))
-    return path
+        raise UserError(_damage_text(path, problems) + _offer(path.parent, path))
 
 
 def _named_or_latest(root: Path, name: str | None) -> Path:
@@ -255,7 +263,7 @@ def _named_or_latest(root: Path, name: str | None) -> Path:
     return found[-1]
 
 
-def _damage_text(path: Path, problems: list[str]) -> str:
+def _damage_text(path: Path, problems: Sequence[str]) -> str:
     shown = "; ".join(problems[:_PROBLEMS_SHOWN])
     more = len(problems) - _PROBLEMS_SHOWN
     return f"the checkpoint {path} is damaged: {shown}" + (f"; and {more} more" if more > 0 else "")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mixtral_ms.errors import UserError
+
 Region = tuple[slice, ...]
 """One slice an axis, with start and stop, step 1."""
 
@@ -31,7 +33,7 @@ _CARRIERS: dict[str, np.dtype] = {
 DTYPES = tuple(_CARRIERS)
 
 
-class DamagedFileError(ValueError):
+class DamagedFileError(UserError):
     """A file is not what its format says; the message names the file and, if known, the tensor."""
 
 

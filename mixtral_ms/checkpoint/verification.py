@@ -6,8 +6,7 @@ from pathlib import Path
 from threading import Thread
 
 from mixtral_ms.checkpoint.manifest import MANIFEST, verify_checkpoint
-from mixtral_ms.checkpoint.sharded import require_undamaged
-from mixtral_ms.checkpoint.tensors import DamagedFileError
+from mixtral_ms.checkpoint.store import require_undamaged
 from mixtral_ms.errors import UserError
 
 
@@ -39,7 +38,7 @@ class Verification:
         """Where the block finds the input wrong, damage is the better explanation."""
         try:
             yield
-        except (UserError, DamagedFileError):
+        except UserError:
             self.finish()
             raise
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixtral_ms.checkpoint.tensors import DamagedFileError
 from mixtral_ms.cli.main_guard import DEBUG_FLAG, run_command
 from mixtral_ms.convert.conversion import (
     Conversion,
@@ -54,17 +53,14 @@ def main(argv: Sequence[str]) -> int:
     """The command; returns the exit status. Raises UserError for bad input."""
     arguments = _parser().parse_args(argv)
     options = _options(arguments)
-    try:
-        if arguments.verify_md5:
-            print("\n".join(verify_release(options.input_path)))
-        conversion = prepare(options)
-        if arguments.dry_run:
-            print(f"{_headline(conversion)}\n{mapping_table(conversion.plan)}")
-            return 0
-        print(_headline(conversion), flush=True)
-        print(_report(conversion, convert(conversion)))
-    except DamagedFileError as error:
-        raise UserError(str(error)) from error
+    if arguments.verify_md5:
+        print("\n".join(verify_release(options.input_path)))
+    conversion = prepare(options)
+    if arguments.dry_run:
+        print(f"{_headline(conversion)}\n{mapping_table(conversion.plan)}")
+        return 0
+    print(_headline(conversion), flush=True)
+    print(_report(conversion, convert(conversion)))
     return 0
 
 

@@ -23,7 +23,7 @@ from mixtral_ms.checkpoint.rank_files import find_rank_files, is_rank_folders
 from mixtral_ms.checkpoint.regions import region_shape, row_major_blocks, whole_region
 from mixtral_ms.checkpoint.sharded import STRATEGY_FOLDER, checkpoint_folder
 from mixtral_ms.checkpoint.tensor_stream import FileEntry, TensorEntry
-from mixtral_ms.checkpoint.tensors import DamagedFileError, TensorInfo, TensorSource
+from mixtral_ms.checkpoint.tensors import TensorInfo, TensorSource
 from mixtral_ms.convert.detect import detect_format
 from mixtral_ms.convert.model_config import read_json
 from mixtral_ms.convert.names import OURS
@@ -86,7 +86,7 @@ def inspect_checkpoint(
         else:
             found.source = open_source(found.path, "inspect")
             _take(found, found.source)
-    except (UserError, DamagedFileError) as error:
+    except UserError as error:
         found.problems.append(str(error))
     _name_format(found)
     found.problems = list(dict.fromkeys(found.problems))
@@ -160,7 +160,7 @@ def _open_ranks(found: Inspection, strategy: Path | None, grid: str | None) -> N
     for file in (file for one in files for file in one):
         try:
             open_tensors(file)
-        except (UserError, DamagedFileError) as error:
+        except UserError as error:
             found.problems.append(str(error))
     ranks = open_ranks(files)
     found.size = sum(info.nbytes for source in ranks for info in source.infos.values())

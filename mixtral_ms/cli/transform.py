@@ -8,12 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from threading import Lock
 
-from mixtral_ms.checkpoint.tensors import DamagedFileError
 from mixtral_ms.checkpoint.transform import TransformOptions, TransformSummary, transform
 from mixtral_ms.cli.main_guard import DEBUG_FLAG, run_command
 from mixtral_ms.config import load_config
 from mixtral_ms.config.model import MixtralConfig
-from mixtral_ms.errors import UserError
 from mixtral_ms.progress import progress_bar
 
 _DESCRIPTION = """\
@@ -52,10 +50,7 @@ def main(argv: Sequence[str]) -> int:
     )
     known = _network(arguments["config"])
     with _progress() as start:
-        try:
-            summary = transform(options, known, start)
-        except DamagedFileError as error:
-            raise UserError(str(error)) from error
+        summary = transform(options, known, start)
     print(_report(summary))
     return 0
 

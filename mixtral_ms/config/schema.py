@@ -130,10 +130,12 @@ class RunConfig:
     trainer: TrainerSection = field(default_factory=TrainerSection)
     # checkpoints
     load_checkpoint: str | None = ""
-    """Weights to start from: a checkpoint folder or a weight file."""
+    """Weights to start from: any folder or file that docs/checkpoints.md lists."""
     resume_training: bool | str = False
     """True continues from the newest checkpoint, a name from that one."""
-    auto_trans_ckpt: bool = inert(False, "one process loads whole weights")
+    allow_partial: bool = False
+    """Load what fits of load_checkpoint, name the rest in the log and initialise it."""
+    auto_trans_ckpt: bool = inert(False, "each rank always reads its part of any checkpoint")
     src_strategy_path_or_dir: str | None = ""
     """Strategy files of load_checkpoint, where they do not lie beside it."""
     load_ckpt_format: Literal["safetensors", "ckpt"] = inert(

@@ -33,7 +33,12 @@ _RELEASE_MD5 = {
 _CHUNK = 1 << 22
 
 
-def open_source(path: Path, flag: str, strategy: Path | None = None) -> TensorSource:
+def open_source(
+    path: Path,
+    flag: str,
+    strategy: Path | None = None,
+    strategy_flag: str = "--strategy_dir",
+) -> TensorSource:
     """The weights in a file or a folder.
 
     In a folder: a checkpoint of ours, the latest of several, or ranks of MindSpore's; files named
@@ -45,6 +50,7 @@ def open_source(path: Path, flag: str, strategy: Path | None = None) -> TensorSo
         flag: with this.
         strategy: strategy file or folder of a checkpoint in rank_0, rank_1, ...; None where it is
             of one rank, or `strategy/` lies in it.
+        strategy_flag: with which the user names it.
 
     Returns:
         Global tensors; its `path` is the checkpoint's folder where `path` holds several.
@@ -57,7 +63,7 @@ def open_source(path: Path, flag: str, strategy: Path | None = None) -> TensorSo
         raise UserError(f"{flag}: {path} does not exist")
     if strategy is not None:
         if not strategy.exists():
-            raise UserError(f"--strategy_dir: {strategy} does not exist")
+            raise UserError(f"{strategy_flag}: {strategy} does not exist")
         return open_sharded(checkpoint_folder(path), strategy)
     if path.is_file():
         return open_tensors(path)
@@ -65,7 +71,7 @@ def open_source(path: Path, flag: str, strategy: Path | None = None) -> TensorSo
     if is_rank_folders(folder):
         ranks = len(list(folder.glob("rank_*")))
         if ranks > 1 and not (folder / STRATEGY_FOLDER).is_dir():
-            raise UserError(f"{flag}: {folder} holds {ranks} ranks: give --strategy_dir too")
+            raise UserError(f"{flag}: {folder} holds {ranks} ranks: give {strategy_flag} too")
         opened = sharded.open_source(folder).tensors
         return MergedSource(folder, [opened])
     return MergedSource(path, [open_tensors(file) for file in _files(path, flag)])

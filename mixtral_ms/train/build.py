@@ -4,14 +4,14 @@ from pathlib import Path
 
 import mindspore
 
-from mixtral_ms.checkpoint.store import load_checkpoint, resolve_checkpoint
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.data_sections import DatasetSection
 from mixtral_ms.config.training_sections import MetricsWriterSection, TensorBoardSection
+from mixtral_ms.convert.weights import open_weights
 from mixtral_ms.data.loader import RecordLoader
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
-from mixtral_ms.train.checkpointing import MODEL, load_parameters
+from mixtral_ms.train.checkpointing import load_parameters
 from mixtral_ms.train.metrics import METRICS_FILE
 from mixtral_ms.train.optimizer import AdamW
 from mixtral_ms.train.schedule import Schedule, build_schedule, constant_schedule
@@ -39,9 +39,15 @@ def build_network(config: RunConfig) -> MixtralForCausalLM:
     if config.recompute_config.recompute:
         network.recompute_layers()
     if config.load_checkpoint and not config.resume_training:
-        path = resolve_checkpoint(config.load_checkpoint)
-        load_parameters(network, load_checkpoint(path, verify=False).tensors[MODEL], path)
-        get_logger().info("weights from %s", path)
+        strategy = config.src_strategy_path_or_dir
+        weights = open_weights(
+            Path(config.load_checkpoint),
+            network.config,
+            strategy=Path(strategy) if strategy else None,
+            allow_partial=config.allow_partial,
+        )
+        load_parameters(network, weights, partial=config.allow_partial)
+        get_logger().info("weights from %s", weights.path)
     return network
 
 

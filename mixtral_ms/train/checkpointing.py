@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,8 +10,10 @@ import numpy as np
 from mindspore import Tensor
 
 from mixtral_ms.checkpoint.async_writer import CheckpointWriter
+from mixtral_ms.checkpoint.dtypes import cast
 from mixtral_ms.checkpoint.folders import checkpoint_name, list_checkpoints
 from mixtral_ms.checkpoint.store import Checkpoint, load_checkpoint, resolve_checkpoint
+from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.training_sections import CheckpointMonitorSection
 from mixtral_ms.errors import UserError
@@ -171,7 +172,7 @@ def restore(
             f"a new run from them: --resume_training False --load_checkpoint {checkpoint.path}"
         )
     _require_same_data(state, data_state(config, fingerprint), checkpoint.path)
-    load_parameters(network, checkpoint.tensors[MODEL], checkpoint.path)
+    load_parameters(network, checkpoint.tensors[MODEL].source)
     optimizer.load_state_tensors(checkpoint.tensors[OPTIMIZER])
     optimizer.updates = state["optimizer_updates"]
     saved = state["loss_scale"]
@@ -181,27 +182,32 @@ def restore(
 
 
 def load_parameters(
-    network: MixtralForCausalLM, tensors: Mapping[str, np.ndarray], source: Path
+    network: MixtralForCausalLM, source: TensorSource, *, partial: bool = False
 ) -> None:
-    """Copy tensors into the network's parameters.
+    """Copy tensors into the network's parameters; `partial` leaves those without one as they are.
 
     Raises:
         UserError: a tensor is missing, surplus or of another shape; up to ten are named.
     """
+    infos = source.infos
     parameters = {p.name: p for p in network.trainable_params()}
-    problems = [f"{name} is missing" for name in parameters.keys() - tensors.keys()]
-    problems += [f"{name} is not in the network" for name in tensors.keys() - parameters.keys()]
-    for name in parameters.keys() & tensors.keys():
-        shape = tuple(tensors[name].shape)
+    missing = () if partial else parameters.keys() - infos.keys()
+    problems = [f"{name} is missing" for name in missing]
+    problems += [f"{name} is not in the network" for name in infos.keys() - parameters.keys()]
+    for name in parameters.keys() & infos.keys():
+        shape = infos[name].shape
         if shape != parameters[name].shape:
             problems.append(f"{name} has shape {shape}, the network {parameters[name].shape}")
     if problems:
         shown = "\n  ".join(sorted(problems)[:10])
         raise UserError(
-            f"{source} does not fit model.model_config, {len(problems)} tensors differ:\n  {shown}"
+            f"{source.path} does not fit model.model_config, {len(problems)} tensors differ:"
+            f"\n  {shown}"
         )
-    for name, parameter in parameters.items():
-        parameter.set_data(Tensor.from_numpy(np.array(tensors[name], np.float32)))
+    for name in parameters.keys() & infos.keys():
+        values = cast(source.read(name), infos[name].dtype, "float32")
+        # a copy: MindSpore keeps the array that it is given, and this one may be a file's
+        parameters[name].set_data(Tensor.from_numpy(np.array(values)))
 
 
 def _require_same_data(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:

@@ -16,7 +16,8 @@ MOST_LINES = 400
 # Highest first; a package may import those further down, packages side by side not each other.
 LAYERS = (
     ("cli",),
-    ("train", "infer", "evaluate", "convert"),
+    ("train", "infer", "evaluate"),
+    ("convert",),
     ("checkpoint",),
     ("model",),
     ("kernels",),
