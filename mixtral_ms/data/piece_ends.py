@@ -3,6 +3,11 @@
 import numpy as np
 import sentencepiece
 
+from mixtral_ms.data.sentencepiece_model import wire_fields
+
+_PIECES = 2  # of SentencePieceText
+_ID, _BEGIN, _END = 2, 4, 5  # of its pieces
+
 
 def piece_lengths(processor: sentencepiece.SentencePieceProcessor) -> np.ndarray:
     """Characters that each piece stands for, int32 (V,), for models that keep their text.
@@ -24,13 +29,20 @@ def encode_with_proto(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and ends of a text's tokens, both int32 (tokens,), whatever the model does to the text.
 
-    Slow: sentencepiece reports each piece with its place.
+    Slow: sentencepiece reports each piece with its place, in bytes, as a serialized protobuf (the
+    one form that all its versions have).
     """
-    pieces = processor.encode(text, out_type="immutable_proto").pieces
-    ids = np.array([piece.id for piece in pieces], np.int32)
-    ends = np.array([piece.end for piece in pieces], np.int32)
+    message = processor.encode(text, out_type="serialized_proto")
+    pieces = [
+        dict(wire_fields(piece)) for number, piece in wire_fields(message) if number == _PIECES
+    ]
+    ids = np.array([piece.get(_ID, 0) for piece in pieces], np.int32)
+    ends = np.array([piece.get(_END, 0) for piece in pieces], np.int32)
     # Of a character in several byte pieces only the last has a width: all of them end there.
     for place in range(len(pieces) - 2, -1, -1):
-        if processor.is_byte(pieces[place].id) and pieces[place].begin == pieces[place].end:
+        piece = pieces[place]
+        if processor.is_byte(int(ids[place])) and piece.get(_BEGIN, 0) == piece.get(_END, 0):
             ends[place] = ends[place + 1]
-    return ids, ends
+    begins_character = np.frombuffer(text.encode(), np.uint8) & 0xC0 != 0x80
+    characters = np.concatenate([[0], begins_character.cumsum()]).astype(np.int32)
+    return ids, characters[ends]

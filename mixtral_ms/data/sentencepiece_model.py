@@ -58,16 +58,16 @@ def is_plain_bpe(model: bytes) -> bool:
 
 def _read_facts(model: bytes) -> _Facts:
     facts = _Facts()
-    for number, value in _fields(model):
+    for number, value in wire_fields(model):
         if number == _PIECES:
             facts.plain_pieces = facts.plain_pieces and _is_plain_piece(value)
         elif number == _TRAINER:
-            trainer = dict(_fields(value))
+            trainer = dict(wire_fields(value))
             facts.model_type = trainer.get(_MODEL_TYPE, facts.model_type)
             facts.whitespace_as_suffix = trainer.get(_WHITESPACE_AS_SUFFIX, 0)
             facts.byte_fallback = trainer.get(_BYTE_FALLBACK, 0)
         elif number == _NORMALIZER:
-            normalizer = dict(_fields(value))
+            normalizer = dict(wire_fields(value))
             facts.charsmap = normalizer.get(_CHARSMAP, b"")
             facts.dummy_prefix = normalizer.get(_DUMMY_PREFIX, 1)
             facts.remove_extra_spaces = normalizer.get(_REMOVE_EXTRA_SPACES, 1)
@@ -76,14 +76,14 @@ def _read_facts(model: bytes) -> _Facts:
 
 
 def _is_plain_piece(piece: bytes) -> bool:
-    parts = dict(_fields(piece))
+    parts = dict(wire_fields(piece))
     text = parts.get(_PIECE_TEXT, b"")
     while text.startswith(_SPACE_MARK):
         text = text[len(_SPACE_MARK) :]
     return parts.get(_PIECE_TYPE, 1) in _PLAIN_PIECE_TYPES and _SPACE_MARK not in text
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def wire_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Field numbers and raw values of one message. Raises ValueError or IndexError if damaged."""
     position = 0
     while position < len(message):
