@@ -1,5 +1,6 @@
 """Continuous batching: many requests through one runner, each answered as if it were alone."""
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -127,9 +128,14 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """The answer token by token; the last event holds the whole.
 
-        Leaving the iterator early cancels the request. Raises UserError as `submit`, at once.
+        Leaving the iterator early, or never starting it, cancels the request. Raises UserError as
+        `submit`, at once.
         """
-        return self._follow(self._subscribe(prompt, params))
+        number = self._subscribe(prompt, params)
+        events = self._follow(number)
+        # A generator that is dropped before its first value never comes to its `finally`.
+        weakref.finalize(events, self._leave, number)
+        return events
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 
 if TYPE_CHECKING:
     from mixtral_ms.infer.weights import InferWeights
 
+BACKENDS = ("auto", "native", "graph")
 NO_BLOCK = -1
 """Fills the places of a block table that name no block."""
 
@@ -85,11 +87,14 @@ def select_runner(
         weights: its tensors.
         num_blocks: blocks of the cache; None takes `num_blocks` of the configuration.
         block_size: positions in a block; None takes `block_size` of the configuration.
-        backend: "auto", or one of "native" and "graph" and nothing else.
+        backend: "auto", or "native" or "graph" for that one and no other.
 
     Raises:
+        UserError: another backend.
         RunnerUnavailableError: "native" was asked for by name and cannot be had.
     """
+    if backend not in BACKENDS:
+        raise UserError(f"runner {backend!r}: allowed are {', '.join(BACKENDS)}")
     num_blocks, block_size = num_blocks or config.num_blocks, block_size or config.block_size
     if backend in ("auto", "native"):
         from mixtral_ms.infer.native_runner import NativeRunner  # noqa: PLC0415 - it compiles

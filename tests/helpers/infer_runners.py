@@ -3,7 +3,7 @@
 from mixtral_ms.infer.runner import select_runner
 from mixtral_ms.infer.weights import InferWeights
 
-RUNNERS = ("graph",)
+RUNNERS = ("native", "graph")
 """Names that `select_runner` takes as its backend."""
 
 

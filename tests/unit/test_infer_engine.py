@@ -154,6 +154,15 @@ def test_a_client_that_goes_away_frees_its_blocks():
     assert one._scheduler.pool.free == 128
 
 
+def test_a_client_that_never_listens_is_forgotten():
+    one = engine()
+    events = one.stream("hello", params())
+    assert one.busy
+    del events
+    assert not one.busy
+    assert one._followed == {}
+
+
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_cancel(steps):
     one = engine(max_batch_size=2)

@@ -7,13 +7,13 @@ from helpers.infer_runners import RUNNERS, build_runner
 from helpers.numpy_runner import NumpyRunner, random_tensors
 from helpers.tiny import tiny_config
 
-from mixtral_ms.infer.runner import NO_BLOCK, StepInput
+from mixtral_ms.errors import UserError
+from mixtral_ms.infer import native_runner
+from mixtral_ms.infer.runner import NO_BLOCK, RunnerUnavailableError, StepInput, select_runner
 from mixtral_ms.infer.weights import InferWeights
 
 BLOCK = 4
-CONFIG = tiny_config(
-    seq_length=96, qkv_has_bias=False, head_dim=6, moe_config={"expert_num": 5}, num_layers=3
-)
+CONFIG = tiny_config(seq_length=96, qkv_has_bias=False, head_dim=6, moe_config={"expert_num": 5})
 TENSORS = random_tensors(CONFIG)
 TOLERANCE = 2e-5
 
@@ -176,3 +176,15 @@ def test_narrow_weights(name, dtype, device):
     wanted = expected(ids, config, values)
     close(one.step(prompt(ids[:11], table)), wanted[:11])
     close(one.step(tokens(ids[11:], [11], [table])), wanted[11:])
+
+
+def test_the_native_runner_is_taken_where_it_can_be_had(device, monkeypatch):
+    weights = InferWeights("float32", TENSORS, {})
+    assert select_runner(CONFIG, weights).name == "C++"
+    assert select_runner(CONFIG, weights).num_blocks == CONFIG.num_blocks
+    monkeypatch.setattr(native_runner, "native_library", lambda: None)
+    assert select_runner(CONFIG, weights, 8, 4).name == "graph"
+    with pytest.raises(RunnerUnavailableError):
+        select_runner(CONFIG, weights, backend="native")
+    with pytest.raises(UserError, match="'cuda': allowed are auto, native, graph"):
+        select_runner(CONFIG, weights, backend="cuda")
