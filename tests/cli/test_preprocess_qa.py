@@ -68,8 +68,7 @@ def named(path):
 def answers(labels):
     """Texts of the supervised spans of a record."""
     ids = [int(one) for one in labels if one != -100]
-    spans = PIECES.decode([[*part] for part in _split(ids)])
-    return spans
+    return PIECES.decode(list(_split(ids)))
 
 
 def _split(ids):
