@@ -68,17 +68,15 @@ def conversion(folder: Path, layers: int, rounds: int) -> None:
         "convert": (converting(source, ours), ours),
     }
     report(f"Hugging Face -> mixtral-ms, {layers} layers", size, rounds, table, keep={"ours"})
-    split, whole = folder / "split", folder / "whole"
+    split = folder / "split"
+    run(transforming(ours, split, GRID))
+    size = sum(path.stat().st_size for path in split.rglob("*") if path.is_file())
     table = {
-        "copy": (copying(ours, folder / "copy"), folder / "copy"),
-        "reshard 1 -> 8": (transforming(ours, split, GRID), split),
+        "copy of the 8 ranks": (copying(split, folder / "copy"), folder / "copy"),
+        "reshard 1 -> 8": (transforming(ours, folder / "split_2", GRID), folder / "split_2"),
+        "reshard 8 -> 1": (transforming(split, folder / "whole", None), folder / "whole"),
     }
-    report(f"One rank -> 8, {layers} layers", size, rounds, table, keep={"split"})
-    table = {
-        "copy": (copying(split, folder / "copy"), folder / "copy"),
-        "reshard 8 -> 1": (transforming(split, whole, None), whole),
-    }
-    report(f"8 ranks -> one, {layers} layers", size, rounds, table)
+    report(f"One rank -> 8 -> one, {layers} layers", size, rounds, table)
     for path in (source, ours, split):
         shutil.rmtree(path)
 
