@@ -68,14 +68,14 @@ def load_template(name: str = DEFAULT_TEMPLATE) -> ChatTemplate:
     if real_name not in known:
         near = difflib.get_close_matches(name, [*known, *_ALIASES], n=3)
         raise UserError(
-            f"--template {name!r} is not one of fschat's"
+            f"--template (data_loader.template) {name!r} is not one of fschat's"
             f"{f'; did you mean {near[0]!r}?' if near else ''} "
             f"Usable ones: {', '.join([*_ALIASES, *usable_templates()])}"
         )
     template = _compile(real_name)
     if template is None:
         raise UserError(
-            f"--template {name!r} cannot be used: it changes its messages' texts or differs from "
+            f"--template (data_loader.template) {name!r} cannot be used: it changes its messages' texts or differs from "
             f"round to round; usable ones: {', '.join([*_ALIASES, *usable_templates()])}"
         )
     return template

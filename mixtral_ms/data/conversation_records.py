@@ -25,7 +25,7 @@ class ConversationRecords:
         section: `data_loader`, whose dataset_dir is a file or a folder of files.
         seq_length: ids of an input; a record has one more.
         tokenizer_file: the tokenizer.model.
-        pad_token_id: fills records up; negative takes the tokenizer's, or the unknown piece's.
+        pad_token_id: fills records up.
 
     Raises UserError for files, a tokenizer or a template that cannot be used, and when no row can.
     """
@@ -41,13 +41,18 @@ class ConversationRecords:
             raise UserError(
                 "a ConversationDataset needs processor.tokenizer.vocab_file: the tokenizer.model"
             )
+        if pad_token_id < 0:
+            raise UserError(
+                f"model.model_config.pad_token_id {pad_token_id} says that nothing is padded, but "
+                "conversations are: set it to the tokenizer's padding id, or its unknown one (0)"
+            )
         options = ConversationOptions(
             model_file=tokenizer_file,
             seq_length=seq_length,
             template=section.template,
             long_rows=section.long_rows,
             packing=section.packing,
-            pad_token_id=pad_token_id if pad_token_id >= 0 else None,
+            pad_token_id=pad_token_id,
         )
         self.where = section.dataset_dir
         self.columns = ["input_ids", "labels", *["segment_ids"] * section.packing]

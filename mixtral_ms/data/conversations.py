@@ -96,7 +96,7 @@ class Conversations:
         if self.options.long_rows == "error":
             raise UserError(
                 f"row {number} of {path} is too long: {what}; "
-                "give a larger --seq_length, or --long_rows cut or drop"
+                "give a larger --seq_length, or --long_rows (data_loader.long_rows) cut or drop"
             )
         if self.options.long_rows == "drop":
             raise UnfitRowError(f"too long: {what}")
@@ -112,7 +112,7 @@ class Conversations:
             given = tokenizer.pad_id if tokenizer.pad_id >= 0 else tokenizer.unk_id
         if not 0 <= given < tokenizer.vocab_size or given in (tokenizer.bos_id, tokenizer.eos_id):
             raise UserError(
-                f"--pad_token_id {given} must be below {tokenizer.vocab_size} and neither bos "
+                f"--pad_token_id (model_config.pad_token_id) {given} must be below {tokenizer.vocab_size} and neither bos "
                 f"({tokenizer.bos_id}) nor eos ({tokenizer.eos_id}): answers have to end with eos"
             )
         return given

@@ -111,7 +111,8 @@ def test_the_fingerprint_knows_the_data_and_not_its_place(folder, tmp_path):
         ('{"a": 1}', {}, "none of the 1 rows.*\n.*row 0 of a.jsonl: left out: neither"),
         ('{"a": 1}', {"tokenizer_file": None}, "processor.tokenizer.vocab_file"),
         ('{"a": 1}', {"pad_token_id": 2}, "neither bos"),
-        ('{"a": 1}', {"template": "none"}, "--template 'none'"),
+        ('{"a": 1}', {"pad_token_id": -1}, "pad_token_id -1 says that nothing is padded"),
+        ('{"a": 1}', {"template": "none"}, "data_loader.template. 'none'"),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path, content, options, message):
