@@ -75,8 +75,8 @@ def load_template(name: str = DEFAULT_TEMPLATE) -> ChatTemplate:
     template = _compile(real_name)
     if template is None:
         raise UserError(
-            f"--template (data_loader.template) {name!r} cannot be used: it changes its messages' texts or differs from "
-            f"round to round; usable ones: {', '.join([*_ALIASES, *usable_templates()])}"
+            f"--template (data_loader.template) {name!r} cannot be used: it changes its "
+            f"messages' texts or differs from round to round; usable ones: {', '.join([*_ALIASES, *usable_templates()])}"
         )
     return template
 

@@ -112,8 +112,8 @@ class Conversations:
             given = tokenizer.pad_id if tokenizer.pad_id >= 0 else tokenizer.unk_id
         if not 0 <= given < tokenizer.vocab_size or given in (tokenizer.bos_id, tokenizer.eos_id):
             raise UserError(
-                f"--pad_token_id (model_config.pad_token_id) {given} must be below {tokenizer.vocab_size} and neither bos "
-                f"({tokenizer.bos_id}) nor eos ({tokenizer.eos_id}): answers have to end with eos"
+                f"--pad_token_id (model_config.pad_token_id) {given} must be below "
+                f"{tokenizer.vocab_size} and neither bos ({tokenizer.bos_id}) nor eos ({tokenizer.eos_id}): answers have to end with eos"
             )
         return given
 
