@@ -5,10 +5,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+from convert_oracle import write_source
 
+from mixtral_ms.cli.convert import main as convert
+from mixtral_ms.cli.inspect import main as inspect
 from mixtral_ms.cli.main_guard import run_command
 from mixtral_ms.cli.preprocess import main as preprocess
 from mixtral_ms.cli.run import main as run
+from mixtral_ms.cli.transform import main as transform
 from mixtral_ms.data.example_tokenizer import find_example_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +65,22 @@ def test_run_commands_are_accepted(command, capsys, monkeypatch):
 @pytest.mark.parametrize("flags", FLAGS)
 def test_flags_in_the_text_are_accepted(flags, capsys, monkeypatch):
     accept([*arguments(PRETRAIN), *shlex.split(flags), "--check_config"], capsys, monkeypatch)
+
+
+def test_weight_commands_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_source(Path("HF"), "hf", experts=4)
+    assert run_command(convert, ["--input_path", "HF", "--output_path", "OUT/checkpoint"]) == 0
+    for start, command, skipped in (
+        ("python convert_weight.py", convert, 2),
+        ("python tools/transform_ckpt.py", transform, 2),
+        ("python -m mixtral_ms inspect", inspect, 4),
+    ):
+        found = commands(ROOT / "README.md", start)
+        assert found
+        for line in found:
+            status = run_command(command, shlex.split(line)[skipped:])
+            assert status == 0, f"{line}: {capsys.readouterr().err}"
 
 
 def test_preprocess_commands_work(tmp_path, capsys, monkeypatch):

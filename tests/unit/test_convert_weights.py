@@ -2,6 +2,7 @@
 
 import contextlib
 
+import convert_oracle as oracle
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,7 +15,6 @@ from mixtral_ms.convert.weights import open_weights
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 from mixtral_ms.parallel.layout import parameter_shapes
-from tests.unit import convert_oracle as oracle
 
 CONFIG = MixtralConfig(
     vocab_size=oracle.VOCABULARY,
