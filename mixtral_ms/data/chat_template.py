@@ -76,7 +76,8 @@ def load_template(name: str = DEFAULT_TEMPLATE) -> ChatTemplate:
     if template is None:
         raise UserError(
             f"--template (data_loader.template) {name!r} cannot be used: it changes its "
-            f"messages' texts or differs from round to round; usable ones: {', '.join([*_ALIASES, *usable_templates()])}"
+            "messages' texts or differs from round to round; usable ones: "
+            f"{', '.join([*_ALIASES, *usable_templates()])}"
         )
     return template
 

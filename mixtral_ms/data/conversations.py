@@ -74,9 +74,11 @@ class Conversations:
             for number, row in enumerate(read_rows(path, advance)):
                 self.log.read += 1
                 try:
-                    yield self._sample(path, number, row)
+                    sample = self._sample(path, number, row)
                 except UnfitRowError as error:
                     self.log.add(path, number, "left out", str(error))
+                else:
+                    yield sample
 
     def _sample(self, path: Path, number: int, row: object) -> Sample:
         conversation = read_conversation(row)
@@ -113,7 +115,8 @@ class Conversations:
         if not 0 <= given < tokenizer.vocab_size or given in (tokenizer.bos_id, tokenizer.eos_id):
             raise UserError(
                 f"--pad_token_id (model_config.pad_token_id) {given} must be below "
-                f"{tokenizer.vocab_size} and neither bos ({tokenizer.bos_id}) nor eos ({tokenizer.eos_id}): answers have to end with eos"
+                f"{tokenizer.vocab_size} and neither bos ({tokenizer.bos_id}) nor eos "
+                f"({tokenizer.eos_id}): answers have to end with eos"
             )
         return given
 
