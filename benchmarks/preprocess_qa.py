@@ -7,7 +7,7 @@ read the JSON, render the conversation template, encode, mask the questions, pad
 with input_ids and labels. The plain loop does it as MindFormers' llama_preprocess.py does, with
 sentencepiece in place of its slower tokenizer: it encodes each round for its ids, once more for its
 length, and the instruction for the length of the mask, and writes record by record. The sides take
-turns in one run, on parts of the rows; then all rows are preprocessed in a process of its own.
+turns in one run; then growing parts of the rows are preprocessed in processes of their own.
 Prints tables in Markdown.
 """
 
@@ -41,7 +41,6 @@ PAD, EOS, IGNORED = 0, 2, -100
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=52000)
-    parser.add_argument("--rows_of_a_round", type=int, default=20000)
     parser.add_argument("--seq_length", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure_memory", nargs=2, help=argparse.SUPPRESS)
@@ -51,7 +50,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        compare(folder, args.rows_of_a_round, args.seq_length, args.rounds)
+        compare(folder, args.rows, args.seq_length, args.rounds)
         memory_table(folder, args.rows, args.seq_length)
 
 
