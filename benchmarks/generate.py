@@ -40,6 +40,7 @@ def main() -> None:
         help="of mixtral-ms and llama.cpp (there int8 is q8_0); transformers has float32",
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each (default 5)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="default 1 8")
     parser.add_argument("--sweep", choices=("context", "batch"))
     parser.add_argument(
         "--llama_python", help="a Python that has llama-cpp-python and gguf; adds llama.cpp"
@@ -54,7 +55,7 @@ def main() -> None:
     if args.sweep:
         sweep(args.sweep, workers, args.repeats)
     else:
-        compare(workers, args.weight_dtype, args.repeats)
+        compare(workers, args.weight_dtype, args.batch, args.repeats)
     for worker in workers:
         worker.close()
     return None
@@ -78,15 +79,15 @@ def take_turns(workers: list["Worker"], repeats: int, *question: object) -> dict
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def compare(workers: list["Worker"], weight_dtype: str, repeats: int) -> None:
+def compare(workers: list["Worker"], weight_dtype: str, batches: list[int], repeats: int) -> None:
     print(f"weights: {weight_dtype}; transformers float32, sdpa, fastest experts_implementation")
     print("| | contender | tokens/s | against transformers | read, GB/s | of bandwidth |")
     print("|---|---|---|---|---|---|")
     bandwidths = []
-    for batch in (1, 8):
+    for batch in batches:
         seconds = take_turns(workers, repeats, "prefill", batch, PROMPT)
         print_rows(f"prefill {PROMPT}, batch {batch}", seconds, batch * PROMPT)
-    for batch in (1, 8):
+    for batch in batches:
         seconds = take_turns(workers, repeats, "decode", batch, PROMPT, ANSWER)
         bandwidths.append(read_bandwidth())
         read = {name: ANSWER * bytes_per_step(name, weight_dtype, batch) for name in seconds}
