@@ -1,4 +1,4 @@
-"""`run`: train and evaluate from a YAML."""
+"""`run`: train, evaluate and predict from a YAML."""
 
 import sys
 from collections.abc import Sequence
@@ -24,11 +24,13 @@ def main(argv: Sequence[str]) -> int:
         check_config(config, world_size=None, needs_paths=False)
         print(describe(config))
         return 0
-    if config.run_mode not in ("train", "eval"):
-        raise UserError(
-            f"run_mode {config.run_mode} is not part of this version: train and eval are"
-        )
+    if config.run_mode == "finetune":
+        raise UserError("run_mode finetune is not part of this version; train, eval, predict are")
     # MindSpore takes seconds to import: looking at a configuration should not wait for it.
+    if config.run_mode == "predict":
+        from mixtral_ms.cli.predict import run_predict  # noqa: PLC0415
+
+        return run_predict(config)
     from mixtral_ms.train.trainer import Trainer  # noqa: PLC0415
 
     trainer = Trainer(config)

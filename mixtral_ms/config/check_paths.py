@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mixtral_ms.config.schema import RunConfig
+from mixtral_ms.config.tokenizer_file import TOKENIZER_FILE, find_tokenizer
 
 
 def check_paths(config: RunConfig) -> list[str]:
@@ -53,7 +54,14 @@ def _check_optional(path: str | None, key: str, flag: str) -> Iterator[str]:
 def _check_tokenizer(config: RunConfig) -> Iterator[str]:
     """Prediction reads and writes text."""
     if config.run_mode == "predict":
-        yield from _check_vocab_file(config)
+        path = find_tokenizer(config)
+        if path is None:
+            yield (
+                "processor.tokenizer.vocab_file is empty, and there is no "
+                f"{TOKENIZER_FILE} beside the weights: set --vocab_file …/{TOKENIZER_FILE}"
+            )
+        elif not path.is_file():
+            yield f"processor.tokenizer.vocab_file: file does not exist: {path}: set --vocab_file"
 
 
 def _check_vocab_file(config: RunConfig) -> Iterator[str]:

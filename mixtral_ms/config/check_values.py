@@ -75,10 +75,12 @@ _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
     ("model.model_config.num_blocks", 1, None),
     ("model.model_config.top_k", 0, None),
     ("model.model_config.top_p", ">0", 1),
-    ("model.model_config.temperature", ">0", None),
+    ("model.model_config.temperature", 0, None),
     ("model.model_config.repetition_penalty", ">0", None),
     ("model.model_config.max_decode_length", 1, None),
     ("model.model_config.max_new_tokens", 1, None),
+    ("generation.min_p", 0, 1),
+    ("generation.num_beams", 1, 64),
 )
 _SECTION_RANGES: dict[str, tuple[tuple[str, float | str | None, float | str | None], ...]] = {
     "train_dataset": (("batch_size", 1, None), ("data_loader.num_samples", 1, None)),

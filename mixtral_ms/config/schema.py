@@ -10,6 +10,7 @@ from mixtral_ms.config.data_sections import (
     ProcessorSection,
 )
 from mixtral_ms.config.fields import inert, variants
+from mixtral_ms.config.generation import GenerationSection
 from mixtral_ms.config.model import MixtralConfig, MoEConfig
 from mixtral_ms.config.parallel_sections import ParallelConfig, ParallelContext, RecomputeConfig
 from mixtral_ms.config.training_sections import (
@@ -174,7 +175,13 @@ class RunConfig:
     processor: ProcessorSection = field(default_factory=ProcessorSection)
     # prediction
     predict_data: list[str] | str | None = None
+    """Prompts, files of prompts, or - for standard input."""
     predict_batch_size: int | None = None
+    """Most prompts that are answered at once; empty means 32. It changes no answer."""
+    weight_dtype: Literal["float32", "float16", "int8"] = "float32"
+    """Format of the weights in prediction, int8 with a scale a row; evaluation says what it
+    costs."""
+    generation: GenerationSection = field(default_factory=GenerationSection)
     modal_type: list[str] | str | None = inert(None, "prompts are text")
     adapter_id: list[str] | str | None = inert(None, "adapters are merged before prediction")
     # ranks and device

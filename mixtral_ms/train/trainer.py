@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from mixtral_ms.config.training_sections import (
 from mixtral_ms.data.batch import Batch
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
+from mixtral_ms.infer.load import LoadedModel, load_model
+from mixtral_ms.infer.params import Generation
+from mixtral_ms.infer.predict import predict
+from mixtral_ms.infer.prompts import read_prompts
 from mixtral_ms.log import get_logger
 from mixtral_ms.train.build import (
     build_learning_rate,
@@ -68,7 +73,7 @@ class TrainResult:
 
 
 class Trainer:
-    """Trains and evaluates the network that a configuration describes.
+    """Trains, evaluates and samples the network that a configuration describes.
 
     Args:
         config: a RunConfig, or the path of a YAML.
@@ -81,9 +86,10 @@ class Trainer:
         self.config = config if isinstance(config, RunConfig) else load_config(Path(config))
         check_config(self.config, world_size=int(os.environ.get("MS_WORKER_NUM", "1")))
         set_up_device(self.config)
+        self._answering: LoadedModel | None = None
 
     def train(self) -> TrainResult:
-        """Train until the last step, stop_at_step, SIGTERM or Ctrl-C; always ends with a save.
+        """Train or fine-tune until the last step, stop_at_step, SIGTERM or Ctrl-C; ends with a save.
 
         Raises:
             UserError: the data or checkpoint does not fit, or output_dir holds another run.
@@ -92,6 +98,8 @@ class Trainer:
         checkpoint = find_resume(self.config)
         if not self.config.resume_training:
             _require_fresh(self.config)
+        if checkpoint is None:
+            _require_weights(self.config)
         run = _TrainingRun(self.config)
         return run.run(run.restore(checkpoint) if checkpoint else 0)
 
@@ -117,6 +125,19 @@ class Trainer:
             result.seconds,
         )
         return result
+
+    def predict(self, prompts: str | Sequence[str] | None = None) -> list[Generation]:
+        """Answers to prompts, in order; None takes predict_data. Weights are loaded once.
+
+        What is wrong with one prompt is said in its answer (finish_reason "error").
+
+        Raises:
+            UserError: there is no prompt, or weights and tokenizer do not fit or are not given.
+        """
+        prompts = read_prompts(self.config.predict_data) if prompts is None else prompts
+        if self._answering is None:
+            self._answering = load_model(self.config)
+        return predict(self._answering, [prompts] if isinstance(prompts, str) else prompts)
 
 
 class _TrainingRun:
@@ -307,6 +328,15 @@ class _TrainingRun:
             "checkpoints: %s; to evaluate: --run_mode eval --load_checkpoint %s", root, root
         )
         return TrainResult(step, loss, self.evaluation, root, report, signal_number)
+
+
+def _require_weights(config: RunConfig) -> None:
+    """Fine-tuning starts from weights."""
+    if config.run_mode == "finetune" and not config.load_checkpoint:
+        raise UserError(
+            "run_mode finetune starts from weights, but load_checkpoint is empty: set "
+            "--load_checkpoint to them, or --run_mode train to start from fresh ones"
+        )
 
 
 def _require_fresh(config: RunConfig) -> None:

@@ -1,0 +1,161 @@
+"""From a run's configuration to an engine that is ready to answer."""
+
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from mixtral_ms.checkpoint.tensors import TensorSource
+from mixtral_ms.config import RunConfig
+from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.config.tokenizer_file import find_tokenizer
+from mixtral_ms.convert.weights import open_weights
+from mixtral_ms.data.tokenizer import Tokenizer
+from mixtral_ms.errors import UserError
+from mixtral_ms.infer.engine import Engine, Prompt
+from mixtral_ms.infer.params import SamplingParams
+from mixtral_ms.infer.runner import select_runner
+from mixtral_ms.infer.weights import load_weights
+from mixtral_ms.log import get_logger
+
+_USUAL_BATCH = 32
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network that answers, with all that a caller needs around it."""
+
+    config: RunConfig
+    engine: Engine
+    tokenizer: Tokenizer
+    runner: str
+    """"C++" or "graph"."""
+    seconds: float
+    """How long loading took."""
+
+    @property
+    def network(self) -> MixtralConfig:
+        """The network's configuration."""
+        return self.config.model.model_config
+
+    @cached_property
+    def params(self) -> SamplingParams:
+        """How the configuration says answers are generated."""
+        return sampling_params(self.config)
+
+    def prompt(self, text: str) -> Prompt:
+        """A text as the engine takes it: as ids where the tokenizer's bos or eos are not as usual.
+
+        Raises:
+            UserError: the text cannot be encoded.
+        """
+        section, tokenizer = self.config.processor.tokenizer, self.tokenizer
+        if section.add_bos_token and not section.add_eos_token:
+            return text
+        bos = [tokenizer.bos_id] if section.add_bos_token and tokenizer.bos_id >= 0 else []
+        eos = [self.network.eos_token_id] if section.add_eos_token else []
+        return [*bos, *tokenizer.encode(text), *eos]
+
+
+def load_model(config: RunConfig) -> LoadedModel:
+    """Open tokenizer and weights, and build the engine that the configuration describes.
+
+    On a CPU the C++ runner is taken where it can be had; any other device runs MindSpore graphs.
+
+    Raises:
+        UserError: no weights or tokenizer are given, they do not fit the network, are damaged or
+            not finite, or a generation key is out of range.
+        DamagedFileError: a file is not what its format says.
+    """
+    start = time.monotonic()
+    network = config.model.model_config
+    sampling_params(config)
+    tokenizer = _open_tokenizer(config)
+    weights = load_weights(open_run_weights(config), network, config.weight_dtype)
+    runner = select_runner(network, weights, backend=_backend(config))
+    batch = config.predict_batch_size or _USUAL_BATCH
+    engine = Engine(runner, tokenizer, network, max_batch_size=batch)
+    seconds = time.monotonic() - start
+    get_logger().info(
+        "%s runner, %s weights from %s, loaded in %.1f s",
+        runner.name,
+        config.weight_dtype,
+        config.load_checkpoint,
+        seconds,
+    )
+    return LoadedModel(config, engine, tokenizer, runner.name, seconds)
+
+
+def open_run_weights(config: RunConfig) -> TensorSource:
+    """All of load_checkpoint's tensors under our names, read when they are asked for.
+
+    Raises:
+        UserError: load_checkpoint is empty, or does not fit the network.
+    """
+    if not config.load_checkpoint:
+        raise UserError(
+            f"run_mode {config.run_mode} needs weights, but load_checkpoint is empty: set "
+            "--load_checkpoint"
+        )
+    strategy = config.src_strategy_path_or_dir
+    return open_weights(
+        Path(config.load_checkpoint),
+        config.model.model_config,
+        strategy=Path(strategy) if strategy else None,
+        allow_partial=config.allow_partial,
+    )
+
+
+def sampling_params(config: RunConfig) -> SamplingParams:
+    """model_config's generation keys, the section `generation` and the run's seed.
+
+    Raises:
+        UserError: a value is out of range, or two contradict each other.
+    """
+    network, section = config.model.model_config, config.generation
+    params = SamplingParams.from_model_config(
+        network,
+        seed=config.seed,
+        min_p=section.min_p,
+        presence_penalty=section.presence_penalty,
+        stop=tuple(section.stop),
+        num_beams=section.num_beams,
+        logprobs=section.logprobs,
+    )
+    # As in MindFormers: who says how long the answer may be does not mean max_decode_length too.
+    return params if params.max_new_tokens is None else replace(params, max_length=None)
+
+
+def _open_tokenizer(config: RunConfig) -> Tokenizer:
+    path = find_tokenizer(config)
+    if path is None:
+        raise UserError(
+            "no tokenizer: there is no tokenizer.model beside the weights; set --vocab_file "
+            "(processor.tokenizer.vocab_file)"
+        )
+    tokenizer, network = Tokenizer(path), config.model.model_config
+    for name, theirs in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        ours = getattr(network, f"{name}_token_id")
+        if theirs != ours:
+            get_logger().warning(
+                "%s: its %s is %d, model_config.%s_token_id is %d: is it this network's tokenizer?",
+                path, name, theirs, name, ours,
+            )  # fmt: skip
+    return tokenizer
+
+
+def _backend(config: RunConfig) -> str:
+    if config.context.device_target == "CPU":
+        return "auto"
+    import mindspore  # noqa: PLC0415 - seconds; the C++ runner does without
+
+    context = config.context
+    try:
+        mindspore.set_device(context.device_target, context.device_id)
+        mindspore.set_context(max_device_memory=context.max_device_memory)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"context.device_target {context.device_target} cannot be used on this machine: "
+            "set --device_target CPU"
+        ) from error
+    return "graph"
