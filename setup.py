@@ -10,13 +10,13 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "mixtral_ms/__init__.py").read_text(encoding="utf-8"), re.M
 ).group(1)
 
-# The version that everything is tested with. With 2.10 the C++ kernels are off: its oneDNN does
-# not export the function they call.
+# The version that everything is tested with.
 TESTED_MINDSPORE = "mindspore==2.7.2"
 TOKENIZER_EXAMPLE = "mistral-common>=1.8"
 TENSORBOARD = "tensorboardX>=2.6"
 PARQUET = "pyarrow>=15,<22"  # newer ones refuse numpy below 2
 FAST_TOKENIZER = "gigatoken>=0.10"
+CHAT_TEMPLATES = "fschat==0.2.36"
 
 setup(
     name="mixtral-ms",
@@ -46,6 +46,7 @@ setup(
     extras_require={
         "example": [TESTED_MINDSPORE, TOKENIZER_EXAMPLE],
         "fast": [FAST_TOKENIZER],
+        "finetune": [CHAT_TEMPLATES],
         "tensorboard": [TENSORBOARD],
         "parquet": [PARQUET],
         "mindformers": ["mindformers==1.8.0", "transformers==4.57.1"],
@@ -63,6 +64,8 @@ setup(
             TENSORBOARD,
             PARQUET,
             FAST_TOKENIZER,
+            CHAT_TEMPLATES,
+            "sentencepiece>=0.2.3",  # the tests' oracle asks it for the place of each piece
         ],
     },
     entry_points={"console_scripts": ["mixtral-ms=mixtral_ms.__main__:main"]},
