@@ -89,7 +89,7 @@ class Trainer:
         self._answering: LoadedModel | None = None
 
     def train(self) -> TrainResult:
-        """Train or fine-tune until the last step, stop_at_step, SIGTERM or Ctrl-C; ends with a save.
+        """Train until the last step, stop_at_step, SIGTERM or Ctrl-C; always ends with a save.
 
         Raises:
             UserError: the data or checkpoint does not fit, or output_dir holds another run.
