@@ -1,4 +1,4 @@
-"""Mixtral for MindSpore: train and evaluate a sparse mixture of experts from YAML.
+"""Mixtral for MindSpore: train, evaluate and sample a sparse mixture of experts from YAML.
 
 Names are imported when they are first used: reading a configuration needs no MindSpore.
 """
@@ -15,6 +15,7 @@ _HOMES = {
     "load_config": "mixtral_ms.config",
     "MixtralForCausalLM": "mixtral_ms.model.mixtral",
     "Trainer": "mixtral_ms.train.trainer",
+    "pipeline": "mixtral_ms.infer.pipeline",
 }
 __all__ = [  # noqa: F822 - resolved by __getattr__
     "MixtralConfig",
@@ -23,6 +24,7 @@ __all__ = [  # noqa: F822 - resolved by __getattr__
     "RunConfig",
     "Trainer",
     "load_config",
+    "pipeline",
 ]
 
 

@@ -6,7 +6,9 @@ import sys
 from mixtral_ms.cli.main_guard import run_command
 
 COMMANDS = {
-    "run": ("mixtral_ms.cli.run", "train or evaluate from a YAML"),
+    "run": ("mixtral_ms.cli.run", "train, evaluate or predict from a YAML"),
+    "complete": ("mixtral_ms.cli.complete", "prompts and their answers as framed examples"),
+    "chat": ("mixtral_ms.cli.chat", "talk to an instruction-tuned model"),
     "preprocess": ("mixtral_ms.cli.preprocess", "text and conversations to MindRecord"),
     "alpaca": ("mixtral_ms.cli.alpaca", "Alpaca rows to conversations"),
     "transform": ("mixtral_ms.cli.transform", "cut a checkpoint for other devices, or merge it"),

@@ -6,11 +6,14 @@ Every flag is one key of the YAML; the table below says which, and nothing else 
 import argparse
 from collections.abc import Sequence
 
+from mixtral_ms.cli.describe import describe
 from mixtral_ms.cli.flags import Flag, flag
 from mixtral_ms.cli.generation_options import GENERATION_FLAGS
 from mixtral_ms.config import Override, RunConfig, load_config
 from mixtral_ms.config.build import nearest
+from mixtral_ms.config.checks import check_config
 from mixtral_ms.config.overrides import parse_override
+from mixtral_ms.config.render import render_config
 from mixtral_ms.errors import UserError
 
 _EXAMPLE = """\
@@ -102,12 +105,23 @@ FLAGS: tuple[Flag, ...] = (
 )
 
 
+_FOR_ANSWERS = {
+    *("predict_batch_size", "vocab_file", "load_checkpoint", "src_strategy_path_or_dir", "seed"),
+    *("auto_trans_ckpt", "output_dir", "use_parallel", "device_target", "device_id"),
+}
+ANSWER_FLAGS = tuple(
+    one for one in FLAGS if one in GENERATION_FLAGS or one.attribute in _FOR_ANSWERS
+)
+"""Flags of the commands that only answer."""
+
+
 def build_parser(
     prog: str | None = None,
     description: str = "Train, fine-tune, evaluate or sample a Mixtral from a YAML file.",
     example: str = _EXAMPLE,
+    flags: Sequence[Flag] = FLAGS,
 ) -> argparse.ArgumentParser:
-    """The parser of the run command, or of another that takes the same flags."""
+    """The parser of the run command, or of another that takes some of its flags."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -116,7 +130,7 @@ def build_parser(
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
-    for one in FLAGS:
+    for one in flags:
         one.add_to(parser)
     own = parser.add_argument_group("any key, and looking without running")
     own.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key")
@@ -135,7 +149,7 @@ def overrides_from(args: argparse.Namespace) -> list[Override]:
     """The keys that the flags set, named flags first so that --set wins."""
     overrides = []
     for one in FLAGS:
-        given = getattr(args, one.attribute)
+        given = getattr(args, one.attribute, None)
         if given is None:
             continue
         if one.keys[0] == "resume_training":
@@ -157,6 +171,20 @@ def load_from_args(args: argparse.Namespace) -> RunConfig:
         UserError: as `load_config`, naming the flag where a flag is wrong.
     """
     return load_config(args.config, overrides_from(args))
+
+
+def looked_at(args: argparse.Namespace, config: RunConfig) -> bool:
+    """Do what --print_config and --check_config ask for; False when none was given.
+
+    Raises:
+        UserError: the configuration contradicts itself.
+    """
+    if args.print_config:
+        print(render_config(config))
+    elif args.check_config:
+        check_config(config, world_size=None, needs_paths=False)
+        print(describe(config))
+    return args.print_config or args.check_config
 
 
 def parse_args(

@@ -35,13 +35,20 @@ def read_prompts(given: str | Sequence[str] | None, flag: str = "--predict_data"
 
 def _prompts_of(item: str, flag: str) -> Iterator[str]:
     if item == STDIN:
-        yield from _lines(sys.stdin.read())
+        yield from _lines(_stdin(flag))
     elif _is_file(item):
         yield from _of_file(Path(item), flag)
     elif item.endswith(_SUFFIXES) and not any(map(str.isspace, item)):
         raise UserError(f"{flag}: file does not exist: {item}")
     elif item:
         yield item
+
+
+def _stdin(flag: str) -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {STDIN}: the input is not UTF-8 text: {error}") from None
 
 
 def _is_file(item: str) -> bool:

@@ -25,6 +25,8 @@ class Evaluation:
     perplexity: float
     tokens: int
     seconds: float
+    exact_perplexity: float | None = None
+    """With the weights as they are, where these were rounded to another dtype."""
 
 
 class Evaluator:

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mindspore
@@ -20,7 +20,7 @@ from mixtral_ms.config.training_sections import (
 from mixtral_ms.data.batch import Batch
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
-from mixtral_ms.infer.load import LoadedModel, load_model
+from mixtral_ms.infer.load import LoadedModel, load_model, open_run_weights
 from mixtral_ms.infer.params import Generation
 from mixtral_ms.infer.predict import predict
 from mixtral_ms.infer.prompts import read_prompts
@@ -43,6 +43,7 @@ from mixtral_ms.train.metrics import MetricsWriter
 from mixtral_ms.train.monitor import StepMonitor, step_line
 from mixtral_ms.train.plan import make_plan
 from mixtral_ms.train.report import write_report
+from mixtral_ms.train.rounding import round_weights
 from mixtral_ms.train.step import TrainStep
 from mixtral_ms.train.stop_request import StopRequest
 
@@ -106,6 +107,9 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Loss and perplexity over the whole of eval_dataset.
 
+        With another weight_dtype than float32 that is what the weights are worth in that format,
+        and `exact_perplexity` what they are worth as they are.
+
         Raises:
             UserError: no weights are given, or data or weights do not fit.
         """
@@ -115,8 +119,12 @@ class Trainer:
                 "run_mode eval needs weights, but load_checkpoint is empty: set --load_checkpoint"
             )
         loader = build_loader(config, config.eval_dataset, training=False)
-        evaluator = Evaluator(build_network(config), loader, config.eval_dataset.batch_size)
+        network = build_network(config)
+        evaluator = Evaluator(network, loader, config.eval_dataset.batch_size)
         result = evaluator()
+        if config.weight_dtype != "float32":
+            round_weights(network, open_run_weights(config), config.weight_dtype)
+            result = replace(evaluator(), exact_perplexity=result.perplexity)
         get_logger().info(
             "loss %.6f  perplexity %.4f  over %d tokens in %.1f s",
             result.loss,

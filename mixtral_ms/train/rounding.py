@@ -1,0 +1,24 @@
+"""A network with the weights that prediction would use, to see what their format costs."""
+
+import numpy as np
+from mindspore import Tensor
+
+from mixtral_ms.checkpoint.tensors import TensorSource
+from mixtral_ms.infer.weights import WeightDtype, load_weights
+from mixtral_ms.model.mixtral import MixtralForCausalLM
+
+
+def round_weights(
+    network: MixtralForCausalLM, source: TensorSource, weight_dtype: WeightDtype
+) -> None:
+    """Give the network a source's weights as `weight_dtype` holds them, back in float32.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    weights = load_weights(source, network.config, weight_dtype)
+    for parameter in network.trainable_params():
+        values = weights.tensors[parameter.name].astype(np.float32)
+        if parameter.name in weights.scales:
+            values *= weights.scales[parameter.name][..., None]
+        parameter.set_data(Tensor.from_numpy(values))
