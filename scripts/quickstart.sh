@@ -3,6 +3,7 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 CONFIG="$ROOT/research/mixtral_tiny/pretrain_mixtral-tiny.yaml"
+PREDICT="$ROOT/research/mixtral_tiny/predict_mixtral-tiny.yaml"
 TIMES_LOWER=20 # perplexity must fall at least so many times
 
 usage() {
@@ -10,8 +11,8 @@ usage() {
 usage: bash scripts/quickstart.sh [--text FILE] [--output DIR] [--steps N] [--fresh]
 
 Makes .venv and installs the package, preprocesses English text with Mixtral's tokenizer, pretrains
-a Mixtral of 39 million parameters on it for some minutes on the CPU, and evaluates it on text that
-was held back. Ends with status 1 unless the perplexity falls by far.
+a Mixtral of 39 million parameters on it for some minutes on the CPU, evaluates it on text that was
+held back, and lets it go on with a sentence. Ends with status 1 unless the perplexity falls by far.
 
   --text FILE    UTF-8 text to learn from (default: the reference manual that Python carries)
   --output DIR   where everything goes (default: quickstart_output beside the project)
@@ -116,14 +117,14 @@ perplexity() {
     sed -nE 's/.*perplexity ([^ ]+).*/\1/p'
 }
 
+tokenizer=$("$VENV_PYTHON" -c 'from mixtral_ms.data.example_tokenizer import \
+  find_example_tokenizer; print(find_example_tokenizer())')
 if [ ! -f "$OUT/data/done" ]; then
   echo "== text to records"
   text_flag=()
   [ -z "$TEXT" ] || text_flag=(--text "$TEXT")
   "$VENV_PYTHON" scripts/quickstart_text.py --output_dir "$OUT/data" \
     ${text_flag[@]+"${text_flag[@]}"}
-  tokenizer=$("$VENV_PYTHON" -c 'from mixtral_ms.data.example_tokenizer import \
-    find_example_tokenizer; print(find_example_tokenizer())')
   preprocess "$TRAIN"
   preprocess "$HELD_BACK"
   touch "$OUT/data/done"
@@ -150,6 +151,15 @@ if ! awk "BEGIN { exit !($after * $TIMES_LOWER < $before) }"; then
   exit 1
 fi
 
+generate() {
+  run "$VENV_PYTHON" run_mindformer.py --config "$PREDICT" --load_checkpoint "$CHECKPOINTS" \
+    --vocab_file "$tokenizer" --max_new_tokens 40 --predict_data "$1"
+}
+
+echo "== how it goes on with a sentence"
+answer=$(generate "The import statement")
+echo "$answer"
+
 tee "$OUT/summary-$STEPS.txt.new" <<SUMMARY
 
 Perplexity on text that was held back: $before untrained, $after after $STEPS steps
@@ -157,6 +167,9 @@ Perplexity on text that was held back: $before untrained, $after after $STEPS st
   report       $OUT/run/report.html
   metrics      $OUT/run/metrics.jsonl
   checkpoints  $CHECKPOINTS
+To let it go on with another sentence:
+  $(printf '%q ' "$VENV_PYTHON" run_mindformer.py --config "$PREDICT" --load_checkpoint \
+    "$CHECKPOINTS" --vocab_file "$tokenizer" --predict_data)"A class is"
 To train on, to twice the steps, from the last checkpoint:
   bash scripts/quickstart.sh --output $(printf '%q' "$OUT") --steps $((2 * STEPS))$([ -z "$TEXT" ] || printf ' --text %q' "$TEXT")
 SUMMARY

@@ -25,6 +25,7 @@ case "$*" in
   "-m pip --version") exit 0 ;;
   *--run_mode\\ eval*) kind=evaluate ;;
   *stop_at_step=1*) kind=first_step ;;
+  *--predict_data*) kind=generate ;;
   *run_mindformer.py*) kind=train ;;
   *llama_preprocess.py*) kind=preprocess ;;
   *quickstart_text.py*) kind=text ;;
@@ -95,7 +96,7 @@ def test_first_run(project, output):
     assert done.returncode == 0, done.stderr
     assert project.commands == [
         *("install", "text", "preprocess", "preprocess"),
-        *("first_step", "evaluate", "train", "evaluate"),
+        *("first_step", "evaluate", "train", "evaluate", "generate"),
     ]
     assert "32000.0 untrained, 150.5 after 100 steps" in done.stdout
     assert str(output / "run/report.html") in done.stdout
@@ -116,7 +117,7 @@ def test_goes_on_after_an_interruption(project):
     project.fail("train", False)
     again = project.run()
     assert again.returncode == 0, again.stderr
-    assert project.commands == ["train", "evaluate"]
+    assert project.commands == ["train", "evaluate", "generate"]
     assert "32000.0 untrained, 150.5 after" in again.stdout
 
 
@@ -125,7 +126,7 @@ def test_more_steps_go_on_from_the_checkpoint(project, output):
     project.perplexities("90.0")
     more = project.run("--steps", "240")
     assert more.returncode == 0, more.stderr
-    assert project.commands == ["train", "evaluate"]
+    assert project.commands == ["train", "evaluate", "generate"]
     assert "90.0 after 240 steps" in more.stdout
     fewer = project.run("--steps", "60")
     assert fewer.returncode == 2
