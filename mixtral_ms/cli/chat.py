@@ -28,6 +28,7 @@ example:
 In the chat:
 {HELP}
 """
+_OF_FILES = {"predict_batch_size", "logprobs", "output_file", "overwrite"}
 _QUESTION = "you> "
 _ESCAPED = "//"
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         "python -m mixtral_ms chat",
         "Chat with a model, with Mixtral Instruct's template.",
         _EXAMPLE,
-        ANSWER_FLAGS,
+        [one for one in ANSWER_FLAGS if one.attribute not in _OF_FILES],
     )
     args = parse_args(argv, parser)
     config = load_from_args(args)

@@ -41,6 +41,7 @@ def answer_prompts(
     streaming = show_answers is print_answers and len(prompts) == 1 and sys.stdout.isatty()
     if streaming:
         answers = [stream_answer(model, prompts[0])]
+        _print_logprobs(answers[0])
     else:
         answers = predict(model, prompts)
         show_answers(answers)
@@ -64,6 +65,7 @@ def print_answers(answers: Sequence[Generation]) -> None:
         if len(answers) > 1:
             print(f"--- {number} of {len(answers)} ({answer.finish_reason}) ---")
         show(f"{answer.prompt}{answer.text}\n")
+        _print_logprobs(answer)
 
 
 def stream_answer(model: LoadedModel, prompt: str) -> Generation:
@@ -77,6 +79,13 @@ def stream_answer(model: LoadedModel, prompt: str) -> Generation:
         show(event.text)
     show("\n")
     return event.generation
+
+
+def _print_logprobs(answer: Generation) -> None:
+    if answer.logprobs:
+        total = sum(answer.logprobs)
+        mean = total / len(answer.logprobs)
+        print(f"(log-probability {total:.3f}, {mean:.3f} a token)")
 
 
 def _checked_output(config: RunConfig) -> Path | None:

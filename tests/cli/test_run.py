@@ -243,7 +243,6 @@ def wrong(folder, monkeypatch, capsys):
         (["--config", TINY, "--train_data", "run.yaml"], "run.yaml is not a MindRecord"),
         (["--config", "run.yaml", "--set", "sead=1"], "did you mean 'seed'"),
         (["--config", "run.yaml", "--run_mode", "predict"], "set --predict_data"),
-        (["--config", "run.yaml", "--run_mode", "finetune"], "train, eval, predict are"),
         (["--config", "run.yaml", "--run_mode", "eval"], "set --load_checkpoint"),
         (["--config", "run.yaml", "--load_checkpoint", "gone"], "path does not exist: gone"),
         (
