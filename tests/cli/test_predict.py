@@ -79,6 +79,24 @@ def test_the_launcher_from_another_folder(model, alone, tmp_path):
     assert re.search(r"first token after [\d.]+ s; 6 tokens in [\d.]+ s, [\d.]+ tok", done.stderr)
 
 
+def test_the_reference_documents_command(model, capsys):
+    """As it stands there, on a CPU and with the small network's sizes."""
+    small = network(model)
+    sizes = ("hidden_size", "num_layers", "num_heads", "n_kv_heads", "intermediate_size")
+    settings = [f"model.model_config.{key}={getattr(small, key)}" for key in sizes]
+    status = run_command(run, [
+        *("--config", str(ROOT / "research/mixtral_8x7b/predict_mixtral-8x7b.yaml")),
+        *("--run_mode", "predict", "--use_parallel", "False", "--device_target", "CPU"),
+        *("--load_checkpoint", str(model.parent / "weights"), "--auto_trans_ckpt", "True"),
+        *("--predict_data", PROMPTS[0], *NEW),
+        *("--options", *settings, "model.model_config.theta=10000.0", "moe_config.expert_num=4"),
+    ])  # fmt: skip
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    answers = Trainer(load_config(model, ["model.model_config.max_new_tokens=6"])).predict(PROMPTS)
+    assert printed.out == f"{PROMPTS[0]}{answers[0].text}\n"
+
+
 def test_a_single_prompt_streams_in_a_terminal(model, alone):
     own, theirs = pty.openpty()
     command = [sys.executable, "-m", "mixtral_ms", "run", "--config", str(model)]

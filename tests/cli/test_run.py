@@ -6,16 +6,19 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers.runs import (
     EVAL_ROWS,
     ROOT,
     SEQ_LENGTH,
     environment,
+    final_tensors,
     make_run,
     metrics_of,
     run_command,
 )
+from safetensors.numpy import save_file
 
 from mixtral_ms.cli.main_guard import run_command as guarded
 from mixtral_ms.cli.run import main
@@ -80,6 +83,49 @@ def test_eval_prints_what_training_measured(trained, folder, batch_size, capsys,
     assert tokens == EVAL_ROWS * SEQ_LENGTH
     assert loss == pytest.approx(metrics_of(folder / "output")[-1]["loss"], rel=1e-5)
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_eval_says_what_a_weight_dtype_costs(trained, folder, tmp_path, dtype, capsys, graph):
+    def evaluate(weights, *more):
+        flags = (
+            "--config",
+            folder / "run.yaml",
+            "--run_mode",
+            "eval",
+            "--load_checkpoint",
+            weights,
+        )
+        assert main([*map(str, flags), *more]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    weights = folder / "output" / "checkpoint"
+    (exact,) = evaluate(weights)
+    got, said = evaluate(weights, "--weight_dtype", dtype)
+    save_file(rounded(folder / "output", dtype), tmp_path / "rounded.safetensors")
+    assert [got] == evaluate(tmp_path / "rounded.safetensors")
+    before, after = (float(line.split()[3]) for line in (exact, got))
+    assert before != after
+    change = 100 * (after / before - 1)
+    parts = re.fullmatch(r"perplexity (\S+) -> (\S+) \((\S+) %\) with (\w+)", said).groups()
+    assert parts[:2] == (f"{before:.4f}", f"{after:.4f}")
+    assert float(parts[2]) == pytest.approx(change, abs=1e-3)
+    assert parts[3] == dtype
+
+
+def rounded(output, dtype):
+    """The weights of a run's last checkpoint, matrices rounded to a dtype and back."""
+    saved = final_tensors(output)
+    tensors = {name: saved[name] for name in saved if name.startswith(("model.", "lm_head."))}
+    for name, value in tensors.items():
+        if value.ndim < 2 or "embedding" in name or "router" in name:
+            continue
+        if dtype == "float16":
+            tensors[name] = value.astype(np.float16).astype(np.float32)
+        else:
+            scale = np.abs(value).max(-1, keepdims=True) / np.float32(127)
+            tensors[name] = np.round(value / scale) * scale
+    return tensors
 
 
 # -- every flag reaches its key ---------------------------------------------------------------
