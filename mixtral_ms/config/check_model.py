@@ -1,9 +1,11 @@
 """Contradictions within the network and between it and the rank grid."""
 
+import re
 from collections.abc import Iterator
 
 from mixtral_ms.config.expert_ranks import expert_matrix
 from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.config.pet_section import ADAPTABLE
 from mixtral_ms.config.resolve import effective_parallel
 from mixtral_ms.config.schema import RunConfig
 from mixtral_ms.config.stages import layers_per_stage
@@ -18,6 +20,7 @@ def check_model(config: RunConfig) -> Iterator[str]:
     yield from _check_attention(model)
     yield from _check_experts(model)
     yield from _check_tokens(model)
+    yield from _check_adapters(model)
     yield from _check_split(config)
     yield from _check_stages(config)
 
@@ -70,6 +73,22 @@ def _check_tokens(model: MixtralConfig) -> Iterator[str]:
         yield (
             f"model_config.ignore_token_id {model.ignore_token_id} is a token of vocab_size "
             f"{model.vocab_size}: every label of that token would be left out; use -100"
+        )
+
+
+def _check_adapters(model: MixtralConfig) -> Iterator[str]:
+    if (pet := model.pet_config) is None:
+        return
+    given = f"model_config.pet_config.target_modules {pet.target_modules!r}"
+    try:
+        found = pet.modules(model.num_layers)
+    except re.error as error:
+        yield f"{given} is not a regular expression: {error}"
+        return
+    if not found:
+        yield (
+            f"{given} means no module: it must match a whole name such as model.layers.0."
+            f"{ADAPTABLE[0]}; the modules of a layer are {', '.join(ADAPTABLE)}"
         )
 
 

@@ -79,6 +79,9 @@ _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
     ("model.model_config.repetition_penalty", ">0", None),
     ("model.model_config.max_decode_length", 1, None),
     ("model.model_config.max_new_tokens", 1, None),
+    ("model.model_config.pet_config.lora_rank", 1, None),
+    ("model.model_config.pet_config.lora_alpha", ">0", None),
+    ("model.model_config.pet_config.lora_dropout", 0, "<1"),
     ("generation.min_p", 0, 1),
     ("generation.num_beams", 1, 64),
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mixtral_ms.config.fields import Dtype, inert, unsupported
+from mixtral_ms.config.pet_section import PetSection
 from mixtral_ms.errors import UserError
 
 _MULTI_DEVICE = "it tunes collectives on Ascend only"
@@ -123,6 +124,8 @@ class MixtralConfig:
     attn_proj_has_bias: bool = False
     tie_word_embeddings: bool = False
     moe_config: MoEConfig = field(default_factory=MoEConfig)
+    pet_config: PetSection | None = None
+    """Train low-rank adapters instead of the weights."""
     # generation
     use_past: bool = False
     block_size: int = 16
@@ -170,6 +173,8 @@ class MixtralConfig:
     def __post_init__(self) -> None:
         if isinstance(self.moe_config, dict):
             self.moe_config = MoEConfig(**self.moe_config)
+        if isinstance(self.pet_config, dict):
+            self.pet_config = PetSection(**self.pet_config)
         if self.n_kv_heads is None:
             self.n_kv_heads = self.num_heads
         if self.head_dim is None:

@@ -132,6 +132,8 @@ class RunConfig:
     # checkpoints
     load_checkpoint: str | None = ""
     """Weights to start from: any folder or file that docs/checkpoints.md lists."""
+    adapter: str | None = ""
+    """A LoRA run's checkpoints: to be added to load_checkpoint, or trained on with pet_config."""
     resume_training: bool | str = False
     """True continues from the newest checkpoint, a name from that one."""
     allow_partial: bool = False

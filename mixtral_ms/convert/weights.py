@@ -11,6 +11,7 @@ from mixtral_ms.checkpoint.tensors import Region, TensorInfo, TensorSource, carr
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.convert.audit import problems_text, source_problems
 from mixtral_ms.convert.detect import detect_format
+from mixtral_ms.convert.lora import ADAPTER_KEY, adapted, is_adapter
 from mixtral_ms.convert.model_config import find_config
 from mixtral_ms.convert.names import OURS
 from mixtral_ms.convert.open_source import open_source
@@ -32,6 +33,7 @@ def open_weights(
     strategy: Path | None = None,
     allow_partial: bool = False,
     flag: str = "--load_checkpoint",
+    adapter: Path | None = None,
 ) -> TensorSource:
     """The weights of a network, from any format and under our names.
 
@@ -42,11 +44,17 @@ def open_weights(
         strategy: how they are cut over ranks, where that does not lie beside them.
         allow_partial: leave out what is missing, surplus or misshapen, and log its names.
         flag: what the user named `path` with.
+        adapter: a LoRA adapter to add to them.
 
     Raises:
         UserError: there are none, they are damaged, or do not fit the network; tensors are named.
         DamagedFileError: a file is not what its format says.
     """
+    if is_adapter(path):
+        raise UserError(
+            f"{flag}: {path} holds an adapter: give {flag} the weights that it is for, and name "
+            f"it by --set {ADAPTER_KEY}={path}"
+        )
     source = open_source(path, flag, strategy, _STRATEGY_FLAG)
     _warn_of_other_numerics(path, config)
     format_ = detect_format(source.infos, path, recorded_format(path))
@@ -62,7 +70,8 @@ def open_weights(
     if left_out:
         get_logger().info("%s: %d tensors that are no weights are not read", path, len(left_out))
     usable = [layout for layout in layouts if layout.name not in problems]
-    return WeightView(source, usable, layout_of(OURS, config), config.head_dim)
+    weights = WeightView(source, usable, layout_of(OURS, config), config.head_dim)
+    return weights if adapter is None else adapted(weights, adapter, config)
 
 
 def _warn_of_other_numerics(path: Path, config: MixtralConfig) -> None:

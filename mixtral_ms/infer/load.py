@@ -103,6 +103,7 @@ def open_run_weights(config: RunConfig) -> TensorSource:
         config.model.model_config,
         strategy=Path(strategy) if strategy else None,
         allow_partial=config.allow_partial,
+        adapter=Path(config.adapter) if config.adapter else None,
     )
 
 

@@ -25,13 +25,13 @@ def forward(
     gate_RF = np.zeros((len(x_RD), w1_EFD.shape[1]), x_RD.dtype)
     up_RF = np.zeros_like(gate_RF)
     with np.errstate(all="ignore"):  # what overflows is infinite, and the overflow check sees it
-        for e, begin, end in _groups(sizes_E):
-            w1, w3, w2 = _float32(w1_EFD[e]), _float32(w3_EFD[e]), _float32(w2_EDF[e])
+        for e, begin, end in groups(sizes_E):
+            w1, w3, w2 = as_float32(w1_EFD[e]), as_float32(w3_EFD[e]), as_float32(w2_EDF[e])
             for rows in _blocks(begin, end):
-                x = _float32(x_RD[rows])
+                x = as_float32(x_RD[rows])
                 gate, up = x @ w1.T, x @ w3.T
                 gate_RF[rows], up_RF[rows] = gate, up
-                gate *= _sigmoid(gate)
+                gate *= sigmoid(gate)
                 gate *= up
                 y_RD[rows] = gate @ w2.T
     return y_RD, gate_RF, up_RF
@@ -51,21 +51,21 @@ def backward(  # noqa: PLR0913, PLR0917 - the operator's inputs
     dx_RD = np.zeros_like(x_RD)
     dw1_EFD, dw3_EFD, dw2_EDF = (np.zeros_like(w) for w in (w1_EFD, w3_EFD, w2_EDF))
     with np.errstate(all="ignore"):
-        for e, begin, end in _groups(sizes_E):
-            w1, w3, w2 = _float32(w1_EFD[e]), _float32(w3_EFD[e]), _float32(w2_EDF[e])
-            x_ND, dy_ND = _float32(x_RD[begin:end]), _float32(dy_RD[begin:end])
+        for e, begin, end in groups(sizes_E):
+            w1, w3, w2 = as_float32(w1_EFD[e]), as_float32(w3_EFD[e]), as_float32(w2_EDF[e])
+            x_ND, dy_ND = as_float32(x_RD[begin:end]), as_float32(dy_RD[begin:end])
             act_NF, d_gate_NF, d_up_NF = np.empty((3, end - begin, w1.shape[0]), np.float32)
             for rows in _blocks(begin, end):
                 own = slice(rows.start - begin, rows.stop - begin)  # the rows inside the group
-                gate, up = _float32(gate_RF[rows]), _float32(up_RF[rows])
+                gate, up = as_float32(gate_RF[rows]), as_float32(up_RF[rows])
                 d_act = dy_ND[own] @ w2
-                sigmoid = _sigmoid(gate)
-                silu = gate * sigmoid
+                slope = sigmoid(gate)
+                silu = gate * slope
                 np.multiply(silu, up, out=act_NF[own])
                 np.multiply(silu, d_act, out=d_up_NF[own])
                 # d silu / d gate = sigmoid + silu (1 - sigmoid)
-                silu *= 1.0 - sigmoid
-                silu += sigmoid
+                silu *= 1.0 - slope
+                silu += slope
                 silu *= up
                 np.multiply(silu, d_act, out=d_gate_NF[own])
                 dx_RD[rows] = d_gate_NF[own] @ w1 + d_up_NF[own] @ w3
@@ -75,7 +75,7 @@ def backward(  # noqa: PLR0913, PLR0917 - the operator's inputs
     return dx_RD, dw1_EFD, dw3_EFD, dw2_EDF
 
 
-def _groups(sizes_E: np.ndarray) -> Iterator[tuple[int, int, int]]:
+def groups(sizes_E: np.ndarray) -> Iterator[tuple[int, int, int]]:
     """(expert, first row, end of rows) of every group that has rows."""
     end = 0
     for expert, size in enumerate(sizes_E.tolist()):
@@ -89,12 +89,13 @@ def _blocks(begin: int, end: int) -> Iterator[slice]:
         yield slice(first, min(first + _ROW_BLOCK, end))
 
 
-def _float32(values: np.ndarray) -> np.ndarray:
-    """numpy multiplies float16 matrices without BLAS."""
+def as_float32(values: np.ndarray) -> np.ndarray:
+    """The values in float32: numpy multiplies float16 matrices without BLAS."""
     return values.astype(np.float32, copy=False)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x))."""
     result = np.negative(x)
     np.exp(result, out=result)
     result += 1.0

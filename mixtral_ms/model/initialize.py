@@ -9,10 +9,14 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.parallel.layout import LORA_A, LORA_B
 
 
 def initialize(network: nn.Cell, config: MixtralConfig, seed: int) -> None:
-    """Fill every parameter: norms with 1, biases with 0, weights from normal(0, init std)."""
+    """Fill every parameter: norms with 1, biases with 0, weights from normal(0, init std).
+
+    Of an adapter, A as peft does, B with 0: it begins by changing nothing.
+    """
     for name, parameter in network.parameters_and_names():
         if parameter.requires_grad:
             value = initial_value(name, parameter.shape, config.init_method_std, seed)
@@ -23,7 +27,10 @@ def initial_value(name: str, shape: tuple[int, ...], std: float, seed: int) -> n
     """The float32 initial value of one parameter."""
     if name.endswith(("norm.weight", "norm_out.weight")):
         return np.ones(shape, np.float32)
-    if name.endswith(".bias"):
+    if name.endswith((".bias", LORA_B)):
         return np.zeros(shape, np.float32)
     generator = np.random.default_rng((seed, zlib.crc32(name.encode())))
+    if name.endswith(LORA_A):
+        # kaiming uniform with a = sqrt(5), as peft draws it: bound = 1 / sqrt(inputs)
+        return (2 * generator.random(shape, np.float32) - 1) / np.float32(shape[-1] ** 0.5)
     return generator.standard_normal(shape, dtype=np.float32) * np.float32(std)

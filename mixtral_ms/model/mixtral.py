@@ -4,7 +4,7 @@ Legend: B batch, S sequence, T = B * S tokens, D hidden, V vocabulary, L layers,
 """
 
 import mindspore
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.model import MixtralConfig
@@ -14,6 +14,8 @@ from mixtral_ms.model.dtypes import compute_type
 from mixtral_ms.model.initialize import initialize
 from mixtral_ms.model.layers import DecoderLayer, RMSNorm
 from mixtral_ms.model.linear import Linear, empty_parameter
+from mixtral_ms.model.lora import add_adapters, freeze_weights
+from mixtral_ms.parallel.layout import parameter_shapes
 
 
 class TokenEmbedding(nn.Cell):
@@ -115,6 +117,8 @@ class MixtralForCausalLM(nn.Cell):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, compute_dtype=self.dtype)
         self.kernel_name = kernels.name
+        if config.pet_config is not None:
+            add_adapters(self.model.layers, config, kernels.name)
         self.cross_entropy = kernels.cross_entropy()
         # MindSpore numbers cells by attribute path only when a graph is built: do it now, so that
         # names are right for checkpoints before the first step.
@@ -124,6 +128,8 @@ class MixtralForCausalLM(nn.Cell):
             initialize(self, config, seed)
         else:
             self._take_parameters(share)
+        if config.pet_config is not None:
+            freeze_weights(self)
 
     def construct(
         self,
@@ -185,6 +191,11 @@ class MixtralForCausalLM(nn.Cell):
         if self.lm_head is None:
             return self.model.tok_embeddings.embedding_weight
         return self.lm_head.weight
+
+    def weights(self) -> list[Parameter]:
+        """The parameters that weights of this network have values for, adapters left out."""
+        shapes = parameter_shapes(self.config)
+        return [one for one in self.get_parameters() if one.name in shapes]
 
     def _take_parameters(self, source: "MixtralForCausalLM") -> None:
         theirs = dict(source.parameters_and_names())

@@ -19,6 +19,7 @@ class ExpertWeight(nn.Cell):
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = empty_parameter("weight", *shape)
+        self.lora_a = self.lora_b = None  # set by model/lora.py
 
     def construct(self, dtype: mstype.Type) -> Tensor:
         """The weight in the compute dtype."""
@@ -33,6 +34,14 @@ class ExpertWeights(nn.Cell):
         self.w1 = ExpertWeight(experts, intermediate, hidden)
         self.w2 = ExpertWeight(experts, hidden, intermediate)
         self.w3 = ExpertWeight(experts, intermediate, hidden)
+
+    def adapters(self) -> tuple[Tensor, ...]:
+        """A (E, r, in) and B (E, out, r) of w1, w3 and w2, of those that LoRA adapts."""
+        found = ()
+        for one in (self.w1, self.w3, self.w2):
+            if one.lora_a is not None:
+                found += (one.lora_a, one.lora_b)
+        return found
 
 
 class RoutedExperts(nn.Cell):
@@ -86,6 +95,7 @@ class RoutedExperts(nn.Cell):
             self.ffn.w3(self.compute_dtype),
             self.ffn.w2(self.compute_dtype),
             sizes_E,
+            *self.ffn.adapters(),
         )
         y_TD = self.combine(y_RD, ops.cast(gates_Tk, self.compute_dtype), assignment_R, row_Tk)
         aux, z = self.router.losses(probs_TE, logits_TE, counts_E, valid_T)

@@ -8,6 +8,7 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.config.model import MoEConfig
 from mixtral_ms.model.linear import Linear
+from mixtral_ms.model.noise import hash_uniform
 
 _GATE_EPS = 1e-9
 
@@ -74,25 +75,6 @@ class Router(nn.Cell):
         return aux, z
 
     def _noise(self, x_TD: Tensor) -> Tensor:
-        """uniform(1 - jitter, 1 + jitter), a pure function of `jitter_key`, a whole number.
-
-        A hash instead of a generator: a resumed run, and a recomputed layer, must see the same.
-        Token, column and key are mixed by products and sums of their fractional parts, which
-        float32 holds well; a product of sines would leave token 0 without noise at key 0.
-        """
-        tokens, hidden = x_TD.shape
-        row_T1 = ops.expand_dims(ops.arange(0, tokens, 1, dtype=mstype.float32), 1)
-        column_1D = ops.expand_dims(ops.arange(0, hidden, 1, dtype=mstype.float32), 0)
-        high = ops.floor(self.jitter_key / 4096.0)
-        low = self.jitter_key - 4096.0 * high
-        a = _fraction(row_T1 * 0.1031297)
-        b = _fraction(column_1D * 0.1030619)
-        c = _fraction(low * 0.618034 + high * 0.754878 + 0.56984 * self.layer)
-        mixed = a * (b + 33.33) + b * (c + 33.33) + c * (a + 33.33)
-        return (
-            1.0 - self.jitter + 2.0 * self.jitter * _fraction((a + b + 2.0 * mixed) * (c + mixed))
-        )
-
-
-def _fraction(x: Tensor) -> Tensor:
-    return x - ops.floor(x)
+        """uniform(1 - jitter, 1 + jitter), a pure function of `jitter_key`, a whole number."""
+        uniform_TD = hash_uniform(*x_TD.shape, self.jitter_key, self.layer)
+        return 1.0 - self.jitter + 2.0 * self.jitter * uniform_TD

@@ -27,6 +27,8 @@ EMBEDDING = "model.tok_embeddings.embedding_weight"
 FINAL_NORM = "model.norm_out.weight"
 LM_HEAD = "lm_head.weight"
 LAYER = "model.layers.{layer}."
+LORA_A, LORA_B = ".lora_a", ".lora_b"
+"""What stands behind a module's name in the names of its adapter."""
 MOMENTS = ("adam_m.", "adam_v.")
 """What stands before a parameter's name in the names of its optimizer moments."""
 
@@ -49,6 +51,20 @@ class ParameterRule:
 _LAYER = r"model\.layers\.\d+\."
 _EXPERTS = _LAYER + r"feed_forward\.routed_experts\.ffn\."
 
+# Of y = x A^T B^T, A (r, in) or (E, r, in) is cut as the weight's inputs are, and B (out, r) or
+# (E, out, r) as its outputs.
+_ADAPTER_RULES = (
+    ParameterRule(_LAYER + r"attention\.w[qkv]\.lora_a", "layer"),
+    ParameterRule(_LAYER + r"attention\.w[qkv]\.lora_b", "layer", tensor_axis=0),
+    ParameterRule(_LAYER + r"attention\.wo\.lora_a", "layer", tensor_axis=1),
+    ParameterRule(_LAYER + r"attention\.wo\.lora_b", "layer"),
+    ParameterRule(_LAYER + r"feed_forward\.routed_experts\.router\.dense\.lora_[ab]", "layer"),
+    ParameterRule(_EXPERTS + r"w[13]\.lora_a", "layer", expert_axis=0),
+    ParameterRule(_EXPERTS + r"w[13]\.lora_b", "layer", tensor_axis=1, expert_axis=0),
+    ParameterRule(_EXPERTS + r"w2\.lora_a", "layer", tensor_axis=2, expert_axis=0),
+    ParameterRule(_EXPERTS + r"w2\.lora_b", "layer", expert_axis=0),
+)
+
 RULES: tuple[ParameterRule, ...] = (
     ParameterRule(r"model\.tok_embeddings\.embedding_weight", "first_stage", tensor_axis=0),
     ParameterRule(_LAYER + r"(attention_norm|ffn_norm)\.weight", "layer"),
@@ -58,6 +74,7 @@ RULES: tuple[ParameterRule, ...] = (
     ParameterRule(_LAYER + r"feed_forward\.routed_experts\.router\.dense\.weight", "layer"),
     ParameterRule(_EXPERTS + r"w[13]\.weight", "layer", tensor_axis=1, expert_axis=0),
     ParameterRule(_EXPERTS + r"w2\.weight", "layer", tensor_axis=2, expert_axis=0),
+    *_ADAPTER_RULES,
     ParameterRule(r"model\.norm_out\.weight", "last_stage"),
     ParameterRule(r"lm_head\.weight", "last_stage", tensor_axis=0),
 )
@@ -111,6 +128,18 @@ def _layer_shapes(config: MixtralConfig) -> dict[str, tuple[int, ...]]:
     shapes[routed + "ffn.w1.weight"] = (experts, width, hidden)
     shapes[routed + "ffn.w2.weight"] = (experts, hidden, width)
     shapes[routed + "ffn.w3.weight"] = (experts, width, hidden)
+    return shapes
+
+
+def adapter_shapes(config: MixtralConfig) -> dict[str, tuple[int, ...]]:
+    """Global shape of every LoRA parameter that pet_config asks for, in the network's order."""
+    if config.pet_config is None:
+        return {}
+    weights, shapes = parameter_shapes(config), {}
+    for module in config.pet_config.modules(config.num_layers):
+        *experts, outputs, inputs = weights[f"{module}.weight"]
+        shapes[module + LORA_A] = (*experts, config.pet_config.lora_rank, inputs)
+        shapes[module + LORA_B] = (*experts, outputs, config.pet_config.lora_rank)
     return shapes
 
 
@@ -181,7 +210,7 @@ def placements(
     Raises:
         UserError: no rule matches a name, or an axis does not divide.
     """
-    shapes, result = parameter_shapes(config), {}
+    shapes, result = parameter_shapes(config) | adapter_shapes(config), {}
     stages, ranks = grid.pipeline_stage, math.prod(expert_matrix(grid))
     for name in names:
         parameter = parameter_of(name)

@@ -1,5 +1,6 @@
 """From a configuration to the objects of a run."""
 
+import dataclasses
 from pathlib import Path
 
 import mindspore
@@ -7,6 +8,7 @@ import mindspore
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.data_sections import DatasetSection
 from mixtral_ms.config.training_sections import MetricsWriterSection, TensorBoardSection
+from mixtral_ms.convert.lora import open_adapter
 from mixtral_ms.convert.weights import open_weights
 from mixtral_ms.data.loader import RecordLoader
 from mixtral_ms.log import get_logger
@@ -31,6 +33,21 @@ def set_up_device(config: RunConfig) -> None:
         mindspore.set_deterministic(context.deterministic == "ON")
 
 
+def without_adapters(config: RunConfig) -> RunConfig:
+    """For a network that is not trained: its weights have the adapter, if one is given, added."""
+    network = config.model.model_config
+    if network.pet_config is None:
+        return config
+    if not config.adapter:
+        get_logger().warning(
+            "model_config.pet_config has no effect on run_mode %s: set adapter to the checkpoints "
+            "of the LoRA run",
+            config.run_mode,
+        )
+    plain = dataclasses.replace(network, pet_config=None)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, model_config=plain))
+
+
 def build_network(config: RunConfig) -> MixtralForCausalLM:
     """The network with the shapes of a micro batch, its weights fresh or from load_checkpoint."""
     network = MixtralForCausalLM(
@@ -38,17 +55,29 @@ def build_network(config: RunConfig) -> MixtralForCausalLM:
     )
     if config.recompute_config.recompute:
         network.recompute_layers()
-    if config.load_checkpoint and not config.resume_training:
-        strategy = config.src_strategy_path_or_dir
-        weights = open_weights(
-            Path(config.load_checkpoint),
-            network.config,
-            strategy=Path(strategy) if strategy else None,
-            allow_partial=config.allow_partial,
-        )
-        load_parameters(network, weights, partial=config.allow_partial)
-        get_logger().info("weights from %s", weights.path)
+    adapters = network.config.pet_config is not None
+    if config.load_checkpoint and (adapters or not config.resume_training):
+        _load_weights(config, network)
+    if adapters and config.adapter and not config.resume_training:
+        adapter = open_adapter(Path(config.adapter), network.config)
+        load_parameters(network.trainable_params(), adapter.tensors)
+        get_logger().info("adapter from %s", adapter.path)
     return network
+
+
+def _load_weights(config: RunConfig, network: MixtralForCausalLM) -> None:
+    """Those of load_checkpoint, with the adapter added where the network has no place for it."""
+    strategy = config.src_strategy_path_or_dir
+    merged = config.adapter and network.config.pet_config is None
+    weights = open_weights(
+        Path(config.load_checkpoint),
+        network.config,
+        strategy=Path(strategy) if strategy else None,
+        allow_partial=config.allow_partial,
+        adapter=Path(config.adapter) if merged else None,
+    )
+    load_parameters(network.weights(), weights, partial=config.allow_partial)
+    get_logger().info("weights from %s", weights.path)
 
 
 def build_loader(config: RunConfig, section: DatasetSection, *, training: bool) -> RecordLoader:

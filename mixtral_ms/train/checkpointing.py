@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Parameter, Tensor
 
 from mixtral_ms.checkpoint.async_writer import CheckpointWriter
 from mixtral_ms.checkpoint.dtypes import cast
@@ -16,6 +16,7 @@ from mixtral_ms.checkpoint.store import Checkpoint, load_checkpoint, resolve_che
 from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.training_sections import CheckpointMonitorSection
+from mixtral_ms.convert.lora import ADAPTER_STEM, require_base
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
@@ -48,6 +49,7 @@ class Saver:
         optimizer: whose moments to save.
         loss_scale: saved with the state.
         fingerprint: of the data, so that a resume on other data is refused.
+        base: the record of the weights beneath adapters; None where the weights are trained.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class Saver:
         optimizer: AdamW,
         loss_scale: LossScale,
         fingerprint: str,
+        base: dict[str, str] | None = None,
     ) -> None:
         self.section = checkpoint_section(config)
-        self.config, self.fingerprint = config, fingerprint
+        self.config, self.fingerprint, self.base = config, fingerprint, base
         self.network, self.optimizer, self.loss_scale = network, optimizer, loss_scale
         self.writer = CheckpointWriter(
             checkpoint_root(config), self.section.keep_checkpoint_max, self.section.async_save
@@ -79,7 +82,7 @@ class Saver:
             return
         name = checkpoint_name(self.section.prefix, step)
         tensors = {
-            MODEL: {p.name: p.asnumpy() for p in self.network.trainable_params()},
+            stem_of(self.network): {p.name: p.asnumpy() for p in self.network.trainable_params()},
             OPTIMIZER: self.optimizer.state_tensors(),
         }
         self.writer.save(name, tensors, self._state(step))
@@ -105,7 +108,13 @@ class Saver:
             "loss_scale": dataclasses.asdict(self.loss_scale),
             "data": data_state(self.config, self.fingerprint),
             "model_config": dataclasses.asdict(self.network.config),
+            **({"base": self.base} if self.base else {}),
         }
+
+
+def stem_of(network: MixtralForCausalLM) -> str:
+    """Name of the file of what is trained: whole weights, or adapters alone."""
+    return MODEL if network.config.pet_config is None else ADAPTER_STEM
 
 
 def data_state(config: RunConfig, fingerprint: str) -> dict[str, Any]:
@@ -159,20 +168,31 @@ def restore(
     optimizer: AdamW,
     loss_scale: LossScale,
     fingerprint: str,
+    base: dict[str, str] | None = None,
 ) -> int:
     """Put a checkpoint's state in place; returns the step it was saved after.
 
     Raises:
-        UserError: it is of another network, or the data would not continue where it stopped.
+        UserError: it is of another network, its adapters are for other weights, or the data would
+            not continue where it stopped.
     """
-    state = checkpoint.state
+    state, stem = checkpoint.state, stem_of(network)
+    if stem not in checkpoint.tensors:
+        holds, wants = ("whole weights", "adapters") if base else ("adapters", "whole weights")
+        raise UserError(
+            f"cannot resume {checkpoint.path}: it holds {holds}, and this run trains {wants}, as "
+            "model_config.pet_config says: make that what it was"
+        )
     if OPTIMIZER not in checkpoint.tensors:
         raise UserError(
             f"cannot resume {checkpoint.path}: it holds weights without optimizer state; to start "
             f"a new run from them: --resume_training False --load_checkpoint {checkpoint.path}"
         )
     _require_same_data(state, data_state(config, fingerprint), checkpoint.path)
-    load_parameters(network, checkpoint.tensors[MODEL].source)
+    if base:
+        _require_same_adapters(checkpoint, network)
+        require_base(state["base"], base["fingerprint"], checkpoint.path, base["path"])
+    load_parameters(network.trainable_params(), checkpoint.tensors[stem].source)
     optimizer.load_state_tensors(checkpoint.tensors[OPTIMIZER])
     optimizer.updates = state["optimizer_updates"]
     saved = state["loss_scale"]
@@ -182,32 +202,46 @@ def restore(
 
 
 def load_parameters(
-    network: MixtralForCausalLM, source: TensorSource, *, partial: bool = False
+    parameters: list[Parameter], source: TensorSource, *, partial: bool = False
 ) -> None:
-    """Copy tensors into the network's parameters; `partial` leaves those without one as they are.
+    """Copy tensors into a network's parameters; `partial` leaves those without one as they are.
 
     Raises:
         UserError: a tensor is missing, surplus or of another shape; up to ten are named.
     """
     infos = source.infos
-    parameters = {p.name: p for p in network.trainable_params()}
-    missing = () if partial else parameters.keys() - infos.keys()
+    named = {p.name: p for p in parameters}
+    missing = () if partial else named.keys() - infos.keys()
     problems = [f"{name} is missing" for name in missing]
-    problems += [f"{name} is not in the network" for name in infos.keys() - parameters.keys()]
-    for name in parameters.keys() & infos.keys():
+    problems += [f"{name} is not in the network" for name in infos.keys() - named.keys()]
+    for name in named.keys() & infos.keys():
         shape = infos[name].shape
-        if shape != parameters[name].shape:
-            problems.append(f"{name} has shape {shape}, the network {parameters[name].shape}")
+        if shape != named[name].shape:
+            problems.append(f"{name} has shape {shape}, the network {named[name].shape}")
     if problems:
         shown = "\n  ".join(sorted(problems)[:10])
         raise UserError(
             f"{source.path} does not fit model.model_config, {len(problems)} tensors differ:"
             f"\n  {shown}"
         )
-    for name in parameters.keys() & infos.keys():
+    for name in named.keys() & infos.keys():
         values = cast(source.read(name), infos[name].dtype, "float32")
         # a copy: MindSpore keeps the array that it is given, and this one may be a file's
-        parameters[name].set_data(Tensor.from_numpy(np.array(values)))
+        named[name].set_data(Tensor.from_numpy(np.array(values)))
+
+
+def _require_same_adapters(checkpoint: Checkpoint, network: MixtralForCausalLM) -> None:
+    saved = checkpoint.state["model_config"]["pet_config"]
+    current = dataclasses.asdict(network.config.pet_config)
+    changed = [
+        f"{key} was {saved.get(key)!r} and is {value!r}"
+        for key, value in current.items()
+        if saved.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"cannot resume {checkpoint.path}: of model_config.pet_config {'; '.join(changed)}"
+        )
 
 
 def _require_same_data(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:

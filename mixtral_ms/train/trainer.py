@@ -25,6 +25,8 @@ from mixtral_ms.infer.params import Generation
 from mixtral_ms.infer.predict import predict
 from mixtral_ms.infer.prompts import read_prompts
 from mixtral_ms.log import get_logger
+from mixtral_ms.model.lora import set_dropout_keys
+from mixtral_ms.train.adapters import base_of, save_peft, trained_text
 from mixtral_ms.train.build import (
     build_learning_rate,
     build_loader,
@@ -34,6 +36,7 @@ from mixtral_ms.train.build import (
     metrics_path,
     set_up_device,
     tensorboard_folder,
+    without_adapters,
 )
 from mixtral_ms.train.checkpointing import Saver, checkpoint_root, find_resume, restore
 from mixtral_ms.train.diagnosis import first_non_finite
@@ -99,8 +102,7 @@ class Trainer:
         checkpoint = find_resume(self.config)
         if not self.config.resume_training:
             _require_fresh(self.config)
-        if checkpoint is None:
-            _require_weights(self.config)
+        _require_weights(self.config, checkpoint is not None)
         run = _TrainingRun(self.config)
         return run.run(run.restore(checkpoint) if checkpoint else 0)
 
@@ -119,7 +121,7 @@ class Trainer:
                 "run_mode eval needs weights, but load_checkpoint is empty: set --load_checkpoint"
             )
         loader = build_loader(config, config.eval_dataset, training=False)
-        network = build_network(config)
+        network = build_network(without_adapters(config))
         evaluator = Evaluator(network, loader, config.eval_dataset.batch_size)
         result = evaluator()
         if config.weight_dtype != "float32":
@@ -158,11 +160,17 @@ class _TrainingRun:
             config.runner_config, len(self.loader), config.train_dataset.data_loader.dataset_dir
         )
         self.network = build_network(config)
+        self.base = base_of(config, self.network) if config.model.model_config.pet_config else None
         self.optimizer = build_optimizer(config, self.network)
         self.loss_scale = build_loss_scale(config.runner_wrapper.scale_sense)
         self.learning_rate = build_learning_rate(config, self.plan.total_steps)
         self.saver = Saver(
-            config, self.network, self.optimizer, self.loss_scale, self.loader.fingerprint
+            config,
+            self.network,
+            self.optimizer,
+            self.loss_scale,
+            self.loader.fingerprint,
+            self.base,
         )
         wrapper = config.runner_wrapper
         self.step_fn = TrainStep(
@@ -187,6 +195,7 @@ class _TrainingRun:
             self.optimizer,
             self.loss_scale,
             self.loader.fingerprint,
+            self.base,
         )
         return self.resumed_step
 
@@ -221,7 +230,7 @@ class _TrainingRun:
     ) -> float:
         rate, scale = self.learning_rate(step - 1), self.loss_scale.value
         result = self.step_fn(
-            micro_batches, rate, scale, lambda index: self._set_jitter_key(step, index)
+            micro_batches, rate, scale, lambda index: self._set_noise_keys(step, index)
         )
         self.loss_scale.update(result.skipped)
         record = self.monitor.record(step, result, rate, scale)
@@ -234,14 +243,16 @@ class _TrainingRun:
         self._stop_if_lost(step, micro_batches)
         return result.loss
 
-    def _set_jitter_key(self, step: int, micro_batch: int) -> None:
+    def _set_noise_keys(self, step: int, micro_batch: int) -> None:
         """Another noise for each micro batch, the same after a resume."""
+        number = step * self.plan.accumulation + micro_batch
+        key = float((self.config.seed * 7919 + number) % 100003)
         if self.config.moe_config.router_jitter > 0:
-            number = step * self.plan.accumulation + micro_batch
-            key = float((self.config.seed * 7919 + number) % 100003)
             for layer in self.network.model.layers:
                 router = layer.feed_forward.routed_experts.router
                 router.jitter_key.set_data(mindspore.Tensor(key, mindspore.float32))
+        if self.base:
+            set_dropout_keys(self.network, key)
 
     def _stop_if_lost(self, step: int, micro_batches: list[Batch]) -> None:
         limit = self.config.runner_wrapper.max_skipped_steps
@@ -300,11 +311,10 @@ class _TrainingRun:
         folder = Path(config.output_dir)
         with write_aside(folder / "config.yaml") as aside:
             aside.write_text(render_config(config), encoding="utf-8")
-        weights = sum(p.size for p in self.network.trainable_params())
         moe = config.moe_config
         get_logger().info(
-            "%s parameters, %s kernels, %s; aux loss %s, z loss %s",
-            f"{weights:,}",
+            "%s, %s kernels, %s; aux loss %s, z loss %s",
+            trained_text(self.network),
             self.network.kernel_name,
             "dropless" if moe.dropless else f"capacity factor {moe.capacity_factor:g}",
             f"x {moe.aux_loss_factor:g}" if moe.aux_loss_factor else "off",
@@ -332,18 +342,24 @@ class _TrainingRun:
             get_logger().info("report: %s", report)
         if step < self.plan.total_steps and signal_number is None:
             get_logger().info("stopped at step %d as asked; to go on: %s", step, resume)
+        weights = str(root)
+        if self.base:
+            weights = f"{self.config.load_checkpoint} --set adapter={root}"
+            get_logger().info("for peft: %s", save_peft(self.config, self.network))
         get_logger().info(
-            "checkpoints: %s; to evaluate: --run_mode eval --load_checkpoint %s", root, root
+            "checkpoints: %s; to evaluate: --run_mode eval --load_checkpoint %s", root, weights
         )
         return TrainResult(step, loss, self.evaluation, root, report, signal_number)
 
 
-def _require_weights(config: RunConfig) -> None:
-    """Fine-tuning starts from weights."""
-    if config.run_mode == "finetune" and not config.load_checkpoint:
+def _require_weights(config: RunConfig, resumed: bool) -> None:
+    """Fine-tuning starts from weights, and adapters are never without them."""
+    adapters = config.model.model_config.pet_config is not None
+    if not config.load_checkpoint and (adapters or (config.run_mode == "finetune" and not resumed)):
+        why = "LoRA trains adapters" if adapters else "run_mode finetune starts"
+        how = "for" if adapters else "from"
         raise UserError(
-            "run_mode finetune starts from weights, but load_checkpoint is empty: set "
-            "--load_checkpoint to them, or --run_mode train to start from fresh ones"
+            f"{why} {how} weights, but load_checkpoint is empty: set --load_checkpoint to them"
         )
 
 

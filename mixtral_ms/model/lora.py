@@ -1,0 +1,116 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) beside weights that stay as they are."""
+
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.config.pet_section import PetSection
+from mixtral_ms.errors import UserError
+from mixtral_ms.kernels.lora_experts import LowRankExperts, MergedExperts
+from mixtral_ms.model.linear import Linear, empty_parameter
+from mixtral_ms.model.moe import ExpertWeight, RoutedExperts
+from mixtral_ms.model.noise import hash_uniform
+from mixtral_ms.parallel.layout import LORA_A, LORA_B
+
+_KEY = ".lora_key"
+_PLACES = 8  # numbers of a layer: one a module that drops values
+
+
+class LoraLinear(Linear):
+    """y = x W^T + b + scale * dropout(x) A^T B^T.
+
+    Args:
+        linear: the layer that it stands for, its weights not yet filled.
+        pet: rank, scale and dropout.
+        place: a number of this layer's own, so that layers drop different values.
+    """
+
+    def __init__(self, linear: Linear, pet: PetSection, place: int) -> None:
+        outputs, inputs = linear.weight.shape
+        super().__init__(inputs, outputs, linear.bias is not None, linear.compute_dtype)
+        self.scale, self.dropout, self.place = pet.scale, pet.lora_dropout, place
+        self.lora_a = empty_parameter("lora_a", pet.lora_rank, inputs)
+        self.lora_b = empty_parameter("lora_b", outputs, pet.lora_rank)
+        if self.dropout > 0:
+            self.lora_key = Parameter(
+                Tensor(0, mstype.float32), name="lora_key", requires_grad=False
+            )
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Maps (..., inputs) to (..., outputs)."""
+        shape = x.shape
+        x = ops.reshape(ops.cast(x, self.compute_dtype), (-1, shape[-1]))
+        y = self.product(x, ops.cast(self.weight, self.compute_dtype))
+        if self.bias is not None:
+            y = y + ops.cast(self.bias, self.compute_dtype)
+        if self.dropout > 0 and self.training:
+            x = self._dropped(x)
+        low = self.product(x, ops.cast(self.lora_a, self.compute_dtype))
+        y = y + self.scale * self.product(low, ops.cast(self.lora_b, self.compute_dtype))
+        return ops.reshape(y, shape[:-1] + (self.outputs,))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        kept = hash_uniform(*x.shape, self.lora_key, self.place) >= self.dropout
+        return ops.where(kept, x / (1.0 - self.dropout), ops.zeros_like(x))
+
+
+def add_adapters(layers: nn.CellList, config: MixtralConfig, kernel_name: str) -> None:
+    """Give the modules that pet_config means their adapters, before the network is filled."""
+    pet = config.pet_config
+    adapted = set(pet.modules(config.num_layers))
+    for number, layer in enumerate(layers):
+        prefix, place = f"model.layers.{number}.", number * _PLACES
+        for index, name in enumerate(("wq", "wk", "wv", "wo")):
+            if f"{prefix}attention.{name}" in adapted:
+                linear = LoraLinear(getattr(layer.attention, name), pet, place + index)
+                setattr(layer.attention, name, linear)
+        routed = layer.feed_forward.routed_experts
+        prefix += "feed_forward.routed_experts."
+        if f"{prefix}router.dense" in adapted:
+            routed.router.dense = LoraLinear(routed.router.dense, pet, place + 4)
+        names = [name for name in ("w1", "w3", "w2") if f"{prefix}ffn.{name}" in adapted]
+        _adapt_experts(routed, names, pet, place + 5, kernel_name)
+
+
+def _adapt_experts(
+    routed: RoutedExperts, names: list[str], pet: PetSection, place: int, kernel_name: str
+) -> None:
+    """Experts that compute no gradient of their weights, and have these adapters."""
+    for name in ("w1", "w3", "w2"):
+        weight: ExpertWeight = getattr(routed.ffn, name)
+        experts, outputs, inputs = weight.weight.shape
+        if name in names:
+            weight.lora_a = empty_parameter("lora_a", experts, pet.lora_rank, inputs)
+            weight.lora_b = empty_parameter("lora_b", experts, outputs, pet.lora_rank)
+        else:
+            weight.lora_a = weight.lora_b = Tensor([0.0], mstype.float32)
+    if kernel_name != "ascend":
+        routed.experts = LowRankExperts(pet.scale, pet.lora_dropout if names else 0.0, place)
+    else:
+        if names and pet.lora_dropout > 0:
+            raise UserError(
+                f"model_config.pet_config.lora_dropout {pet.lora_dropout}: adapters of experts "
+                "drop nothing on Ascend: set it to 0, or adapt attention alone"
+            )
+        adapted = tuple(name in names for name in ("w1", "w3", "w2"))
+        routed.experts = MergedExperts(routed.experts, pet.scale, adapted)
+    routed.dispatch.layout = routed.experts.layout
+
+
+def is_adapter(parameter: Parameter) -> bool:
+    """Whether a parameter is an adapter's A or B."""
+    return parameter.name.endswith((LORA_A, LORA_B))
+
+
+def freeze_weights(network: nn.Cell) -> None:
+    """Leave only the adapters to be trained."""
+    for parameter in network.get_parameters():
+        if not is_adapter(parameter):
+            parameter.requires_grad = False
+
+
+def set_dropout_keys(network: nn.Cell, key: float) -> None:
+    """Choose what is dropped until the next call."""
+    for parameter in network.get_parameters():
+        if parameter.name.endswith(_KEY):
+            parameter.set_data(Tensor(key, mstype.float32))
