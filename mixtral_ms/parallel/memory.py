@@ -1,22 +1,35 @@
 """How much memory a rank needs, by counting: an estimate made before anything is built.
 
-Parameters, gradients and both moments are float32; activations have compute_dtype.
+Parameters, gradients and both moments are float32; activations have compute_dtype. Which values a
+rank holds is read off the layout table, optimizer shards included.
 
 Legend: T tokens of a micro batch, D hidden, H heads, K kv heads, d head_dim, F intermediate,
 E experts, V vocabulary, S sequence.
 """
 
 import math
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
 
+from mixtral_ms.config.expert_ranks import expert_matrix
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.config.parallel_sections import ParallelConfig
 from mixtral_ms.config.resolve import effective_parallel
 from mixtral_ms.config.schema import RunConfig
 from mixtral_ms.config.stages import layers_per_stage
-from mixtral_ms.parallel.layout import local_parameter_shapes, rule_of
+from mixtral_ms.parallel.layout import (
+    MOMENTS,
+    local_shape,
+    parameter_shapes,
+    placements,
+    rule_of,
+    stages_of,
+)
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_PARAMETER_BYTES = 4
+_ANY_LAYER = re.compile(r"layers\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -38,15 +51,105 @@ class RankMemory:
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
+@dataclass(frozen=True)
+class StageValues:
+    """How many values a rank of one pipeline stage holds."""
+
+    dense: int
+    """Of parameters outside the experts."""
+    expert: int
+    """Of the experts' parameters."""
+    moments: int
+    """Of both optimizer moments."""
+
+    @property
+    def parameters(self) -> int:
+        """Values of all parameters."""
+        return self.dense + self.expert
+
+
+class Tensors:
+    """The tensors of a network, counted once for many rank grids.
+
+    Layers are alike, so a tensor and its name are looked up in the layout table once for all of
+    them.
+    """
+
+    def __init__(self, model: MixtralConfig) -> None:
+        self.model = model
+        self._shapes = parameter_shapes(model)
+        self._counted: dict[int, list[Counter[str]]] = {}
+
+    def on_stages(self, grid: ParallelConfig, *, zero: bool) -> list[StageValues]:
+        """How many values a rank of each stage holds.
+
+        Args:
+            grid: sizes of the rank grid.
+            zero: whether optimizer moments are cut over their replicas.
+
+        Raises:
+            UserError: a tensor does not divide, or the layers over the stages.
+        """
+        counted = self._count(grid.pipeline_stage)
+        sizes = self._sizes(grid, {name for stage in counted for name in stage}, zero=zero)
+        return [_sum(stage, sizes) for stage in counted]
+
+    def _count(self, stages: int) -> list[Counter[str]]:
+        """For each stage, how many tensors there are like that of layer 0."""
+        if stages not in self._counted:
+            counted: list[Counter[str]] = [Counter() for _ in range(stages)]
+            for name in self._shapes:
+                for stage in stages_of(name, self.model, stages):
+                    counted[stage][_ANY_LAYER.sub("layers.0.", name)] += 1
+            self._counted[stages] = counted
+        return self._counted[stages]
+
+    def _sizes(
+        self, grid: ParallelConfig, names: set[str], *, zero: bool
+    ) -> dict[str, tuple[int, int]]:
+        """Values of each tensor and of its two moments on a rank."""
+        one_stage = replace(grid, pipeline_stage=1)  # a tensor is cut alike on every stage
+        moments = [prefix + name for name in names for prefix in MOMENTS]
+        placed = placements(self.model, one_stage, moments, zero=zero)
+        sizes = {}
+        for name in names:
+            shape = self._shapes[name]
+            both = (math.prod(placed[prefix + name][0].local_shape(shape)) for prefix in MOMENTS)
+            sizes[name] = (math.prod(local_shape(name, shape, one_stage)), sum(both))
+        return sizes
+
+
+def _sum(counted: Counter[str], sizes: dict[str, tuple[int, int]]) -> StageValues:
+    dense = expert = moments = 0
+    for name, count in counted.items():
+        values, of_moments = sizes[name]
+        moments += count * of_moments
+        if rule_of(name).expert_axis is None:
+            dense += count * values
+        else:
+            expert += count * values
+    return StageValues(dense, expert, moments)
+
+
 def dtype_bytes(dtype: str, device_target: str) -> int:
     """Bytes of one value; a CPU computes bfloat16 as float32."""
     return 4 if device_target == "CPU" and dtype == "bfloat16" else _BYTES[dtype]
 
 
-def memory_plan(config: RunConfig) -> list[RankMemory]:
-    """What each pipeline stage's ranks hold, one entry a stage."""
+def memory_plan(config: RunConfig, tensors: Tensors | None = None) -> list[RankMemory]:
+    """What each pipeline stage's ranks hold, one entry a stage.
+
+    Args:
+        config: the run.
+        tensors: those of its network, where many plans are made of it.
+    """
     grid = effective_parallel(config)
-    return [_stage_memory(config, grid, stage) for stage in range(grid.pipeline_stage)]
+    zero = config.use_parallel and config.parallel.enable_parallel_optimizer
+    tensors = tensors or Tensors(config.model.model_config)
+    return [
+        _stage_memory(config, grid, stage, values)
+        for stage, values in enumerate(tensors.on_stages(grid, zero=zero))
+    ]
 
 
 def format_memory_plan(plan: list[RankMemory]) -> str:
@@ -69,18 +172,17 @@ def format_bytes(size: int) -> str:
     return f"{value:.1f} TiB"
 
 
-def _stage_memory(config: RunConfig, grid: ParallelConfig, stage: int) -> RankMemory:
-    model = config.model.model_config
-    shapes = local_parameter_shapes(model, grid, stage)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    count = sum(sizes.values())
+def _stage_memory(
+    config: RunConfig, grid: ParallelConfig, stage: int, values: StageValues
+) -> RankMemory:
     training = config.run_mode in ("train", "finetune")
+    parameters = _PARAMETER_BYTES * values.parameters
     return RankMemory(
         stage=stage,
         ranks=grid.data_parallel * grid.model_parallel * grid.context_parallel,
-        parameters=4 * count,
-        gradients=4 * count if training else 0,
-        optimizer=_optimizer_bytes(config, grid, sizes) if training else 0,
+        parameters=parameters,
+        gradients=parameters if training else 0,
+        optimizer=_PARAMETER_BYTES * values.moments if training else 0,
         activations=(
             _activation_bytes(config, grid, stage)
             if training
@@ -89,34 +191,19 @@ def _stage_memory(config: RunConfig, grid: ParallelConfig, stage: int) -> RankMe
     )
 
 
-def _optimizer_bytes(config: RunConfig, grid: ParallelConfig, sizes: dict[str, int]) -> int:
-    """Two float32 moments a value."""
-    bytes_per_value = 8
-    if not (config.use_parallel and config.parallel.enable_parallel_optimizer):
-        return bytes_per_value * sum(sizes.values())
-    total = 0
-    for name, size in sizes.items():
-        # an expert's replicas are the data-parallel ranks that hold the same experts
-        expert = rule_of(name).expert_axis is not None
-        replicas = grid.data_parallel // (grid.expert_parallel if expert else 1)
-        total += bytes_per_value * math.ceil(size / max(replicas, 1))
-    return total
-
-
 def _activation_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> int:
     model = config.model.model_config
     width = dtype_bytes(model.compute_dtype, config.context.device_target)
-    tokens = _tokens(config, grid)
+    tokens = tokens_per_micro_batch(config)
     layers = layers_per_stage(model, grid.pipeline_stage)[stage]
     fused = config.context.device_target == "Ascend"
     per_layer = tokens * _layer_values_per_token(model, grid, fused=fused) * width
-    kept = per_layer * layers
-    if config.recompute_config.recompute:  # a layer's input stays, one layer at a time is redone
-        kept = tokens * _hidden(model, grid) * width * layers
     # 1F1B: the first stage has as many micro batches under way as there are stages
-    kept *= min(grid.pipeline_stage - stage, max(grid.micro_batch_num, 1))
-    if config.recompute_config.recompute:
-        kept += per_layer
+    under_way = min(grid.pipeline_stage - stage, max(grid.micro_batch_num, 1))
+    kept = per_layer * layers * under_way
+    if config.recompute_config.recompute:  # layers' inputs stay, one layer at a time is redone
+        layer_input = tokens * _hidden(model, grid) * width
+        kept = layer_input * (layers * under_way - 1) + per_layer
     if stage == grid.pipeline_stage - 1:  # float32 logits and their gradient
         kept += 2 * 4 * tokens * model.vocab_size // grid.model_parallel
     return kept
@@ -141,8 +228,11 @@ def _layer_values_per_token(model: MixtralConfig, grid: ParallelConfig, *, fused
     # before and after rotation; the heads' output; both norms' input and output; wo's output
     attention = 3 * query + 3 * key_value + probabilities + 5 * _hidden(model, grid)
     slots = moe.num_experts_chosen * (1.0 if moe.dropless else moe.capacity_factor)
-    # dispatched rows, w1's and w3's output, their product, w2's output
-    experts = slots * (2 * model.hidden_size + 3 * model.intermediate_size // split)
+    # dispatched rows, w1's and w3's output, their product, w2's output; each of the tensor-parallel
+    # ranks that share out the experts sees its part of the rows
+    _, _, width = expert_matrix(grid)
+    rows = slots * width / split
+    experts = rows * (2 * model.hidden_size + 3 * model.intermediate_size // width)
     return int(attention + experts + 2 * moe.expert_num)
 
 
@@ -156,7 +246,8 @@ def _cache_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> int:
     return layers * key_value * rows * model.seq_length * width + 4 * rows * model.vocab_size
 
 
-def _tokens(config: RunConfig, grid: ParallelConfig) -> int:
-    """Tokens of a micro batch on one rank."""
+def tokens_per_micro_batch(config: RunConfig) -> int:
+    """T, the tokens of a micro batch on one rank."""
     rows = config.runner_config.batch_size or 1
+    grid = effective_parallel(config)
     return rows * config.model.model_config.seq_length // grid.context_parallel
