@@ -39,6 +39,9 @@ examples:
   python convert_weight.py --use_gmm=True --torch_ckpt_dir=hf/ --mindspore_ckpt_path=gmm.ckpt
   python convert_weight.py --use_gmm=True --pre_ckpt_path=mixtral.ckpt \\
       --mindspore_ckpt_path=gmm.ckpt
+  # with a LoRA run's adapter added
+  python convert_weight.py --model mixtral --input_path mixtral.ckpt --output_path merged.ckpt \\
+      --merge_lora output/finetune_mixtral-8x7b/checkpoint
   # what would be done
   python convert_weight.py --model mixtral --input_path hf/ --output_path mixtral/ --dry_run
 
@@ -99,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="most bytes of a file for Hugging Face, such as 500MB (default: 5GB)",
     )
+    add("--merge_lora", type=Path, metavar="ADAPTER", help="add a LoRA run's checkpoint to them")
     add("--workers", type=_positive, default=2, metavar="N", help="files at a time (default: 2)")
     add("--overwrite", action="store_true", help="replace an existing output when the new is whole")
     add("--dry_run", action="store_true", help="check everything, print the mapping, write nothing")
@@ -148,6 +152,7 @@ def _options(arguments: argparse.Namespace) -> ConvertOptions:
         config=arguments.config,
         strategy_dir=arguments.strategy_dir,
         max_shard_bytes=arguments.max_shard_size,
+        merge_lora=arguments.merge_lora,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
         emit_yaml=arguments.emit_yaml,

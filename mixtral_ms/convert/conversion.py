@@ -11,6 +11,7 @@ from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.convert.detect import Measured, detect_format, measure, measured_config
 from mixtral_ms.convert.execute import Outcome, execute
+from mixtral_ms.convert.lora import AdaptedWeights, adapted, is_adapter
 from mixtral_ms.convert.model_config import (
     FoundConfig,
     check_sizes,
@@ -19,7 +20,7 @@ from mixtral_ms.convert.model_config import (
     to_huggingface,
     to_yaml_section,
 )
-from mixtral_ms.convert.names import FORMATS, NATIVE, Format
+from mixtral_ms.convert.names import FORMATS, NATIVE, OURS, Format
 from mixtral_ms.convert.open_source import open_source
 from mixtral_ms.convert.plan import Plan, make_plan
 from mixtral_ms.convert.record import description, recorded_format
@@ -31,6 +32,7 @@ from mixtral_ms.convert.target import (
     put_output,
     require_free,
 )
+from mixtral_ms.convert.weights import open_weights
 from mixtral_ms.convert.workspace import open_workspace
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
@@ -54,6 +56,8 @@ class ConvertOptions:
     """YAML or JSON with the network's configuration, where none lies with the input."""
     strategy_dir: Path | None = None
     max_shard_bytes: int = 5_000_000_000
+    merge_lora: Path | None = None
+    """A LoRA run's checkpoints, to be added to the weights."""
     workers: int = 2
     overwrite: bool = False
     emit_yaml: Path | None = None
@@ -89,6 +93,11 @@ def prepare(options: ConvertOptions) -> Conversion:
     to = FORMATS[options.to]
     target = destination(options.output_path, options.output_flag, huggingface=not to.mindspore)
     require_free(target, options.input_path, options.output_flag, options.overwrite)
+    if is_adapter(options.input_path):
+        raise UserError(
+            f"{options.input_flag}: {options.input_path} holds an adapter: give the weights that "
+            f"it is for, and --merge_lora {options.input_path}"
+        )
     source = open_source(options.input_path, options.input_flag, options.strategy_dir)
     named = options.input_format or recorded_format(source.path)
     source_format = detect_format(source.infos, source.path, named)
@@ -99,18 +108,31 @@ def prepare(options: ConvertOptions) -> Conversion:
         check_sizes(found, sizes, measured.tie_word_embeddings)
     else:
         _require_config_not_needed(source, source_format, to, sizes)
+    config, dtype = found.config if found else measured, options.dtype
+    if options.merge_lora:
+        config.pet_config = None  # a YAML's of the run that made the adapter
+        source, source_format = _merged(options, config), OURS
+        dtype = dtype or source.stored_dtype
     plan = make_plan(
         source,
         source_format,
         to,
-        found.config if found else measured,
-        dtype=options.dtype,
+        config,
+        dtype=dtype,
         file_pattern=target.file_pattern,
         max_shard_bytes=options.max_shard_bytes if target.kind == "huggingface" else None,
     )
     config = _with_compute_dtype(found, plan)
     _require_yaml_possible(options, config)
     return Conversion(options, plan, target, config)
+
+
+def _merged(options: ConvertOptions, config: MixtralConfig) -> AdaptedWeights:
+    """The input's weights under our names, with the adapter added."""
+    weights = open_weights(
+        options.input_path, config, strategy=options.strategy_dir, flag=options.input_flag
+    )
+    return adapted(weights, options.merge_lora, config, "--merge_lora")
 
 
 def _require_yaml_possible(options: ConvertOptions, config: MixtralConfig | None) -> None:

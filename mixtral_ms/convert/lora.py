@@ -154,9 +154,7 @@ def fingerprint(
 
 
 class AdaptedWeights(TensorSource):
-    """Weights under our names with an adapter added: W + scale * B A, computed in float32.
-
-    Every tensor keeps its dtype: the sum is rounded once.
+    """Weights under our names with an adapter added: W + scale * B A, in float32.
 
     Args:
         weights: of the network.
@@ -164,26 +162,35 @@ class AdaptedWeights(TensorSource):
     """
 
     def __init__(self, weights: TensorSource, adapter: Adapter) -> None:
-        self.path, self.infos = weights.path, weights.infos
-        self._weights, self._adapter = weights, adapter
+        self.path, self.adapter, self._weights = weights.path, adapter, weights
+        self.infos = {
+            name: TensorInfo(info.shape, "float32") if self._is_adapted(name) else info
+            for name, info in weights.infos.items()
+        }
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of the weights, float32 where they have several."""
+        dtypes = {info.dtype for info in self._weights.infos.values()}
+        return dtypes.pop() if len(dtypes) == 1 else "float32"
 
     def read(self, name: str, region: Region | None = None) -> np.ndarray:
         """See TensorSource."""
         values = self._weights.read(name, region)
-        module, tensors = name.removesuffix(".weight"), self._adapter.tensors
-        if module + LORA_A not in tensors.infos:
+        if not self._is_adapted(name):
             return values
-        info = self.infos[name]
+        info, module = self._weights.infos[name], name.removesuffix(".weight")
         *experts, rows, columns = region or whole_region(info.shape)
         low = self._read(module + LORA_A, (*experts, slice(None), columns))
         high = self._read(module + LORA_B, (*experts, rows, slice(None)))
-        merged = cast(values, info.dtype, "float32") + np.float32(self._adapter.pet.scale) * (
-            high @ low
-        )
-        return cast(merged, "float32", info.dtype)
+        delta = np.float32(self.adapter.pet.scale) * (high @ low)
+        return cast(values, info.dtype, "float32") + delta
+
+    def _is_adapted(self, name: str) -> bool:
+        return name.removesuffix(".weight") + LORA_A in self.adapter.tensors.infos
 
     def _read(self, name: str, region: Region) -> np.ndarray:
-        tensors = self._adapter.tensors
+        tensors = self.adapter.tensors
         info = tensors.infos[name]
         cuts = [one.indices(size) for one, size in zip(region, info.shape, strict=True)]
         values = tensors.read(name, tuple(slice(start, stop) for start, stop, _ in cuts))
@@ -192,7 +199,7 @@ class AdaptedWeights(TensorSource):
 
 def adapted(
     weights: TensorSource, path: Path, config: MixtralConfig, flag: str = ADAPTER_KEY
-) -> TensorSource:
+) -> AdaptedWeights:
     """Weights with the adapter at `path` added.
 
     Raises:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mixtral_ms.checkpoint.tensors import TensorInfo, TensorSource
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.convert.audit import problems_text, require_same_atoms, source_problems
+from mixtral_ms.convert.lora import AdaptedWeights, Adapter
 from mixtral_ms.convert.names import Format
 from mixtral_ms.convert.placements import Atom, Slot, TensorLayout, layout_of
 from mixtral_ms.errors import UserError
@@ -51,6 +52,11 @@ class Plan:
     """Source tensors that are no weights."""
 
     @property
+    def merged(self) -> Adapter | None:
+        """The LoRA adapter that is added to the source's weights."""
+        return self.source.adapter if isinstance(self.source, AdaptedWeights) else None
+
+    @property
     def targets(self) -> list[Target]:
         """Every tensor to be written."""
         return [target for shard in self.shards for target in shard.targets]
@@ -64,6 +70,7 @@ class Plan:
         """Hash of the source's identity and of what is to be written: decides over a resume."""
         described = [
             _identity(self.source.path),
+            *([_identity(self.merged.path)] if self.merged else []),
             [self.source_format.name, self.target_format.name, self.head_dim],
             [
                 [shard.name, [[t.layout.name, t.info.shape, t.info.dtype] for t in shard.targets]]

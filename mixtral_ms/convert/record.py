@@ -19,10 +19,12 @@ _FORMAT = "weights_format"
 def description(plan: Plan, config: MixtralConfig | None) -> dict[str, Any]:
     """What was converted, and the network's configuration where it is known."""
     found = {} if config is None else {"model_config": dataclasses.asdict(config)}
+    merged = {} if plan.merged is None else {"merged_lora": str(plan.merged.path)}
     return {
         _FORMAT: plan.target_format.name,
         "converted_from": str(plan.source.path),
         "source_format": plan.source_format.name,
+        **merged,
         **found,
     }
 
