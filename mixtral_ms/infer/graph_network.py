@@ -19,8 +19,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.model import MixtralConfig
-from mixtral_ms.kernels import KernelChoice
 from mixtral_ms.kernels.elementwise import apply_rotary, swiglu
+from mixtral_ms.kernels.select import KernelChoice
 from mixtral_ms.model.dispatch import CombineTokens, Dispatch, PermuteTokens
 from mixtral_ms.parallel.layout import EMBEDDING, FINAL_NORM, LAYER, LM_HEAD
 

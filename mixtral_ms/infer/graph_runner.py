@@ -13,8 +13,8 @@ from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.infer.graph_network import ROWS, CachedNetwork, Head, SharedParameters
 from mixtral_ms.infer.runner import Runner, StepInput
 from mixtral_ms.infer.weights import InferWeights
-from mixtral_ms.kernels import select_kernels
 from mixtral_ms.kernels.elementwise import rotary_tables
+from mixtral_ms.kernels.select import select_kernels
 
 _MASKED = -3.0e4
 _FEWEST_TOKENS, _FEWEST_KEYS = 16, 64

@@ -13,7 +13,7 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.infer.runner import Runner, RunnerUnavailableError, StepInput
 from mixtral_ms.infer.weights import InferWeights
 from mixtral_ms.kernels.native import decoder
-from mixtral_ms.kernels.native.build import native_library
+from mixtral_ms.kernels.native.build import built_library
 from mixtral_ms.parallel.layout import EMBEDDING, FINAL_NORM, LAYER, LM_HEAD, parameter_shapes
 
 _ROUTED = "feed_forward.routed_experts."
@@ -47,7 +47,7 @@ class NativeRunner(Runner):
     def __init__(
         self, config: MixtralConfig, weights: InferWeights, num_blocks: int, block_size: int
     ) -> None:
-        library = native_library()
+        library = built_library()
         if library is None:
             raise RunnerUnavailableError("the C++ kernels are off or cannot be built")
         self._decoder = decoder.Decoder(library)

@@ -1,5 +1,1 @@
-"""Operators behind one seam: a plain reference, and one implementation a backend."""
-
-from mixtral_ms.kernels.select import KernelChoice, select_kernels
-
-__all__ = ["KernelChoice", "select_kernels"]
+"""Operators behind one seam (select.py): a plain reference, and one implementation a backend."""

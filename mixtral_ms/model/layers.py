@@ -7,7 +7,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.model import MixtralConfig
-from mixtral_ms.kernels import KernelChoice
+from mixtral_ms.kernels.select import KernelChoice
 from mixtral_ms.model.dtypes import compute_type
 from mixtral_ms.model.linear import Linear, empty_parameter
 from mixtral_ms.model.moe import MoEFeedForward

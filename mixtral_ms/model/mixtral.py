@@ -8,8 +8,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.model import MixtralConfig
-from mixtral_ms.kernels import KernelChoice, select_kernels
 from mixtral_ms.kernels.elementwise import rotary_tables
+from mixtral_ms.kernels.select import KernelChoice, select_kernels
 from mixtral_ms.model.dtypes import compute_type
 from mixtral_ms.model.initialize import initialize
 from mixtral_ms.model.layers import DecoderLayer, RMSNorm

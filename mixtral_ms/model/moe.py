@@ -7,7 +7,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.model import MixtralConfig
-from mixtral_ms.kernels import KernelChoice
+from mixtral_ms.kernels.select import KernelChoice
 from mixtral_ms.model.dispatch import CombineTokens, Dispatch, PermuteTokens, expert_capacity
 from mixtral_ms.model.linear import empty_parameter
 from mixtral_ms.model.router import Router

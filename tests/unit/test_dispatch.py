@@ -13,9 +13,9 @@ from mindspore import dtype as mstype
 from router_oracle import capacity_of, hand_out_slots, moe, route
 
 from mixtral_ms.config.model import MixtralConfig, MoEConfig
-from mixtral_ms.kernels import select_kernels
 from mixtral_ms.kernels.experts import PackedExperts, PaddedExperts
 from mixtral_ms.kernels.native.build import native_library
+from mixtral_ms.kernels.select import select_kernels
 from mixtral_ms.model.dispatch import Dispatch, expert_capacity
 from mixtral_ms.model.moe import RoutedExperts
 

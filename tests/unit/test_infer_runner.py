@@ -182,7 +182,7 @@ def test_the_native_runner_is_taken_where_it_can_be_had(device, monkeypatch):
     weights = InferWeights("float32", TENSORS, {})
     assert select_runner(CONFIG, weights).name == "C++"
     assert select_runner(CONFIG, weights).num_blocks == CONFIG.num_blocks
-    monkeypatch.setattr(native_runner, "native_library", lambda: None)
+    monkeypatch.setattr(native_runner, "built_library", lambda: None)
     assert select_runner(CONFIG, weights, 8, 4).name == "graph"
     with pytest.raises(RunnerUnavailableError):
         select_runner(CONFIG, weights, backend="native")

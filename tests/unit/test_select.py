@@ -4,7 +4,7 @@ import pytest
 from mindspore import dtype as mstype
 
 from mixtral_ms.errors import UserError
-from mixtral_ms.kernels import select_kernels
+from mixtral_ms.kernels.select import select_kernels
 
 
 def test_an_unknown_backend_is_named():

@@ -4,14 +4,13 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import mindspore
 
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
@@ -39,9 +38,22 @@ _BUILD_TIMEOUT_S = 180
 
 @functools.cache
 def native_library() -> Path | None:
+    """Path of the kernels that are operators of MindSpore, which must be imported already.
+
+    None (with one log line) when this machine cannot use them; see `built_library`.
+    """
+    library = built_library()
+    if library is None or ctypes.CDLL(str(library)).native_ready():
+        return library
+    return _unusable("MindSpore's oneDNN does not export the matrix product they call")
+
+
+@functools.cache
+def built_library() -> Path | None:
     """Path of the built kernels, or None (with one log line) when this machine cannot use them.
 
-    The environment variable MIXTRAL_MS_NATIVE chooses: "auto" (default), "0" never, "1" must.
+    Generation needs no more than this: its kernels do without MindSpore. The environment variable
+    MIXTRAL_MS_NATIVE chooses: "auto" (default), "0" never, "1" must.
 
     Raises:
         UserError: MIXTRAL_MS_NATIVE=1 and the kernels cannot be built, or another value.
@@ -51,29 +63,24 @@ def native_library() -> Path | None:
         raise UserError(f"{SWITCH}={switch!r}: allowed are auto, 0 (never) and 1 (must)")
     if switch == "0":
         return None
-    library, problem = _load_or_build()
-    if library is None:
-        if switch == "1":
-            raise UserError(f"{SWITCH}=1, but the C++ kernels cannot be used: {problem}")
-        get_logger().info("C++ kernels are off, plain MindSpore operators serve: %s", problem)
-    return library
-
-
-def _load_or_build() -> tuple[Path | None, str]:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        return None, "no g++ on this machine"
+        return _unusable("no g++ on this machine")
     path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
     try:
         with _locked(path.with_suffix(".lock")):
             if not path.exists():
                 _compile(compiler, path)
-        ready = ctypes.CDLL(str(path)).native_ready()
+        ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        return None, f"building them failed: {error}"
-    if not ready:
-        return None, "MindSpore's oneDNN does not export the matrix product they call"
-    return path, ""
+        return _unusable(f"building them failed: {error}")
+    return path
+
+
+def _unusable(problem: str) -> None:
+    if os.environ.get(SWITCH) == "1":
+        raise UserError(f"{SWITCH}=1, but the C++ kernels cannot be used: {problem}")
+    get_logger().info("C++ kernels are off, plain MindSpore operators serve: %s", problem)
 
 
 def _cache_folder() -> Path:
@@ -89,7 +96,7 @@ def _fingerprint(compiler: str) -> str:
         cpu_flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     flags = " ".join(_COMPILE + _LINK)
     texts = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
-    others = (compiler, flags, cpu_flags, mindspore.__version__)
+    others = (compiler, flags, cpu_flags, importlib.metadata.version("mindspore"))
     return hashlib.sha256(b"\0".join(texts + [s.encode() for s in others])).hexdigest()[:16]
 
 

@@ -34,7 +34,8 @@ inline Sgemm find_sgemm() {
   return nullptr;
 }
 
-inline const Sgemm sgemm = find_sgemm();
+// Set by native_ready(): the library may be loaded before MindSpore is.
+inline Sgemm sgemm = nullptr;
 
 // C (m, n) = op(A) op(B) + beta C, all row-major with rows lda, ldb, ldc apart.
 inline void gemm(char ta, char tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,

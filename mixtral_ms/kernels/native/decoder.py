@@ -89,7 +89,7 @@ class Decoder:
     """The functions of the built library.
 
     Args:
-        library: what `build.native_library` returned.
+        library: what `build.built_library` returned.
 
     Raises:
         RuntimeError: the library was built from other structures than these.

@@ -58,7 +58,11 @@ void swiglu_backward(const float* gate, const float* up, float* d_out_then_d_up,
 
 extern "C" {
 
-int native_ready() { return sgemm != nullptr; }
+// Whether MindSpore, imported by now, has the matrix product that its operators call.
+int native_ready() {
+  if (sgemm == nullptr) sgemm = find_sgemm();
+  return sgemm != nullptr;
+}
 
 // inputs: x (R, D), w1 (E, F, D), w3 (E, F, D), w2 (E, D, F), group sizes (E)
 // outputs: y (R, D), gate (R, F), up (R, F); rows past the groups are zero in y
