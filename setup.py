@@ -60,6 +60,7 @@ setup(
             "ruff==0.17.5",  # another version formats otherwise
             "torch==2.13.0",  # exact: what the tests compare with
             "transformers>=5.12,<6",
+            "peft>=0.21",
             TOKENIZER_EXAMPLE,
             TENSORBOARD,
             PARQUET,
