@@ -18,6 +18,11 @@ from mixtral_ms.data.example_tokenizer import find_example_tokenizer
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 TINY = "research/mixtral_tiny/pretrain_mixtral-tiny.yaml"
+CONFIGS = {
+    "TINY": TINY,
+    "FINETUNE": "research/mixtral_tiny/finetune_mixtral-tiny.yaml",
+    "PREDICT": "research/mixtral_tiny/predict_mixtral-tiny.yaml",
+}
 
 
 def code_spans(path):
@@ -34,13 +39,15 @@ def commands(path, start):
 
 def arguments(command):
     """A command's flags, its placeholders filled in; the paths need not exist."""
-    filled = re.sub(r"\bTINY\b", TINY, command).replace("--config FILE", f"--config {TINY}")
+    filled = command.replace("--config FILE", f"--config {TINY}")
+    for name, path in CONFIGS.items():
+        filled = re.sub(rf"\b{name}\b", path, filled)
     return shlex.split(filled)[2:]
 
 
 RUNS = sorted({c for p in DOCUMENTS for c in commands(p, "python run_mindformer.py --")})
 PRETRAIN = next(c for c in RUNS if "--train_data" in c)
-OF_OTHER_COMMANDS = ("--text FILE", "--dataset_type ")
+OF_OTHER_COMMANDS = ("--text FILE", "--dataset_type ", "--show ")
 FLAGS = sorted(
     span
     for span in set(code_spans(ROOT / "README.md"))
