@@ -12,6 +12,7 @@ COMMANDS = {
     "preprocess": ("mixtral_ms.cli.preprocess", "text and conversations to MindRecord"),
     "alpaca": ("mixtral_ms.cli.alpaca", "Alpaca rows to conversations"),
     "transform": ("mixtral_ms.cli.transform", "cut a checkpoint for other devices, or merge it"),
+    "plan": ("mixtral_ms.cli.plan", "rank grids that fit a cluster, and why others do not"),
     "inspect": ("mixtral_ms.cli.inspect", "what a checkpoint holds, and what is wrong with it"),
     "convert": ("mixtral_ms.cli.convert", "weights between formats"),
 }

@@ -10,7 +10,7 @@ E experts, V vocabulary, S sequence.
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from mixtral_ms.config.expert_ranks import expert_matrix
 from mixtral_ms.config.model import MixtralConfig
@@ -28,7 +28,7 @@ from mixtral_ms.parallel.layout import (
 )
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_PARAMETER_BYTES = 4
+PARAMETER_BYTES = 4
 _ANY_LAYER = re.compile(r"layers\.\d+\.")
 
 
@@ -78,7 +78,9 @@ class Tensors:
     def __init__(self, model: MixtralConfig) -> None:
         self.model = model
         self._shapes = parameter_shapes(model)
+        self._names = {_ANY_LAYER.sub("layers.0.", name) for name in self._shapes}
         self._counted: dict[int, list[Counter[str]]] = {}
+        self._sized: dict[tuple, dict[str, tuple[int, int]]] = {}
 
     def on_stages(self, grid: ParallelConfig, *, zero: bool) -> list[StageValues]:
         """How many values a rank of each stage holds.
@@ -90,9 +92,11 @@ class Tensors:
         Raises:
             UserError: a tensor does not divide, or the layers over the stages.
         """
-        counted = self._count(grid.pipeline_stage)
-        sizes = self._sizes(grid, {name for stage in counted for name in stage}, zero=zero)
-        return [_sum(stage, sizes) for stage in counted]
+        one_stage = replace(grid, pipeline_stage=1)  # a tensor is cut alike on every stage
+        key = (*astuple(one_stage), zero)
+        if key not in self._sized:
+            self._sized[key] = self._sizes(one_stage, zero=zero)
+        return [_sum(stage, self._sized[key]) for stage in self._count(grid.pipeline_stage)]
 
     def _count(self, stages: int) -> list[Counter[str]]:
         """For each stage, how many tensors there are like that of layer 0."""
@@ -104,18 +108,15 @@ class Tensors:
             self._counted[stages] = counted
         return self._counted[stages]
 
-    def _sizes(
-        self, grid: ParallelConfig, names: set[str], *, zero: bool
-    ) -> dict[str, tuple[int, int]]:
+    def _sizes(self, grid: ParallelConfig, *, zero: bool) -> dict[str, tuple[int, int]]:
         """Values of each tensor and of its two moments on a rank."""
-        one_stage = replace(grid, pipeline_stage=1)  # a tensor is cut alike on every stage
-        moments = [prefix + name for name in names for prefix in MOMENTS]
-        placed = placements(self.model, one_stage, moments, zero=zero)
+        first, _ = MOMENTS  # both are cut alike
+        placed = placements(self.model, grid, [first + name for name in self._names], zero=zero)
         sizes = {}
-        for name in names:
+        for name in self._names:
             shape = self._shapes[name]
-            both = (math.prod(placed[prefix + name][0].local_shape(shape)) for prefix in MOMENTS)
-            sizes[name] = (math.prod(local_shape(name, shape, one_stage)), sum(both))
+            moment = math.prod(placed[first + name][0].local_shape(shape))
+            sizes[name] = (math.prod(local_shape(name, shape, grid)), 2 * moment)
         return sizes
 
 
@@ -176,13 +177,13 @@ def _stage_memory(
     config: RunConfig, grid: ParallelConfig, stage: int, values: StageValues
 ) -> RankMemory:
     training = config.run_mode in ("train", "finetune")
-    parameters = _PARAMETER_BYTES * values.parameters
+    parameters = PARAMETER_BYTES * values.parameters
     return RankMemory(
         stage=stage,
         ranks=grid.data_parallel * grid.model_parallel * grid.context_parallel,
         parameters=parameters,
         gradients=parameters if training else 0,
-        optimizer=_PARAMETER_BYTES * values.moments if training else 0,
+        optimizer=PARAMETER_BYTES * values.moments if training else 0,
         activations=(
             _activation_bytes(config, grid, stage)
             if training
