@@ -13,6 +13,7 @@ JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 PARQUET_SUFFIXES = {".parquet", ".pq"}
 _PARQUET_ROWS = 64
 _MAX_ROW = 1 << 28
+_GROWING_NUMBER = re.compile(r"(?:\.|[eE][+-]?)?")  # behind 1 it may become 12, 1.5 or 1e+5
 _SPACE = re.compile(r"[ \t\n\r]*")
 # What a cut-off row can look like to the decoder besides an unterminated string: an error this near
 # to the end (the longest token is a \uXXXX escape behind another).
@@ -118,7 +119,7 @@ class _Buffer:
                 if not self._may_be_cut_off(error) or not self._more():
                     raise self.damaged(row, str(error)) from error
                 continue
-            if end < len(self._text) or not self._more():  # at the very end 1 may become 12
+            if not _GROWING_NUMBER.fullmatch(self._text, end) or not self._more():
                 self._at = end
                 return value
 
