@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mixtral_ms.cli.main_guard import DEBUG_FLAG, run_command
@@ -163,6 +164,14 @@ def _training_run(arguments: argparse.Namespace) -> RunConfig:
             f"run_mode {config.run_mode}: layouts are planned for training; give the YAML of a "
             "training run, or --set run_mode=train"
         )
+    # what is wrong without a grid is wrong on every one
+    alone = replace(
+        config,
+        use_parallel=False,
+        runner_config=replace(config.runner_config, global_batch_size=None),
+    )
+    if problems := find_contradictions(alone):
+        raise UserError(problems[0])
     return config
 
 

@@ -14,7 +14,7 @@ from mixtral_ms.config.parallel_sections import ParallelConfig
 from mixtral_ms.config.resolve import effective_parallel
 from mixtral_ms.config.schema import RunConfig
 from mixtral_ms.config.stages import layers_per_stage
-from mixtral_ms.parallel.memory import Tensors, dtype_bytes, tokens_per_micro_batch
+from mixtral_ms.parallel.memory import StageValues, Tensors, dtype_bytes, tokens_per_micro_batch
 
 _GRADIENT_BYTES = 4
 # Collectives of a layer: forward as many as backward, and forward once more where it is recomputed.
@@ -96,7 +96,7 @@ def traffic_plan(config: RunConfig, tensors: Tensors | None = None) -> list[Traf
             expert_parallel=_expert_parallel(config, grid, stage),
             context_parallel=_context_parallel(config, grid, stage),
             pipeline=_pipeline(config, grid, stage),
-            data_parallel=_data_parallel(config, grid, stage, one.dense, one.expert),
+            data_parallel=_data_parallel(config, grid, stage, one),
         )
         for stage, one in enumerate(values)
     ]
@@ -160,17 +160,18 @@ def _pipeline(config: RunConfig, grid: ParallelConfig, stage: int) -> float:
 
 
 def _data_parallel(
-    config: RunConfig, grid: ParallelConfig, stage: int, dense: int, expert: int
+    config: RunConfig, grid: ParallelConfig, stage: int, values: StageValues
 ) -> float:
     replicas, copies = (group.size for group in groups(grid)["data_parallel"])
-    sent = 2 * _GRADIENT_BYTES * (_share(replicas) * dense + _share(copies) * expert)
-    return sent + _tied_embedding(config, grid, stage)
+    shared = _share(replicas) * values.trained + _share(copies) * values.trained_experts
+    return 2 * _GRADIENT_BYTES * shared + _tied_embedding(config, grid, stage)
 
 
 def _tied_embedding(config: RunConfig, grid: ParallelConfig, stage: int) -> float:
     """The gradient of an embedding that is also the head, summed over both its stages."""
     model, last = config.model.model_config, grid.pipeline_stage - 1
-    if not model.tie_word_embeddings or last == 0 or stage not in (0, last):
+    trained = model.tie_word_embeddings and model.pet_config is None
+    if not trained or last == 0 or stage not in (0, last):
         return 0.0
     cut = 1 if grid.vocab_emb_dp else grid.model_parallel
     return 2 * _share(2) * _GRADIENT_BYTES * model.vocab_size * model.hidden_size / cut

@@ -20,6 +20,7 @@ from mixtral_ms.config.schema import RunConfig
 from mixtral_ms.config.stages import layers_per_stage
 from mixtral_ms.parallel.layout import (
     MOMENTS,
+    adapter_shapes,
     local_shape,
     parameter_shapes,
     placements,
@@ -55,17 +56,14 @@ class RankMemory:
 class StageValues:
     """How many values a rank of one pipeline stage holds."""
 
-    dense: int
-    """Of parameters outside the experts."""
-    expert: int
-    """Of the experts' parameters."""
+    parameters: int
+    """Of all parameters."""
+    trained: int
+    """Of those that are trained, outside the experts: all of them, or adapters alone."""
+    trained_experts: int
+    """Of the experts' parameters that are trained."""
     moments: int
     """Of both optimizer moments."""
-
-    @property
-    def parameters(self) -> int:
-        """Values of all parameters."""
-        return self.dense + self.expert
 
 
 class Tensors:
@@ -77,8 +75,11 @@ class Tensors:
 
     def __init__(self, model: MixtralConfig) -> None:
         self.model = model
-        self._shapes = parameter_shapes(model)
-        self._names = {_ANY_LAYER.sub("layers.0.", name) for name in self._shapes}
+        adapters = adapter_shapes(model)
+        self._shapes = parameter_shapes(model) | adapters
+        self._trained = set(adapters or self._shapes)
+        kinds: dict[str, str] = {}
+        self._alike = {name: kinds.setdefault(_kind(name), name) for name in self._shapes}
         self._counted: dict[int, list[Counter[str]]] = {}
         self._sized: dict[tuple, dict[str, tuple[int, int]]] = {}
 
@@ -96,40 +97,48 @@ class Tensors:
         key = (*astuple(one_stage), zero)
         if key not in self._sized:
             self._sized[key] = self._sizes(one_stage, zero=zero)
-        return [_sum(stage, self._sized[key]) for stage in self._count(grid.pipeline_stage)]
+        return [self._sum(stage, self._sized[key]) for stage in self._count(grid.pipeline_stage)]
 
     def _count(self, stages: int) -> list[Counter[str]]:
-        """For each stage, how many tensors there are like that of layer 0."""
+        """For each stage, how many tensors there are of each kind, by the first of its names."""
         if stages not in self._counted:
             counted: list[Counter[str]] = [Counter() for _ in range(stages)]
             for name in self._shapes:
                 for stage in stages_of(name, self.model, stages):
-                    counted[stage][_ANY_LAYER.sub("layers.0.", name)] += 1
+                    counted[stage][self._alike[name]] += 1
             self._counted[stages] = counted
         return self._counted[stages]
 
     def _sizes(self, grid: ParallelConfig, *, zero: bool) -> dict[str, tuple[int, int]]:
-        """Values of each tensor and of its two moments on a rank."""
+        """Values of each kind of tensor and of its two moments on a rank."""
         first, _ = MOMENTS  # both are cut alike
-        placed = placements(self.model, grid, [first + name for name in self._names], zero=zero)
+        names = dict.fromkeys(self._alike.values())
+        placed = placements(self.model, grid, [first + name for name in names], zero=zero)
         sizes = {}
-        for name in self._names:
+        for name in names:
             shape = self._shapes[name]
             moment = math.prod(placed[first + name][0].local_shape(shape))
             sizes[name] = (math.prod(local_shape(name, shape, grid)), 2 * moment)
         return sizes
 
+    def _sum(self, counted: Counter[str], sizes: dict[str, tuple[int, int]]) -> StageValues:
+        parameters = trained = trained_experts = moments = 0
+        for name, count in counted.items():
+            values, of_moments = sizes[name]
+            parameters += count * values
+            if name not in self._trained:
+                continue
+            moments += count * of_moments
+            if rule_of(name).expert_axis is None:
+                trained += count * values
+            else:
+                trained_experts += count * values
+        return StageValues(parameters, trained, trained_experts, moments)
 
-def _sum(counted: Counter[str], sizes: dict[str, tuple[int, int]]) -> StageValues:
-    dense = expert = moments = 0
-    for name, count in counted.items():
-        values, of_moments = sizes[name]
-        moments += count * of_moments
-        if rule_of(name).expert_axis is None:
-            dense += count * values
-        else:
-            expert += count * values
-    return StageValues(dense, expert, moments)
+
+def _kind(name: str) -> str:
+    """The name without its layer's number."""
+    return _ANY_LAYER.sub("layers.", name)
 
 
 def dtype_bytes(dtype: str, device_target: str) -> int:
@@ -177,12 +186,12 @@ def _stage_memory(
     config: RunConfig, grid: ParallelConfig, stage: int, values: StageValues
 ) -> RankMemory:
     training = config.run_mode in ("train", "finetune")
-    parameters = PARAMETER_BYTES * values.parameters
+    trained = values.trained + values.trained_experts
     return RankMemory(
         stage=stage,
         ranks=grid.data_parallel * grid.model_parallel * grid.context_parallel,
-        parameters=parameters,
-        gradients=parameters if training else 0,
+        parameters=PARAMETER_BYTES * values.parameters,
+        gradients=PARAMETER_BYTES * trained if training else 0,
         optimizer=PARAMETER_BYTES * values.moments if training else 0,
         activations=(
             _activation_bytes(config, grid, stage)

@@ -108,10 +108,14 @@ def _compute_seconds(
     counts = layers_per_stage(model, grid.pipeline_stage)
     flops = [layers * count / model.num_layers for count in counts]
     flops[-1] += token_flops["lm_head"]
-    bytes_per_value = (passes * _BYTES_PER_PASS + _BYTES_OF_GRADIENT) / PARAMETER_BYTES
+    moved = [
+        (passes * _BYTES_PER_PASS * rank.parameters + _BYTES_OF_GRADIENT * rank.gradients)
+        / PARAMETER_BYTES
+        for rank in memory
+    ]
     return [
-        tokens * of_stage / rate + rank.parameters * bytes_per_value / cluster.memory_bandwidth
-        for of_stage, rank in zip(flops, memory, strict=True)
+        tokens * of_stage / rate + size / cluster.memory_bandwidth
+        for of_stage, size in zip(flops, moved, strict=True)
     ]
 
 

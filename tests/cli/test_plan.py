@@ -125,6 +125,8 @@ def test_a_run_without_use_parallel_is_planned_too(tmp_path, capsys):
         (("--fix", "mp"), "--fix 'mp'"),
         (("--set", "run_mode=predict"), "run_mode predict: layouts are planned for training"),
         (("--set", "parallel_config.data_paralel=2"), "did you mean"),
+        (("--set", "moe_config.num_experts_chosen=9"), "num_experts_chosen 9 is more than"),
+        (("--set", "model.model_config.pet_config={target_modules: '('}"), "not a regular"),
     ],
 )
 def test_bad_input(capsys, flags, said):

@@ -71,7 +71,8 @@ def test_values_are_those_of_the_layout_table(dp, mp, ep, pp, cp, tied, split_em
     for stage, values in enumerate(Tensors(model).on_stages(grid, zero=zero)):
         local = layout.local_parameter_shapes(model, grid, stage)
         assert values.parameters == sum(map(math.prod, local.values()))
-        assert values.expert == sum(
+        assert values.trained + values.trained_experts == values.parameters
+        assert values.trained_experts == sum(
             math.prod(shape) for name, shape in local.items() if "routed_experts.ffn" in name
         )
         assert values.moments == sum(
@@ -86,6 +87,24 @@ def test_a_rank_of_8x7b_counts_every_parameter():
     (values,) = Tensors(config.model.model_config).on_stages(ParallelConfig(), zero=False)
     assert values.parameters == 46_702_792_704
     assert values.moments == 2 * 46_702_792_704
+
+
+def test_adapters_alone_have_gradients_and_moments():
+    pet = {"lora_rank": 4, "target_modules": ".*layers.[57].*(wq|w2)"}
+    grid = ParallelConfig(pipeline_stage=2, micro_batch_num=2, model_parallel=2)
+    config = run(grid, model={"pet_config": pet})
+    first, last = Tensors(config.model.model_config).on_stages(grid, zero=False)
+    plain = Tensors(run(grid).model.model_config).on_stages(grid, zero=False)
+    assert first.parameters == plain[0].parameters
+    assert first.trained == first.trained_experts == first.moments == 0
+    # layers 5 and 7; of wq B is cut, of w2 A
+    assert last.trained == 2 * (4 * 32 + 32 * 4 // 2)
+    assert last.trained_experts == 2 * 4 * (4 * 48 // 2 + 32 * 4)
+    adapters = last.trained + last.trained_experts
+    assert last.parameters == plain[1].parameters + adapters
+    assert last.moments == 2 * adapters
+    assert [rank.gradients for rank in memory_plan(config)] == [0, 4 * adapters]
+    assert traffic_plan(config)[1].data_parallel == 0
 
 
 GRIDS = {
