@@ -77,3 +77,12 @@ def test_bytes_that_are_no_text_or_no_parquet_are_named(tmp_path):
         list(read_rows(tmp_path / "a.parquet", lambda _: None))
     with pytest.raises(UserError, match=r"rows are read from \.json"):
         list(read_rows(tmp_path / "a.csv", lambda _: None))
+
+
+@pytest.mark.parametrize("number", ["10.0", "1e+5", "1.5E-3", "12"])
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+def test_a_number_is_read_whole_wherever_a_block_ends(tmp_path, monkeypatch, number, block):
+    monkeypatch.setattr(text, "BLOCK_BYTES", block)
+    path = tmp_path / "a.json"
+    path.write_text(f"[{number},{number} ,[{number}]]")
+    assert read(path) == [float(number), float(number), [float(number)]]
