@@ -12,20 +12,20 @@ constexpr int64_t kWideRows = 12;         // weight rows that stay in the neares
 constexpr int64_t kTokenBlock = 64;       // activation rows that stay in the second cache
 constexpr int64_t kPanel = 16;            // columns of the many-row kernel: two vectors
 constexpr int64_t kHeight = 6;            // its rows: twelve sums of the sixteen registers
-constexpr int64_t kDepth = 256;           // a panel this deep fills half of the nearest cache
+constexpr int64_t kDepth = 512;           // long enough that starting and ending a tile hardly counts
 constexpr int64_t kPanelsPerTask = 4;
 constexpr int64_t kManyRowsFrom = 12;  // activation rows from which packing the weight pays
 
 // Grows and never shrinks; each thread has its own.
 template <int use>
 float* thread_buffer(int64_t count) {
-  thread_local std::unique_ptr<float[]> buffer;
+  thread_local std::unique_ptr<Buffer> buffer;
   thread_local int64_t size = 0;
   if (count > size) {
-    buffer.reset(new float[count]);
+    buffer = std::make_unique<Buffer>(count);
     size = count;
   }
-  return buffer.get();
+  return buffer->get();
 }
 
 // ---- few rows ----
@@ -226,11 +226,23 @@ void multiply_add(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, 
 template <class T>
 void pack_panel(const T* from, int64_t ld, int64_t rows, int64_t k, float* panel) {
   for (int64_t half = 0; half < kPanel; half += kLanes) {
-    for (int64_t i = 0; i < k; i += kLanes) {
+    const T* top = from + half * ld;
+    const int64_t height = std::clamp<int64_t>(rows - half, 0, kLanes);
+    int64_t i = 0;
+    if (height == kLanes)
+      for (; i + kLanes <= k; i += kLanes) {
+        Vec block[kLanes];
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < kLanes; ++r) block[r] = load(top + r * ld + i);
+        transpose(block);
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < kLanes; ++j) store(panel + (i + j) * kPanel + half, block[j]);
+      }
+    for (; i < k; i += kLanes) {
       const int64_t some = std::min(kLanes, k - i);
       Vec block[kLanes] = {};
-      for (int64_t r = 0; r < std::min(kLanes, rows - half); ++r) {
-        const T* p = from + (half + r) * ld + i;
+      for (int64_t r = 0; r < height; ++r) {
+        const T* p = top + r * ld + i;
         block[r] = some == kLanes ? load(p) : load_some(p, some);
       }
       transpose(block);
