@@ -12,7 +12,7 @@ constexpr int64_t kWideRows = 12;         // weight rows that stay in the neares
 constexpr int64_t kTokenBlock = 64;       // activation rows that stay in the second cache
 constexpr int64_t kPanel = 16;            // columns of the many-row kernel: two vectors
 constexpr int64_t kHeight = 6;            // its rows: twelve sums of the sixteen registers
-constexpr int64_t kDepth = 512;           // long enough that starting and ending a tile hardly counts
+constexpr int64_t kDepth = 512;           // deep: starting and ending a tile hardly counts
 constexpr int64_t kPanelsPerTask = 4;
 constexpr int64_t kManyRowsFrom = 12;  // activation rows from which packing the weight pays
 
