@@ -1,9 +1,11 @@
 """`python -m mixtral_ms plan` as a user types it."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -32,6 +34,19 @@ def overrides(path):
         keys = values.items() if isinstance(values, dict) else [(None, values)]
         found += [Override(f"{section}.{key}" if key else section, v, str(path)) for key, v in keys]
     return found
+
+
+@pytest.mark.parametrize("document", ["README.md", "README_CN.md", "docs/parallel.md"])
+def test_the_documents_commands(document, tmp_path, monkeypatch, capsys):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    commands = re.findall(r"python -m mixtral_ms plan (--config [^\n`]+)", text)
+    assert commands
+    (tmp_path / "research").symlink_to(ROOT / "research")
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert plan(*shlex.split(command)) == 0
+        assert "grids fit" in capsys.readouterr().out
+        assert Path("layout.yaml").exists() == ("--write" in command)
 
 
 def test_the_command_of_the_help():
