@@ -94,6 +94,7 @@ _SECTION_RANGES: dict[str, tuple[tuple[str, float | str | None, float | str | No
         ("save_checkpoint_seconds", 0, None),
         ("keep_checkpoint_max", 1, None),
     ),
+    "SampleMonitor": (("rows", 1, 64), ("max_new_tokens", 1, None)),
     "MetricsWriter": (("per_layer_steps", 1, None),),
 }
 _MEMORY_SIZE = re.compile(r"\d+(\.\d+)?GB")

@@ -212,6 +212,21 @@ class ReportSection:
 
 
 @dataclass
+class SampleMonitorSection:
+    """`- type: SampleMonitor`: the report shows answers before and after training.
+
+    Prompts are what stands before the supervised part of rows of eval_dataset, or without one of
+    train_dataset. Every token of an answer costs a forward pass.
+    """
+
+    type: Literal["SampleMonitor"] = "SampleMonitor"
+    rows: int = 3
+    """How many prompts."""
+    max_new_tokens: int = 24
+    """Most tokens of an answer."""
+
+
+@dataclass
 class ObsMonitorSection:
     """`- type: ObsMonitor`: accepted without effect, files stay in output_dir."""
 
@@ -261,6 +276,7 @@ CALLBACKS: dict[str, type] = {
     "TensorBoard": TensorBoardSection,
     "MetricsWriter": MetricsWriterSection,
     "Report": ReportSection,
+    "SampleMonitor": SampleMonitorSection,
     "ObsMonitor": ObsMonitorSection,
     "SummaryMonitor": SummaryMonitorSection,
     "ProfileMonitor": ProfileMonitorSection,
@@ -271,6 +287,7 @@ Callback = (
     | TensorBoardSection
     | MetricsWriterSection
     | ReportSection
+    | SampleMonitorSection
     | ObsMonitorSection
     | SummaryMonitorSection
     | ProfileMonitorSection

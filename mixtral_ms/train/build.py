@@ -7,7 +7,11 @@ import mindspore
 
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.data_sections import DatasetSection
-from mixtral_ms.config.training_sections import MetricsWriterSection, TensorBoardSection
+from mixtral_ms.config.training_sections import (
+    MetricsWriterSection,
+    SampleMonitorSection,
+    TensorBoardSection,
+)
 from mixtral_ms.convert.lora import open_adapter
 from mixtral_ms.convert.weights import open_weights
 from mixtral_ms.data.loader import RecordLoader
@@ -16,6 +20,7 @@ from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.checkpointing import load_parameters
 from mixtral_ms.train.metrics import METRICS_FILE
 from mixtral_ms.train.optimizer import AdamW
+from mixtral_ms.train.samples import Samples
 from mixtral_ms.train.schedule import Schedule, build_schedule, constant_schedule
 
 
@@ -115,6 +120,19 @@ def build_learning_rate(config: RunConfig, total_steps: int) -> Schedule:
 def callback(config: RunConfig, kind: type) -> object | None:
     """The first callback section of a kind, None without one."""
     return next((c for c in config.callbacks if isinstance(c, kind)), None)
+
+
+def build_samples(
+    config: RunConfig, network: MixtralForCausalLM, loader: RecordLoader
+) -> Samples | None:
+    """What SampleMonitor asks, of rows of eval_dataset or else of the training's; None without."""
+    section = callback(config, SampleMonitorSection)
+    if section is None:
+        return None
+    held_back = config.eval_dataset and config.eval_dataset.data_loader.dataset_dir
+    if held_back:
+        loader = build_loader(config, config.eval_dataset, training=False)
+    return Samples(config, section, network, loader)
 
 
 def metrics_path(config: RunConfig) -> Path:

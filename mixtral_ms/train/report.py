@@ -1,6 +1,7 @@
 """report.html: a run at a glance, from its metrics.jsonl and configuration."""
 
 import base64
+import json
 import math
 import statistics
 from pathlib import Path
@@ -13,7 +14,7 @@ from mixtral_ms.train.charts import Records, draw_charts, layer_series, series
 from mixtral_ms.train.flops import Mfu
 from mixtral_ms.train.metrics import METRICS_FILE, read_metrics
 
-REPORT_FILE = "report.html"
+REPORT_FILE, SAMPLES_FILE = "report.html", "samples.json"
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _LAST_STEPS = 10
 
@@ -54,11 +55,20 @@ def write_report(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
-        summary=summary_rows(train, evaluations), charts=charts, config=config_text
+        summary=summary_rows(train, evaluations),
+        charts=charts,
+        samples=read_samples(folder),
+        config=config_text,
     )
     with write_aside(folder / REPORT_FILE) as aside:
         aside.write_text(page, encoding="utf-8")
     return folder / REPORT_FILE
+
+
+def read_samples(folder: Path) -> list[dict[str, str]]:
+    """What a run was asked and answered; nothing for a run that was not asked."""
+    path = folder / SAMPLES_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def summary_rows(train: Records, evaluations: Records) -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ from mixtral_ms.train.build import (
     build_loader,
     build_network,
     build_optimizer,
+    build_samples,
     callback,
     metrics_path,
     set_up_device,
@@ -183,6 +184,7 @@ class _TrainingRun:
         if config.do_eval:
             loader = build_loader(config, config.eval_dataset, training=False)
             self.evaluator = Evaluator(self.network, loader, config.eval_dataset.batch_size)
+        self.samples = build_samples(config, self.network, self.loader)
         self.evaluation: Evaluation | None = None
         self.resumed_step: int | None = None
 
@@ -206,6 +208,8 @@ class _TrainingRun:
         if self.plan.last_step <= step:
             get_logger().info("nothing to do: step %d of %d is done", step, self.plan.last_step)
         loss = float("nan")
+        if self.samples:
+            self.samples.before()
         # A run that was killed before its first checkpoint starts again: step 0 keeps no line.
         writer = MetricsWriter(metrics_path(self.config), tensorboard_folder(self.config), step)
         with StopRequest() as stop, writer, self.saver:
@@ -334,6 +338,8 @@ class _TrainingRun:
         if signal_number is not None:
             name = signal.Signals(signal_number).name
             get_logger().info("stopped by %s after step %d; to go on: %s", name, step, resume)
+        if self.samples and signal_number is None:
+            self.samples.after()
         section = callback(self.config, ReportSection) or ReportSection()
         if section.enabled and signal_number is None:
             report = write_report(

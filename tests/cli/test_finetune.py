@@ -1,0 +1,229 @@
+"""Fine-tuning as a user types it: full and LoRA, stopped and taken up again, evaluated."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import yaml
+from helpers.runs import (
+    SEQ_LENGTH,
+    VOCAB,
+    assert_same_run,
+    final_tensors,
+    make_run,
+    metrics_of,
+    tiny_config,
+)
+from mindspore import Tensor
+
+from mixtral_ms.cli.run import main
+from mixtral_ms.config import load_config
+from mixtral_ms.data.example_tokenizer import find_example_tokenizer
+from mixtral_ms.data.mindrecord import RecordWriter
+from mixtral_ms.data.records import MindRecords
+from mixtral_ms.data.tokenizer import Tokenizer
+from mixtral_ms.errors import UserError
+from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.train.evaluation import dropless
+
+pytestmark = pytest.mark.usefixtures("graph")
+PET = "{lora_rank: 4, lora_alpha: 64, lora_dropout: 0.1, target_modules: '.*w[qkvo]|.*w[123]'}"
+LORA = ("--set", f"model.model_config.pet_config={PET}")
+ANSWER = SEQ_LENGTH // 2
+
+
+def write_instructions(path, rows, seed):
+    """Random ids of which only the second half is supervised."""
+    ids = np.random.RandomState(seed).randint(1, VOCAB, (rows, SEQ_LENGTH + 1)).astype(np.int32)
+    labels = ids.copy()
+    labels[:, :ANSWER] = -100
+    with RecordWriter(path, ("input_ids", "labels")) as writer:
+        writer.write(input_ids=ids, labels=labels)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, device):
+    """Weights of a short run in pretrained/, instructions, and finetune.yaml."""
+    import mindspore  # noqa: PLC0415
+
+    mindspore.set_context(mode=mindspore.GRAPH_MODE)
+    folder = tmp_path_factory.mktemp("finetune")
+    make_run(folder)
+    more = ("--do_eval", "False", "--runner_config.max_steps", "2")
+    main(["--config", f"{folder / 'run.yaml'}", "--output_dir", f"{folder / 'pretrained'}", *more])
+    write_instructions(folder / "train.qa.mindrecord", 22, seed=0)
+    write_instructions(folder / "eval.qa.mindrecord", 7, seed=1)
+    config = tiny_config(folder)
+    config["run_mode"] = "finetune"
+    for name in ("train", "eval"):
+        section = config[f"{name}_dataset"]
+        section["data_loader"]["dataset_dir"] = str(folder / f"{name}.qa.mindrecord")
+        section["input_columns"] = ["input_ids", "labels"]
+    (folder / "finetune.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture
+def finetune(folder):
+    def run(name, *arguments, load="pretrained/checkpoint"):
+        weights = ("--load_checkpoint", f"{folder / load}") if load else ()
+        where = ("--output_dir", f"{folder / name}")
+        return main(["--config", f"{folder / 'finetune.yaml'}", *where, *weights, *arguments])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def adapted(folder):
+    """A LoRA run in one go; its output folder."""
+    where = ("--output_dir", f"{folder / 'lora'}")
+    weights = ("--load_checkpoint", f"{folder / 'pretrained' / 'checkpoint'}")
+    main(["--config", f"{folder / 'finetune.yaml'}", *where, *weights, *LORA])
+    return folder / "lora"
+
+
+def test_it_starts_from_weights(finetune):
+    with pytest.raises(UserError, match="finetune starts from weights.*--load_checkpoint"):
+        finetune("nothing", load=None)
+    with pytest.raises(UserError, match="LoRA trains adapters for weights.*--load_checkpoint"):
+        finetune("nothing", "--run_mode", "train", *LORA, load=None)
+
+
+def test_full_finetuning_resumes_bit_for_bit(finetune, folder):
+    finetune("whole")
+    finetune("parts", "--runner_config.stop_at_step", "3")
+    finetune("parts", "--resume_training", "True")
+    assert_same_run(folder / "parts", folder / "whole")
+    tokens = {record["tokens"] for record in metrics_of(folder / "whole") if "lm_loss" in record}
+    assert tokens == {2 * 4 * (SEQ_LENGTH + 1 - ANSWER)}  # the supervised ones of a step alone
+
+
+def test_lora_resumes_bit_for_bit(finetune, folder, adapted):
+    finetune("lora_parts", *LORA, "--runner_config.stop_at_step", "3")
+    finetune("lora_parts", *LORA, "--resume_training", "True")
+    assert_same_run(folder / "lora_parts", adapted)
+
+
+def test_a_lora_checkpoint_holds_adapters_alone(adapted, folder):
+    newest = adapted / "checkpoint" / (adapted / "checkpoint" / "latest").read_text().strip()
+    assert {path.stem for path in (newest / "rank_0").iterdir()} == {"adapter", "optimizer"}
+    names = final_tensors(adapted).keys()
+    assert names and all(re.search(r"\.lora_[ab]$", name) for name in names)
+    state = json.loads((newest / "state.json").read_text())
+    assert state["base"]["path"] == str(folder / "pretrained" / "checkpoint")
+    assert {path.name for path in (adapted / "peft").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_eval_of_weights_and_adapter_is_what_the_run_measured(finetune, adapted, capsys):
+    last = [record for record in metrics_of(adapted) if record["kind"] == "eval"][-1]
+    capsys.readouterr()
+    finetune("eval", "--run_mode", "eval", "--set", f"adapter={adapted / 'checkpoint'}")
+    with_adapter = float(capsys.readouterr().out.split()[1])
+    assert with_adapter == pytest.approx(last["loss"], abs=1e-5)
+    finetune("eval", "--run_mode", "eval")
+    assert abs(float(capsys.readouterr().out.split()[1]) - with_adapter) > 1e-3
+
+
+def test_an_adapter_is_trained_on(finetune, folder, adapted):
+    go_on = ("--set", f"adapter={adapted / 'checkpoint'}")
+    finetune("more", *LORA, *go_on, "--runner_config.stop_at_step", "1")
+    # the first step's rate is 0: the weights that were given come out
+    more, before = final_tensors(folder / "more"), final_tensors(adapted)
+    for name in before:
+        if not name.startswith("adam"):
+            np.testing.assert_array_equal(more[name], before[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "model.model_config.pet_config.lora_alpha=9"), "lora_alpha was 64.0 and is 9.0"),
+        (("--set", "model.model_config.pet_config=null"), "holds adapters.* trains whole weights"),
+    ],
+)
+def test_a_resume_with_another_adapter_is_refused(finetune, adapted, arguments, message):
+    with pytest.raises(UserError, match=message):
+        finetune(adapted.name, *LORA, "--resume_training", "True", *arguments)
+
+
+def test_other_weights_beneath_an_adapter_are_refused(finetune, folder, adapted):
+    finetune("other", "--runner_config.max_steps", "2", "--do_eval", "False")
+    other = "other/checkpoint"
+    with pytest.raises(UserError, match="made for the weights of .*pretrained.* are others"):
+        finetune(adapted.name, *LORA, "--resume_training", "True", load=other)
+    key = ("--set", f"adapter={adapted / 'checkpoint'}")
+    with pytest.raises(UserError, match="made for the weights of .*pretrained.* are others"):
+        finetune("eval", "--run_mode", "eval", *key, load=other)
+
+
+def test_an_adapter_is_no_weights(finetune):
+    with pytest.raises(UserError, match="holds an adapter: give --load_checkpoint the weights"):
+        finetune("eval", "--run_mode", "eval", load="lora/checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("target_modules=.*nothing", "means no module.*attention.wq"),
+        ("target_modules='*wq'", "is not a regular expression"),
+        ("lora_rank=0", "lora_rank is 0: it must be at least 1"),
+        ("lora_dropout=1", "less than 1"),
+        ("rank=4", "rank.*lora_rank"),
+        ("exclude_layers=['x']", "exclude_layers.*target_modules"),
+    ],
+)
+def test_a_wrong_pet_config_is_refused(finetune, change, message):
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        finetune("wrong", *LORA, "--set", f"model.model_config.pet_config.{change}")
+
+
+def test_the_report_shows_answers_before_and_after(finetune, folder):
+    tokenizer = find_example_tokenizer()
+    finetune(
+        "samples",
+        *("--vocab_file", str(tokenizer), "--do_eval", "False", "--runner_config.max_steps", "3"),
+        *("--set", "callbacks=[{type: SampleMonitor, rows: 2, max_new_tokens: 4}]"),
+    )
+    samples = json.loads((folder / "samples" / "samples.json").read_text())
+    config = load_config(folder / "finetune.yaml").model.model_config
+    for place, key in (("pretrained", "before"), ("samples", "after")):
+        answers = greedy_answers(folder / place, config, rows_of(folder), most=4)
+        assert [one[key] for one in samples] == [Tokenizer(tokenizer).decode(a) for a in answers]
+    page = (folder / "samples" / "report.html").read_text()
+    assert "Answers before and after" in page and page.count('class="sample"') == 2
+    finetune("no_samples", "--do_eval", "False", "--runner_config.stop_at_step", "1")
+    assert not (folder / "no_samples" / "samples.json").exists()
+
+
+def rows_of(folder):
+    """The prompts of the first rows kept apart."""
+    section = load_config(folder / "finetune.yaml").eval_dataset
+    rows = list(MindRecords(section.data_loader.dataset_dir, section.input_columns).read([0, 1]))
+    return [ids[:ANSWER].tolist() for ids, _ in rows]
+
+
+def greedy_answers(output, config, prompts, most):
+    """One prompt at a time, by the network's logits, without padding."""
+    network = MixtralForCausalLM(dropless(config), batch_size=1)
+    tensors = final_tensors(output)
+    for parameter in network.trainable_params():
+        parameter.set_data(Tensor(tensors[parameter.name]))
+    network.set_train(False)
+    answers = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + most:
+            row = np.zeros((1, SEQ_LENGTH), np.int32)
+            row[0, : len(ids)] = ids
+            ids.append(int(network(Tensor(row)).asnumpy()[0, len(ids) - 1].argmax()))
+        answers.append(ids[len(prompt) :])
+    return answers
+
+
+def test_samples_need_a_tokenizer(finetune):
+    with pytest.raises(UserError, match="SampleMonitor shows text.*--vocab_file"):
+        finetune("wrong", "--set", "callbacks=[{type: SampleMonitor}]")
