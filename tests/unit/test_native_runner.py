@@ -32,6 +32,11 @@ NETWORKS = {
     "biases": {"qkv_has_bias": True, "attn_proj_has_bias": True, "num_layers": 3},
     "all experts": {"moe_config": {"expert_num": 5, "num_experts_chosen": 5}},
     "in turn": {"moe_config": {"uniform_routing": True}},
+    # sums longer than what a product takes at once
+    "deep": {
+        **{"hidden_size": 1100, "intermediate_size": 1300, "num_layers": 1},
+        "moe_config": {"expert_num": 3},
+    },
 }
 
 
@@ -40,7 +45,8 @@ def random_weights(config, seed=0, dtype="float32"):
     rng = np.random.default_rng(seed)
     tensors, scales, exact = {}, {}, {}
     for name, shape in parameter_shapes(config).items():
-        value = (rng.standard_normal(shape) * 0.2).astype(np.float32)
+        spread = min(0.2, shape[-1] ** -0.5)  # long sums stay as moderate as short ones
+        value = (rng.standard_normal(shape) * spread).astype(np.float32)
         if "norm" in name:
             value += 1
         tensors[name] = exact[name] = value
