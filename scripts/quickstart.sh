@@ -153,7 +153,8 @@ fi
 
 generate() {
   run "$VENV_PYTHON" run_mindformer.py --config "$PREDICT" --load_checkpoint "$CHECKPOINTS" \
-    --vocab_file "$tokenizer" --max_new_tokens 40 --predict_data "$1"
+    --vocab_file "$tokenizer" --max_new_tokens 40 --predict_data "$1" \
+    --do_sample True --top_k 40 --repetition_penalty 1.5 --presence_penalty 1
 }
 
 echo "== how it goes on with a sentence"
