@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mixtral_ms.cli.flags import true_or_false
 from mixtral_ms.cli.main_guard import DEBUG_FLAG, run_command
 from mixtral_ms.convert.conversion import (
     Conversion,
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the output (default: as it is; fp16 with --mindspore_ckpt_path)",
     )
     add("--strategy_dir", type=Path, help="strategy files of a distributed input")
-    add("--use_gmm", type=_true_or_false, metavar="True|False", help="for the grouped matmul?")
+    add("--use_gmm", type=true_or_false, metavar="True|False", help="for the grouped matmul?")
     add("--torch_ckpt_dir", type=Path, help="input in the older form of this command")
     add("--pre_ckpt_path", type=Path, help="input from MindSpore in the older form")
     add("--mindspore_ckpt_path", type=Path, help="output in the older form")
@@ -109,12 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--verify_md5", action="store_true", help="of Mistral's 8x7B release, before converting it")
     add(DEBUG_FLAG, action="store_true", help="show the traceback of an error")
     return parser
-
-
-def _true_or_false(text: str) -> bool:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
 def _positive(text: str) -> int:

@@ -34,7 +34,7 @@ class Flag:
             *self.names,
             **shape,
             action="append" if self.repeated else "store",
-            type=_bool if switch else self.kind,
+            type=true_or_false if switch else self.kind,
             choices=self.choices,
             metavar=None if self.choices else _METAVARS[self.kind],
             help=self.help,
@@ -52,7 +52,8 @@ def flag(name: str, key: str, kind: type, text: str, **more: Any) -> Flag:
     )
 
 
-def _bool(text: str) -> bool:
+def true_or_false(text: str) -> bool:
+    """A flag's value."""
     if text.lower() not in {"true", "false"}:
         raise argparse.ArgumentTypeError(f"{text!r} given: write True or False")
     return text.lower() == "true"

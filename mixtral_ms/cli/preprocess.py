@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, get_args
 
+from mixtral_ms.cli.flags import true_or_false
 from mixtral_ms.cli.main_guard import DEBUG_FLAG, run_command
 from mixtral_ms.cli.preprocess_qa import ONLY_QA, add_qa_flags, run_qa
 from mixtral_ms.data.preprocess import (
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--add_eos", "end each document with eos"),
         ("--clean_text", "wiki: drop headings and undo WikiText's spacing"),
     ):
-        add(name, type=_true_or_false, default=True, metavar="True|False", help=f"{text} (True)")
+        add(name, type=true_or_false, default=True, metavar="True|False", help=f"{text} (True)")
     add_qa_flags(parser)
     add("--overwrite", action="store_true", help="replace an existing output")
     add(
@@ -105,12 +106,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", choices=("llama",), help="accepted for MindFormers' sake: there is only one")
     add(DEBUG_FLAG, action="store_true", help="show the traceback of an error")
     return parser
-
-
-def _true_or_false(text: str) -> bool:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
 def _report(options: PreprocessOptions, summary: PreprocessSummary) -> str:
