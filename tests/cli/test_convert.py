@@ -223,7 +223,7 @@ def test_flags_that_do_not_go_together(flags, expected, capsys, tmp_path, monkey
     "flags, expected",
     [
         ("--model llama", "invalid choice: 'llama'"),
-        ("--use_gmm maybe", "'maybe' is neither True nor False"),
+        ("--use_gmm maybe", "'maybe' given: write True or False"),
         ("--dtype int8", "invalid choice: 'int8'"),
         ("--max_shard_size five", "'five' is not a size"),
         ("--workers 0", "'0' is not a whole number above 0"),
