@@ -11,12 +11,13 @@ from helpers.compare import assert_close
 from mindspore import Tensor
 from mindspore import dtype as mstype
 
-from mixtral_ms.kernels import cross_entropy, select_kernels
+from mixtral_ms.kernels import cross_entropy
 from mixtral_ms.kernels.attention import CausalAttention
 from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
 from mixtral_ms.kernels.elementwise import apply_rotary, rms_norm, rotary_tables, swiglu
 from mixtral_ms.kernels.experts import PackedExperts, PaddedExperts
 from mixtral_ms.kernels.native.build import native_library
+from mixtral_ms.kernels.select import select_kernels
 
 pytestmark = pytest.mark.usefixtures("pynative")
 
