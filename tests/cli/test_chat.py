@@ -228,6 +228,9 @@ class Terminal:
         os.write(self.own, text.encode())
 
     def ctrl_c(self):
+        # As late as a person: between showing its prompt and waiting for keys, Python's readline
+        # does not act on a signal before the next key.
+        time.sleep(1)
         self.process.send_signal(signal.SIGINT)
 
     def end(self):
