@@ -84,6 +84,8 @@ def test_weight_commands_work(tmp_path, capsys, monkeypatch):
         ("python -m mixtral_ms inspect", inspect, 4),
     ):
         found = commands(ROOT / "README.md", start)
+        # adapters need a run first: tests/parity/test_lora_peft.py merges them
+        found = [line for line in found if "--merge_lora" not in line]
         assert found
         for line in found:
             status = run_command(command, shlex.split(line)[skipped:])
