@@ -1,0 +1,88 @@
+"""The connection between the processes of a run, and what the host itself sends over it.
+
+Collectives inside the compiled network are in collectives.py.
+"""
+
+import os
+from typing import Any
+
+import mindspore
+import numpy as np
+from mindspore import Tensor, ops
+
+from mixtral_ms.config.parallel_sections import ParallelConfig
+from mixtral_ms.parallel.mesh import Mesh, ProcessGroup
+
+
+def started_processes() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("MS_WORKER_NUM", "1"))
+
+
+def own_rank() -> int:
+    """This process's number among them."""
+    return int(os.environ.get("RANK_ID", "0")) if started_processes() > 1 else 0
+
+
+def connect(grid: ParallelConfig) -> Mesh:
+    """Meet the other processes. To be called once, by all of them, after the device is set."""
+    if started_processes() == 1:
+        return Mesh(grid)
+    from mindspore.communication import create_group, init  # noqa: PLC0415 - starts threads
+
+    on_cpu = mindspore.get_context("device_target") == "CPU"
+    init("mccl" if on_cpu else None)
+
+    def make(ranks: tuple[int, ...]) -> str:
+        if len(ranks) == started_processes():
+            return "mccl_world_group" if on_cpu else "hccl_world_group"
+        name = "ranks_" + "_".join(map(str, ranks))
+        create_group(name, list(ranks))
+        return name
+
+    mesh = Mesh(grid, own_rank(), make)
+    # All groups at once and in one order: members that make their groups in different orders
+    # would wait for each other for ever.
+    for kind in ("world", "tensor", "context", "tokens", "stage_ranks", "exchange"):
+        getattr(mesh, kind)
+    _ = mesh.expert_copies
+    for stage in range(grid.pipeline_stage - 1):  # neighbours, in the order of the pipeline
+        if mesh.stage in (stage, stage + 1):
+            mesh.pair(mesh.beside(2 * stage + 1 - mesh.stage))
+    if mesh.stage in (0, grid.pipeline_stage - 1) and grid.pipeline_stage > 2:  # noqa: PLR2004
+        mesh.pair(mesh.beside(grid.pipeline_stage - 1 - mesh.stage))  # a tied embedding's two ends
+    return mesh
+
+
+def sum_tensor(group: ProcessGroup, tensor: Tensor) -> Tensor:
+    """The sum of the ranks' tensors (float16, 32 or 64), the same on all of them."""
+    return ops.AllReduce(group=group.name)(tensor) if group.size > 1 else tensor
+
+
+def sum_values(group: ProcessGroup, values: np.ndarray) -> np.ndarray:
+    """As `sum_tensor`, of numbers of the host, in float64."""
+    if group.size == 1:
+        return np.asarray(values, np.float64)
+    return sum_tensor(group, Tensor(np.asarray(values, np.float64))).asnumpy()
+
+
+def gather_tensors(group: ProcessGroup, tensor: Tensor) -> list[Tensor]:
+    """The ranks' tensors of one shape, in the order of ranks."""
+    if group.size == 1:
+        return [tensor]
+    from mindspore.mint import distributed  # noqa: PLC0415 - with the connection only
+
+    gathered = [ops.zeros_like(tensor) for _ in group.ranks]
+    distributed.all_gather(gathered, tensor, group=group.name)
+    return gathered
+
+
+def gather_objects(group: ProcessGroup, value: Any) -> list[Any]:
+    """The ranks' values (anything that pickles), in the order of ranks."""
+    if group.size == 1:
+        return [value]
+    from mindspore.mint import distributed  # noqa: PLC0415 - with the connection only
+
+    gathered: list[Any] = [None] * group.size
+    distributed.all_gather_object(gathered, value, group=group.name)
+    return gathered
