@@ -4,7 +4,7 @@ Rank order is MindFormers': rank = ((stage * data_parallel + data) * context_par
 * model_parallel + tensor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,6 +22,8 @@ class ProcessGroup:
     """This rank's place among them."""
     name: str = ""
     """MindSpore's group; empty where there is nobody to talk to."""
+    kind: str = ""
+    """What it is for: its name in `Mesh`."""
 
     @property
     def size(self) -> int:
@@ -47,7 +49,7 @@ class Mesh:
     grid: ParallelConfig = field(default_factory=ParallelConfig)
     rank: int = 0
     connect: Connect | None = None
-    _made: dict[tuple[int, ...], ProcessGroup] = field(default_factory=dict)
+    _names: dict[tuple[int, ...], str] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
@@ -88,33 +90,35 @@ class Mesh:
     @cached_property
     def world(self) -> ProcessGroup:
         """All ranks."""
-        return self._group(range(self.world_size))
+        return self._group("world", range(self.world_size))
 
     @cached_property
     def tensor(self) -> ProcessGroup:
         """Ranks that split heads, widths and vocabulary."""
         first = self.rank - self.tensor_index
-        return self._group(range(first, first + self.grid.model_parallel))
+        return self._group("tensor", range(first, first + self.grid.model_parallel))
 
     @cached_property
     def context(self) -> ProcessGroup:
         """Ranks that split the sequence."""
         step = self.grid.model_parallel
         first = self.rank - self.context_index * step
-        return self._group(range(first, first + self.grid.context_parallel * step, step))
+        return self._group("context", range(first, first + self.grid.context_parallel * step, step))
 
     @cached_property
     def tokens(self) -> ProcessGroup:
         """Ranks of the stage that hold the same weights outside the experts, for other tokens."""
         first = self._stage_begin + self.tensor_index
         return self._group(
-            range(first, self._stage_begin + self.stage_size, self.grid.model_parallel)
+            "tokens", range(first, self._stage_begin + self.stage_size, self.grid.model_parallel)
         )
 
     @cached_property
     def stage_ranks(self) -> ProcessGroup:
         """All ranks of the pipeline stage."""
-        return self._group(range(self._stage_begin, self._stage_begin + self.stage_size))
+        return self._group(
+            "stage_ranks", range(self._stage_begin, self._stage_begin + self.stage_size)
+        )
 
     @cached_property
     def exchange(self) -> ProcessGroup:
@@ -123,7 +127,7 @@ class Mesh:
         size = min(self.grid.expert_parallel, self.stage_size // step)
         place = (self.rank - self._stage_begin) // step
         first = self._stage_begin + place // size * size * step + self.tensor_index
-        return self._group(range(first, first + size * step, step))
+        return self._group("exchange", range(first, first + size * step, step))
 
     @cached_property
     def expert_copies(self) -> ProcessGroup:
@@ -131,7 +135,7 @@ class Mesh:
         copies, parts, width = expert_matrix(self.grid)
         step = parts * width
         first = self._stage_begin + (self.rank - self._stage_begin) % step
-        return self._group(range(first, first + copies * step, step))
+        return self._group("expert_copies", range(first, first + copies * step, step))
 
     @property
     def expert_part(self) -> int:
@@ -145,16 +149,15 @@ class Mesh:
 
     def pair(self, rank: int) -> ProcessGroup:
         """This rank and another one."""
-        return self._group(sorted((self.rank, rank)))
+        return self._group("pair", sorted((self.rank, rank)))
 
     @property
     def _stage_begin(self) -> int:
         return self.stage * self.stage_size
 
-    def _group(self, ranks: "range | list[int]") -> ProcessGroup:
-        key = tuple(ranks)
-        if key not in self._made:
-            alone = len(key) == 1 or self.connect is None
-            name = "" if alone else self.connect(key)
-            self._made[key] = ProcessGroup(key, key.index(self.rank), name)
-        return self._made[key]
+    def _group(self, kind: str, ranks: Iterable[int]) -> ProcessGroup:
+        ranks = tuple(ranks)
+        if ranks not in self._names:
+            alone = len(ranks) == 1 or self.connect is None
+            self._names[ranks] = "" if alone else self.connect(ranks)
+        return ProcessGroup(ranks, ranks.index(self.rank), self._names[ranks], kind)

@@ -1,0 +1,175 @@
+"""Collectives of the network with their gradients.
+
+A rank differentiates its own copy of the loss. What all ranks of a group hold alike has the same
+gradient on each; a gradient is "partial" where each rank has only its own share of it, and the sum
+is the whole. Each cell says which it takes and gives; the pairs are those of Megatron-LM
+(arXiv 1909.08053, 2205.05198).
+"""
+
+from mindspore import Tensor, nn, ops
+
+from mixtral_ms.parallel import transport
+from mixtral_ms.parallel.mesh import ProcessGroup
+
+
+class CopyToRanks(nn.Cell):
+    """x, alike on all ranks, which now compute different things with it: their gradients sum."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__()
+        self.sum = transport.all_reduce(group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x as it is."""
+        return x
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple:
+        """The sum of the partial gradients."""
+        return (self.sum(dout),)
+
+
+class SumOverRanks(nn.Cell):
+    """The ranks' terms -> their sum, alike on all of them."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__()
+        self.sum = transport.all_reduce(group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """The sum."""
+        return self.sum(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple:
+        """Each term has the gradient of the sum."""
+        return (dout,)
+
+
+class SplitToRanks(nn.Cell):
+    """x, alike on all ranks -> each rank's part of an axis."""
+
+    def __init__(self, group: ProcessGroup, axis: int) -> None:
+        super().__init__()
+        self.index, self.size, self.axis = group.index, group.size, axis
+        self.gather = transport.all_gather(group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """The own part."""
+        return ops.chunk(x, self.size, self.axis)[self.index]
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple:
+        """The gradients of all parts."""
+        return (_joined(self.gather(dout), self.axis),)
+
+
+class GatherFromRanks(nn.Cell):
+    """Each rank's part of an axis -> the whole, alike on all ranks.
+
+    Args:
+        group: the ranks.
+        axis: of which each has a part.
+        partial: whether the whole's gradient is partial, as where ranks go on with different
+            things; otherwise it is alike on all of them.
+    """
+
+    def __init__(self, group: ProcessGroup, axis: int, *, partial: bool) -> None:
+        super().__init__()
+        self.index, self.size, self.axis, self.partial = group.index, group.size, axis, partial
+        self.gather = transport.all_gather(group)
+        self.scatter = transport.reduce_scatter(group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """The whole."""
+        return _joined(self.gather(x), self.axis)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple:
+        """The own part of the gradient."""
+        parts = ops.chunk(dout, self.size, self.axis)
+        if self.partial:
+            return (self.scatter(ops.stack(parts)),)
+        return (parts[self.index],)
+
+
+class SumScatter(nn.Cell):
+    """The ranks' terms -> each rank's part, along an axis, of their sum."""
+
+    def __init__(self, group: ProcessGroup, axis: int) -> None:
+        super().__init__()
+        self.size, self.axis = group.size, axis
+        self.gather = transport.all_gather(group)
+        self.scatter = transport.reduce_scatter(group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """The own part of the sum."""
+        return self.scatter(ops.stack(ops.chunk(x, self.size, self.axis)))
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple:
+        """Each term has the gradient of the whole sum."""
+        return (_joined(self.gather(dout), self.axis),)
+
+
+class EnterSplit(nn.Cell):
+    """Where tensor-parallel ranks begin to compute different things.
+
+    Gives x twice: for those things, whose gradients are partial, and for what all ranks compute
+    alike. With a split sequence x is each rank's part of axis 1, and both are the whole sequence.
+    """
+
+    def __init__(self, group: ProcessGroup, *, sequence: bool) -> None:
+        super().__init__()
+        self.index, self.size, self.sequence = group.index, group.size, sequence
+        self.sum = transport.all_reduce(group)
+        self.gather = transport.all_gather(group)
+        self.scatter = transport.reduce_scatter(group)
+
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x for what differs, x for what does not."""
+        whole = _joined(self.gather(x), 1) if self.sequence else x
+        return whole, whole
+
+    def bprop(self, x: Tensor, out: tuple, dout: tuple) -> tuple:
+        """The partial gradients' sum, and the other one once."""
+        partial, alike = dout
+        if not self.sequence:
+            return (self.sum(partial) + alike,)
+        summed = self.scatter(ops.stack(ops.chunk(partial, self.size, 1)))
+        return (summed + ops.chunk(alike, self.size, 1)[self.index],)
+
+
+class LeaveSplit(nn.Cell):
+    """The end of what `EnterSplit` began: the ranks' terms are summed."""
+
+    def __init__(self, group: ProcessGroup, *, sequence: bool) -> None:
+        super().__init__()
+        self.leave = SumScatter(group, 1) if sequence else SumOverRanks(group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """The sum, or with a split sequence the own part of it."""
+        return self.leave(x)
+
+
+class ExchangeRows(nn.Cell):
+    """Rows to the ranks they are for (`transport.all_to_all`); the gradients go back.
+
+    Args:
+        group: the ranks.
+        rows_in: N of what is given.
+        rows_out: N of what comes, at least as many as can come.
+    """
+
+    def __init__(self, group: ProcessGroup, rows_in: int, rows_out: int) -> None:
+        super().__init__()
+        self.there = transport.all_to_all(group, rows_out)
+        self.back = transport.all_to_all(group, rows_in)
+
+    def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
+        """Returns (rows_out, D)."""
+        return self.there(x_ND, sent_PP)
+
+    def bprop(self, x_ND: Tensor, sent_PP: Tensor, out: Tensor, dout: Tensor) -> tuple:
+        """Each row's gradient comes from where it went."""
+        return self.back(dout, ops.transpose(sent_PP, (1, 0))), ops.zeros_like(sent_PP)
+
+
+def _joined(parts: Tensor, axis: int) -> Tensor:
+    """(P, ...) as one tensor, the parts following each other along `axis`."""
+    return ops.cat(ops.unbind(parts), axis)

@@ -1,0 +1,212 @@
+"""What moves bytes between ranks inside the compiled network; no gradients here (collectives.py).
+
+Three ways, chosen in one place:
+  CPU       MCCL compiles AllReduce only, so the others are sums of buffers that are zero but for a
+            rank's own part: the same numbers, more bytes.
+  Ascend    HCCL's own collectives. CI cannot run them; the same contract tests can, with
+            `pytest --device Ascend`.
+  described nobody is there: a rank of a grid is only described (`Mesh` without a connection). Bytes
+            are counted, in PyNative mode, as a ring would send them.
+
+Legend: P ranks of the group, N rows, D columns.
+"""
+
+from collections import Counter
+
+import mindspore
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from mixtral_ms.parallel.mesh import ProcessGroup
+
+sent_bytes: Counter[str] = Counter()
+"""By the kind of group: what described ranks would have sent (see above)."""
+
+
+def all_reduce(group: ProcessGroup) -> nn.Cell:
+    """x -> the sum of the ranks' x."""
+    return _CountedSum(group) if _is_described(group) else _AllReduce(group)
+
+
+def all_gather(group: ProcessGroup) -> nn.Cell:
+    """x (...) -> (P, ...), the ranks' x in order."""
+    if _is_described(group):
+        return _CountedGather(group)
+    return _GatherBySum(group) if _on_cpu() else _AllGather(group)
+
+
+def reduce_scatter(group: ProcessGroup) -> nn.Cell:
+    """x (P, ...) -> (...), this rank's part of the sum of the ranks' x."""
+    if _is_described(group):
+        return _CountedScatter(group)
+    return _ScatterBySum(group) if _on_cpu() else _ReduceScatter(group)
+
+
+def all_to_all(group: ProcessGroup, rows_out: int) -> nn.Cell:
+    """Rows to the ranks they are for (AllToAllV): x (N, D), sent_PP (int32) -> (rows_out, D).
+
+    sent_PP[s, d] rows go from rank s to rank d. x holds those for rank 0 first, then those for rank
+    1, ...; so does the result hold those from rank 0 first. What is behind them is undefined.
+    """
+    if _is_described(group):
+        return _CountedExchange(group, rows_out)
+    return _ExchangeBySum(group, rows_out) if _on_cpu() else _AllToAllV(group, rows_out)
+
+
+def _is_described(group: ProcessGroup) -> bool:
+    return group.size > 1 and not group.name
+
+
+def _on_cpu() -> bool:
+    return mindspore.get_context("device_target") == "CPU"
+
+
+class _AllReduce(nn.Cell):
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__()
+        self.sum = ops.AllReduce(group=group.name)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.sum(x)
+
+
+class _GatherBySum(nn.Cell):
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__()
+        self.index, self.size = group.index, group.size
+        self.sum = ops.AllReduce(group=group.name)
+
+    def construct(self, x: Tensor) -> Tensor:
+        x = ops.expand_dims(x, 0)
+        zeros = ops.zeros_like(x)
+        parts = ()
+        for place in range(self.size):
+            parts += (x if place == self.index else zeros,)
+        return self.sum(ops.cat(parts, 0))
+
+
+class _ScatterBySum(nn.Cell):
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__()
+        self.index = group.index
+        self.sum = ops.AllReduce(group=group.name)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.sum(x)[self.index]
+
+
+class _ExchangeBySum(nn.Cell):
+    """By whichever buffer is smaller: everybody's rows, or everybody's result."""
+
+    def __init__(self, group: ProcessGroup, rows_out: int) -> None:
+        super().__init__()
+        self.index, self.size, self.rows_out = group.index, group.size, rows_out
+        self.gather, self.scatter = _GatherBySum(group), _ScatterBySum(group)
+
+    def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
+        rows, columns = x_ND.shape
+        mine_P, for_me_P = sent_PP[self.index], sent_PP[:, self.index]
+        if rows <= self.rows_out:
+            everyone = ops.reshape(self.gather(x_ND), (self.size * rows, columns))
+            source, place = _block_of(self.rows_out, for_me_P)
+            before_P = ops.sum(sent_PP[:, : self.index], 1) if self.index > 0 else for_me_P * 0
+            begin_P = ops.arange(0, self.size, 1, dtype=mstype.int32) * rows + before_P
+            index = ops.minimum(ops.gather(begin_P, source, 0) + place, self.size * rows - 1)
+            return ops.gather(everyone, index, 0)
+        earlier_P = ops.sum(sent_PP[: self.index], 0) if self.index > 0 else mine_P * 0
+        begin_P, own = ops.cumsum(mine_P, 0) - mine_P, ()
+        slots_N = ops.arange(0, self.rows_out, 1, dtype=mstype.int32)
+        for target in range(self.size):
+            place = slots_N - earlier_P[target]
+            held = ops.logical_and(place >= 0, place < mine_P[target])
+            index = ops.where(held, begin_P[target] + place, ops.zeros_like(place))
+            picked = ops.gather(x_ND, index, 0)
+            own += (ops.where(ops.expand_dims(held, 1), picked, ops.zeros_like(picked)),)
+        return self.scatter(ops.stack(own))
+
+
+def _block_of(rows: int, sizes_P: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of blocks that follow each other: its block, and its place in the block."""
+    end_P = ops.cumsum(sizes_P, 0)
+    row_N = ops.arange(0, rows, 1, dtype=mstype.int32)
+    passed_NP = ops.cast(ops.expand_dims(row_N, 1) >= ops.expand_dims(end_P, 0), mstype.int32)
+    block_N = ops.minimum(ops.sum(passed_NP, 1), sizes_P.shape[0] - 1)
+    return block_N, row_N - ops.gather(end_P - sizes_P, block_N, 0)
+
+
+class _AllGather(nn.Cell):
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__()
+        self.gather = ops.AllGather(group=group.name)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.gather(ops.expand_dims(x, 0))
+
+
+class _ReduceScatter(nn.Cell):
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__()
+        self.scatter = ops.ReduceScatter(ops.ReduceOp.SUM, group=group.name)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.scatter(x)[0]
+
+
+class _AllToAllV(nn.Cell):
+    def __init__(self, group: ProcessGroup, rows_out: int) -> None:
+        super().__init__()
+        self.index, self.group, self.rows_out = group.index, group.name, rows_out
+
+    def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
+        columns = x_ND.shape[1]
+        send_P = ops.cast(sent_PP[self.index], mstype.int64)
+        receive_P = ops.cast(sent_PP[:, self.index], mstype.int64)
+        exchange = ops.AlltoAllV(group=self.group, block_size=columns)
+        received = exchange(ops.reshape(x_ND, (-1,)), send_P, receive_P)
+        # the kernel gives as many rows as came: up to a fixed number for what is compiled behind
+        row_N = ops.arange(0, self.rows_out, 1, dtype=mstype.int32)
+        last = ops.cast(ops.sum(receive_P) - 1, mstype.int32)
+        index = ops.maximum(ops.minimum(row_N, last), 0)
+        return ops.gather(ops.reshape(received, (-1, columns)), index, 0)
+
+
+class _Counted(nn.Cell):
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def count(self, x: Tensor, times: float) -> None:
+        """Adds `times` the bytes of x."""
+        sent_bytes[self.group.kind] += times * x.size * x.itemsize
+
+
+class _CountedSum(_Counted):
+    def construct(self, x: Tensor) -> Tensor:
+        self.count(x, 2 * (self.group.size - 1) / self.group.size)
+        return x
+
+
+class _CountedGather(_Counted):
+    def construct(self, x: Tensor) -> Tensor:
+        self.count(x, self.group.size - 1)
+        return ops.stack([x] * self.group.size)
+
+
+class _CountedScatter(_Counted):
+    def construct(self, x: Tensor) -> Tensor:
+        self.count(x, (self.group.size - 1) / self.group.size)
+        return x[self.group.index]
+
+
+class _CountedExchange(_Counted):
+    """As if every rank sent as many rows to every other."""
+
+    def __init__(self, group: ProcessGroup, rows_out: int) -> None:
+        super().__init__(group)
+        self.rows_out = rows_out
+
+    def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
+        used = int(ops.sum(sent_PP[self.group.index]))
+        self.count(x_ND[:used] if used else x_ND[:0], (self.group.size - 1) / self.group.size)
+        index = ops.minimum(ops.arange(0, self.rows_out, 1), x_ND.shape[0] - 1)
+        return ops.gather(x_ND, index, 0)
