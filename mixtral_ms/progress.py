@@ -17,7 +17,7 @@ def progress_bar(total: float | None, description: str, unit: str, scale: bool =
         scale: show the numbers with SI prefixes (k, M, G).
     """
     terminal = sys.stderr.isatty()
-    return tqdm(
+    return (tqdm if terminal else _Lines)(
         total=total,
         desc=description,
         unit=unit,
@@ -27,6 +27,17 @@ def progress_bar(total: float | None, description: str, unit: str, scale: bool =
         ascii=not terminal,
         file=sys.stderr if terminal else _LineWriter(),
     )
+
+
+class _Lines(tqdm):
+    """A bar whose every line says something new: closing it does not repeat the last one."""
+
+    _shown: float | None = None
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.n != self._shown:
+            self._shown = self.n
+            super().display(msg, pos)
 
 
 class _LineWriter:
