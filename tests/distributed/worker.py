@@ -1,0 +1,145 @@
+"""A few training steps of tiny networks on one layout, and what came out, in files.
+
+Alone, or on each process of a job:
+
+    python tests/distributed/worker.py OUT --steps 5 --accumulation 2
+    bash scripts/msrun_launcher.sh "tests/distributed/worker.py OUT --grid dp=2" 2
+
+Writes OUT/MODEL.rank_R.npz for each of `--models`, with the arrays losses, lm, aux, z, norms and
+tokens (one value a step) and, for each step s and each parameter on the rank, `grad.s.NAME`: the
+gradient that the optimizer gets, after all sums and before clipping. Rows of the data depend on the
+step and on the number of the micro batch: number m * dp + d of one process with accumulation
+dp * a is what data index d sees as its micro batch m of a. So the two must agree.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+
+import mindspore
+import numpy as np
+
+from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.data.batch import Batch
+from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.parallel.connection import connect
+from mixtral_ms.parallel.grid_text import parse_grid
+from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.train.optimizer import AdamW
+from mixtral_ms.train.step import TrainStep
+
+_SIZES = {
+    "batch_size": 2,
+    "seq_length": 16,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "n_kv_heads": 4,
+    "vocab_size": 64,
+    "compute_dtype": "float32",
+    "pad_token_id": 0,
+    "init_method_std": 0.2,
+}
+_EXPERTS = {"expert_num": 4, "aux_loss_factor": 0.1, "z_loss_factor": 0.01}
+_CAPACITY = {**_EXPERTS, "expert_num": 8, "capacity_factor": 1.1}
+MODELS = {
+    "dropless": {"moe_config": _EXPERTS},
+    "sdrop": {"moe_config": {**_CAPACITY, "enable_sdrop": True}},
+    "kdrop": {"moe_config": {**_CAPACITY, "enable_sdrop": False}, "n_kv_heads": 2},
+    "tied": {"moe_config": _EXPERTS, "tie_word_embeddings": True},
+}
+RATE, EPS, MAX_NORM = 0.01, 1e-2, 1.0
+"""A large eps: with a small one Adam turns the rounding of tiny gradients into whole steps."""
+
+
+def model_config(model: str, **changes) -> MixtralConfig:
+    """The configuration of one of MODELS."""
+    return MixtralConfig(**{**_SIZES, **MODELS[model], **changes})
+
+
+def micro_batch(config: MixtralConfig, step: int, number: int) -> Batch:
+    """Rows of a micro batch of one process: padding behind, and 3 to S - 1 targets in a row."""
+    generator = np.random.default_rng((step, number))
+    rows, length = config.batch_size, config.seq_length
+    ids = generator.integers(1, config.vocab_size, (rows, length)).astype(np.int32)
+    labels = np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], -100)], axis=1)
+    for row in range(rows):
+        supervised = int(generator.integers(3, length))
+        labels[row, supervised:] = -100
+        ids[row, supervised + 1 :] = config.pad_token_id
+    return Batch(ids, labels)
+
+
+def own_batches(config: MixtralConfig, mesh: Mesh, step: int, accumulation: int) -> list[Batch]:
+    """This rank's rows and columns of a step."""
+    data, parts = mesh.grid.data_parallel, mesh.grid.context_parallel
+    width = config.seq_length // parts
+    columns = slice(mesh.context_index * width, (mesh.context_index + 1) * width)
+    whole = [micro_batch(config, step, m * data + mesh.data_index) for m in range(accumulation)]
+    return [Batch(one.input_ids[:, columns], one.labels[:, columns]) for one in whole]
+
+
+def build_network(config: MixtralConfig, mesh: Mesh) -> MixtralForCausalLM:
+    """The rank's part of the network."""
+    if "mesh" in inspect.signature(MixtralForCausalLM.__init__).parameters:
+        return MixtralForCausalLM(config, seed=1, mesh=mesh)
+    network = MixtralForCausalLM(config, seed=1)
+    network.mesh = mesh
+    return network
+
+
+def run(config: MixtralConfig, mesh: Mesh, *, steps: int, accumulation: int) -> dict:
+    """Train; returns the arrays to write."""
+    network = build_network(config, mesh)
+    names = [parameter.name for parameter in network.trainable_params()]
+    optimizer = AdamW(network.trainable_params(), eps=EPS, weight_decay=0.1)
+    step_fn = TrainStep(network, optimizer, accumulation, MAX_NORM)
+    arrays, update = {}, optimizer.update
+
+    def keep_and_update(gradients: tuple, rate: float, scale: float) -> None:
+        for name, gradient in zip(names, gradients, strict=True):
+            arrays[f"grad.{optimizer.updates}.{name}"] = gradient.asnumpy().copy()
+        update(gradients, rate, scale)
+
+    optimizer.update = keep_and_update
+    results = [
+        dataclasses.asdict(step_fn(own_batches(config, mesh, step, accumulation), RATE))
+        for step in range(steps)
+    ]
+    fields = {"losses": "loss", "lm": "lm_loss", "aux": "aux_loss", "z": "z_loss"}
+    fields |= {"norms": "grad_norm", "tokens": "tokens", "load": "expert_load"}
+    fields |= {"dropped": "drop_percent", "entropy": "router_entropy"}
+    arrays |= {key: np.array([one[field] for one in results]) for key, field in fields.items()}
+    return arrays
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--grid", default="dp=1", help="as in dp=2,mp=2,ep=2,pp=2,cp=1,zero=1")
+    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro batches of a rank")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--models", default="dropless", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--changes", default="{}", help="model_config keys, as JSON")
+    options = parser.parse_args()
+    mindspore.set_context(mode=mindspore.GRAPH_MODE)
+    mindspore.set_device("CPU")
+    grid, _ = parse_grid(options.grid)
+    grid = dataclasses.replace(grid, use_seq_parallel=options.sequence_parallel)
+    mesh = connect(grid)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for model in options.models.split(","):
+        config = model_config(model, **json.loads(options.changes))
+        arrays = run(config, mesh, steps=options.steps, accumulation=options.accumulation)
+        np.savez(options.out / f"{model}.rank_{mesh.rank}.npz", **arrays)
+        if mesh.rank == 0:
+            print(model, "losses", arrays["losses"], "norms", arrays["norms"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
