@@ -22,9 +22,9 @@ class RecordLoader:
     """Reads records of seq_length + 1 ids as batches (inputs ids[:-1], labels ids[1:]).
 
     The order is a pure function of (seed, epoch). Batch i is made of the records at i*B*world to
-    (i+1)*B*world - 1 of that order, of which rank r takes every world-th from r on. So what a step
-    sees does not depend on how many ranks share it, and `batches(epoch, start_batch)` continues
-    exactly where a run stopped.
+    (i+1)*B*world - 1 of that order, of which rank r takes the r-th B. So what a step sees does not
+    depend on how many ranks share it, rank r's batch i is batch i*world + r of one process, and
+    `batches(epoch, start_batch)` continues exactly where a run stopped.
 
     Args:
         section: `train_dataset` or `eval_dataset`; `data_loader.dataset_dir` is a MindRecord file,
@@ -38,6 +38,8 @@ class RecordLoader:
         pad_token_id: labels with this id become ignore_token_id; negative: there is no padding.
         rank: this process among those that share the data.
         world: how many processes share the data.
+        part: which part of the sequence this process has.
+        parts: into how many parts each row is cut.
         vocab_size: ids must be below it; None skips the check.
         tokenizer_file: the tokenizer.model, which a ConversationDataset needs.
         keep_partial: the last batch may hold fewer rows (evaluation); otherwise they are left out.
@@ -59,6 +61,8 @@ class RecordLoader:
         pad_token_id: int,
         rank: int = 0,
         world: int = 1,
+        part: int = 0,
+        parts: int = 1,
         vocab_size: int | None = None,
         tokenizer_file: str | None = None,
         keep_partial: bool = False,
@@ -73,6 +77,7 @@ class RecordLoader:
         self._seed, self._shuffle = seed, shuffle
         self._ignore, self._pad = ignore_token_id, pad_token_id
         self._rank, self._world = rank, world
+        self._part, self._parts = part, parts
         self._vocab_size = vocab_size
         self._keep_partial = keep_partial
         limit = section.data_loader.num_samples
@@ -114,7 +119,7 @@ class RecordLoader:
         rows = self.data.read([one for share in shares for one in share if one != _NO_RECORD])
         with closing(rows):
             for share in shares:
-                yield self._batch(share, rows)
+                yield self._batch(share, rows).columns(self._part, self._parts)
 
     @property
     def _ends(self) -> list[int]:
@@ -133,8 +138,9 @@ class RecordLoader:
         """Records of this rank in a global batch, filled up to as many as the other ranks have."""
         size = self.batch_size * self._world
         everyone = order[batch * size : (batch + 1) * size]
-        mine = everyone[self._rank :: self._world].tolist()
-        return mine + [_NO_RECORD] * (-(-len(everyone) // self._world) - len(mine))
+        rows = -(-len(everyone) // self._world)
+        mine = everyone[self._rank * rows : (self._rank + 1) * rows].tolist()
+        return mine + [_NO_RECORD] * (rows - len(mine))
 
     def _batch(self, share: list[int], rows: Iterator[list[np.ndarray]]) -> Batch:
         shape = (len(share), self.seq_length)

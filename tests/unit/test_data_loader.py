@@ -6,6 +6,7 @@ import pytest
 from mindspore.dataset import MindDataset
 
 from mixtral_ms.config.data_sections import DataLoaderSection, DatasetSection
+from mixtral_ms.data.batch import Batch
 from mixtral_ms.data.loader import RecordLoader
 from mixtral_ms.data.mindrecord import RecordWriter, read_header
 from mixtral_ms.data.records import find_records
@@ -107,8 +108,29 @@ def test_ranks_share_the_same_global_batches(data, world):
         for rank in range(world)
     ]
     for number, batch in enumerate(alone):
-        for rank, batches in enumerate(ranks):
-            assert np.array_equal(batches[number].input_ids, batch.input_ids[rank::world])
+        shares = np.split(batch.input_ids, world)
+        for share, batches in zip(shares, ranks, strict=True):
+            assert np.array_equal(batches[number].input_ids, share)
+
+
+def test_micro_batches_of_ranks_are_those_of_one_process(data):
+    """Batch i of rank r is batch i * world + r of one process with as many rows."""
+    alone = list(loader(data).batches(0))
+    for rank in (0, 1):
+        for number, batch in enumerate(loader(data, rank=rank, world=2).batches(0)):
+            assert np.array_equal(batch.input_ids, alone[2 * number + rank].input_ids)
+
+
+def test_a_part_of_the_sequence_keeps_its_places():
+    ids = np.arange(16, dtype=np.int32).reshape(2, 8)
+    segments = np.array([[1, 1, 1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2, 2, 2]], np.int32)
+    whole = Batch(ids, ids + 1, segments)
+    parts = [whole.columns(part, 2) for part in (0, 1)]
+    for name in ("input_ids", "labels", "segment_ids", "positions"):
+        joined = np.concatenate([getattr(one, name) for one in parts], 1)
+        assert np.array_equal(joined, getattr(whole, name))
+    assert parts[1].positions.tolist() == [[4, 0, 1, 0], [3, 4, 5, 6]]
+    assert whole.columns(0, 1) is whole
 
 
 def test_evaluation_keeps_order_and_last_batch(data):
@@ -125,8 +147,8 @@ def test_ranks_get_equal_shapes_in_the_last_partial_batch(data):
         for rank in (0, 1)
     ]
     assert [len(one.input_ids) for one in last] == [3, 3]  # 53 = 6 * 8 + 5
-    assert records_of([last[0]]) == [48, 50, 52]
-    assert records_of([last[1]])[:2] == [49, 51]
+    assert records_of([last[0]]) == [48, 49, 50]
+    assert records_of([last[1]])[:2] == [51, 52]
     assert (last[1].labels[2] == -100).all()
     assert last[1].supervised_tokens == 2 * SEQ
 
