@@ -158,8 +158,9 @@ class ExchangeRows(nn.Cell):
 
     def __init__(self, group: ProcessGroup, rows_in: int, rows_out: int) -> None:
         super().__init__()
-        self.there = transport.all_to_all(group, rows_out)
-        self.back = transport.all_to_all(group, rows_in)
+        self.there = transport.all_to_all(group, rows_in, rows_out)
+        self.back = transport.all_to_all(group, rows_out, rows_in)
+        self.zeros = ops.ZerosLike()
 
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
         """Returns (rows_out, D)."""
@@ -167,7 +168,7 @@ class ExchangeRows(nn.Cell):
 
     def bprop(self, x_ND: Tensor, sent_PP: Tensor, out: Tensor, dout: Tensor) -> tuple:
         """Each row's gradient comes from where it went."""
-        return self.back(dout, ops.transpose(sent_PP, (1, 0))), ops.zeros_like(sent_PP)
+        return self.back(dout, ops.transpose(sent_PP, (1, 0))), self.zeros(sent_PP)
 
 
 def _joined(parts: Tensor, axis: int) -> Tensor:

@@ -14,6 +14,7 @@ Legend: P ranks of the group, N rows, D columns.
 from collections import Counter
 
 import mindspore
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
@@ -21,6 +22,10 @@ from mixtral_ms.parallel.mesh import ProcessGroup
 
 sent_bytes: Counter[str] = Counter()
 """By the kind of group: what described ranks would have sent (see above)."""
+
+# Primitives, as ops.cumsum and ops.zeros_like do not compile in cells that a bprop calls.
+_EARLIER = ops.CumSum(exclusive=True)
+_ZEROS = ops.ZerosLike()
 
 
 def all_reduce(group: ProcessGroup) -> nn.Cell:
@@ -42,15 +47,19 @@ def reduce_scatter(group: ProcessGroup) -> nn.Cell:
     return _ScatterBySum(group) if _on_cpu() else _ReduceScatter(group)
 
 
-def all_to_all(group: ProcessGroup, rows_out: int) -> nn.Cell:
-    """Rows to the ranks they are for (AllToAllV): x (N, D), sent_PP (int32) -> (rows_out, D).
+def all_to_all(group: ProcessGroup, rows_in: int, rows_out: int) -> nn.Cell:
+    """Rows to the ranks they are for (AllToAllV): x (rows_in, D), sent_PP int32 -> (rows_out, D).
 
     sent_PP[s, d] rows go from rank s to rank d. x holds those for rank 0 first, then those for rank
     1, ...; so does the result hold those from rank 0 first. What is behind them is undefined.
     """
     if _is_described(group):
         return _CountedExchange(group, rows_out)
-    return _ExchangeBySum(group, rows_out) if _on_cpu() else _AllToAllV(group, rows_out)
+    if not _on_cpu():
+        return _AllToAllV(group, rows_out)
+    if rows_in <= rows_out:
+        return _ExchangeByGather(group, rows_in, rows_out)
+    return _ExchangeByScatter(group, rows_out)
 
 
 def _is_described(group: ProcessGroup) -> bool:
@@ -95,43 +104,58 @@ class _ScatterBySum(nn.Cell):
         return self.sum(x)[self.index]
 
 
-class _ExchangeBySum(nn.Cell):
-    """By whichever buffer is smaller: everybody's rows, or everybody's result."""
+class _ExchangeByGather(nn.Cell):
+    """Everybody's rows, of which the own ones are picked: best where many rows come out."""
+
+    def __init__(self, group: ProcessGroup, rows_in: int, rows_out: int) -> None:
+        super().__init__()
+        self.index, self.size = group.index, group.size
+        self.rows_in, self.rows_out = rows_in, rows_out
+        self.gather = _GatherBySum(group)
+        self.begins_P = Tensor(np.arange(group.size, dtype=np.int32) * rows_in)
+
+    def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
+        everyone_PND = self.gather(x_ND)
+        everyone = ops.reshape(everyone_PND, (self.size * self.rows_in, x_ND.shape[1]))
+        source, place = _block_of(self.rows_out, sent_PP[:, self.index])
+        before_PP = _EARLIER(sent_PP, 1)
+        begin_P = self.begins_P + before_PP[:, self.index]
+        index = ops.minimum(ops.gather(begin_P, source, 0) + place, self.size * self.rows_in - 1)
+        return ops.gather(everyone, index, 0)
+
+
+class _ExchangeByScatter(nn.Cell):
+    """Everybody's result, to which each rank adds its rows: best where few rows come out."""
 
     def __init__(self, group: ProcessGroup, rows_out: int) -> None:
         super().__init__()
         self.index, self.size, self.rows_out = group.index, group.size, rows_out
-        self.gather, self.scatter = _GatherBySum(group), _ScatterBySum(group)
+        self.scatter = _ScatterBySum(group)
+        self.slots = Tensor(np.arange(rows_out, dtype=np.int32))
 
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
-        rows, columns = x_ND.shape
-        mine_P, for_me_P = sent_PP[self.index], sent_PP[:, self.index]
-        if rows <= self.rows_out:
-            everyone = ops.reshape(self.gather(x_ND), (self.size * rows, columns))
-            source, place = _block_of(self.rows_out, for_me_P)
-            before_P = ops.sum(sent_PP[:, : self.index], 1) if self.index > 0 else for_me_P * 0
-            begin_P = ops.arange(0, self.size, 1, dtype=mstype.int32) * rows + before_P
-            index = ops.minimum(ops.gather(begin_P, source, 0) + place, self.size * rows - 1)
-            return ops.gather(everyone, index, 0)
-        earlier_P = ops.sum(sent_PP[: self.index], 0) if self.index > 0 else mine_P * 0
-        begin_P, own = ops.cumsum(mine_P, 0) - mine_P, ()
-        slots_N = ops.arange(0, self.rows_out, 1, dtype=mstype.int32)
+        mine_P = sent_PP[self.index]
+        begin_P = _EARLIER(mine_P, 0)
+        earlier_P = _EARLIER(sent_PP, 0)[self.index]
+        results = ()
         for target in range(self.size):
-            place = slots_N - earlier_P[target]
+            place = self.slots - earlier_P[target]
             held = ops.logical_and(place >= 0, place < mine_P[target])
-            index = ops.where(held, begin_P[target] + place, ops.zeros_like(place))
+            index = ops.select(held, begin_P[target] + place, _ZEROS(place))
             picked = ops.gather(x_ND, index, 0)
-            own += (ops.where(ops.expand_dims(held, 1), picked, ops.zeros_like(picked)),)
-        return self.scatter(ops.stack(own))
+            held_ND = ops.broadcast_to(ops.expand_dims(held, 1), picked.shape)
+            results += (ops.select(held_ND, picked, _ZEROS(picked)),)
+        return self.scatter(ops.stack(results))
 
 
 def _block_of(rows: int, sizes_P: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of blocks that follow each other: its block, and its place in the block."""
-    end_P = ops.cumsum(sizes_P, 0)
+    begin_P = _EARLIER(sizes_P, 0)
+    end_P = begin_P + sizes_P
     row_N = ops.arange(0, rows, 1, dtype=mstype.int32)
     passed_NP = ops.cast(ops.expand_dims(row_N, 1) >= ops.expand_dims(end_P, 0), mstype.int32)
     block_N = ops.minimum(ops.sum(passed_NP, 1), sizes_P.shape[0] - 1)
-    return block_N, row_N - ops.gather(end_P - sizes_P, block_N, 0)
+    return block_N, row_N - ops.gather(begin_P, block_N, 0)
 
 
 class _AllGather(nn.Cell):
