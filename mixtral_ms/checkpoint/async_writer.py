@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mixtral_ms.checkpoint.rank_parts import SavingRanks, Tensors
 from mixtral_ms.checkpoint.store import save_checkpoint, state_bytes
 
 
@@ -21,17 +22,21 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, root: str | Path, keep_max: int | None = None, asynchronous: bool = False
+        self,
+        root: str | Path,
+        keep_max: int | None = None,
+        asynchronous: bool = False,
+        ranks: SavingRanks | None = None,
     ) -> None:
         self.root = Path(root)
-        self.keep_max = keep_max
+        self._options = {"keep_max": keep_max, "ranks": ranks}
         self._threads = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._under_way: Future[Path] | None = None
 
     def save(
         self,
         name: str,
-        tensors: Mapping[str, Mapping[str, np.ndarray]],
+        tensors: Tensors,
         state: Mapping[str, Any],
     ) -> None:
         """Save a checkpoint (see `save_checkpoint`).
@@ -41,7 +46,7 @@ class CheckpointWriter:
         """
         self.wait()
         if self._threads is None:
-            save_checkpoint(self.root, name, tensors, state, keep_max=self.keep_max)
+            save_checkpoint(self.root, name, tensors, state, **self._options)
             return
         copies = {
             stem: {key: np.array(array, order="C") for key, array in group.items()}
@@ -49,7 +54,7 @@ class CheckpointWriter:
         }
         state_copy = json.loads(state_bytes(state))
         self._under_way = self._threads.submit(
-            save_checkpoint, self.root, name, copies, state_copy, keep_max=self.keep_max
+            save_checkpoint, self.root, name, copies, state_copy, **self._options
         )
 
     def wait(self) -> None:

@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{MANIFEST} has format_version {version}, "
             f"this version of mixtral-ms reads {FORMAT_VERSION}"
         )
-    files = {path: _file_entry(entry) for path, entry in body["files"].items()}
+    files = {path: file_entry(entry) for path, entry in body["files"].items()}
     return Manifest(**{**body, "files": files})
 
 
@@ -81,7 +81,8 @@ def _hash_line(text: bytes) -> str:
     return f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n"
 
 
-def _file_entry(entry: dict[str, Any]) -> FileEntry:
+def file_entry(entry: dict[str, Any]) -> FileEntry:
+    """A file's entry from its JSON."""
     tensors = {
         name: TensorEntry(**{**tensor, "shape": tuple(tensor["shape"])})
         for name, tensor in entry["tensors"].items()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mixtral_ms.errors import UserError
 
-MODEL_STEM, OPTIMIZER_STEM = "model", "optimizer"
-STEMS = (MODEL_STEM, OPTIMIZER_STEM)
+MODEL_STEM, ADAPTER_STEM, OPTIMIZER_STEM = "model", "adapter", "optimizer"
+STEMS = (MODEL_STEM, ADAPTER_STEM, OPTIMIZER_STEM)
 """Names without suffix of the files of one rank in our own checkpoints."""
 SUFFIXES = (".ckpt", ".safetensors")
 _RANK = re.compile(r"rank_(\d+)")

@@ -22,7 +22,7 @@ from mixtral_ms.checkpoint.assemble import (
     world_size,
 )
 from mixtral_ms.checkpoint.ckpt_file import write_ckpt
-from mixtral_ms.checkpoint.rank_files import MODEL_STEM, OPTIMIZER_STEM
+from mixtral_ms.checkpoint.rank_files import ADAPTER_STEM, MODEL_STEM, OPTIMIZER_STEM
 from mixtral_ms.checkpoint.regions import region_shape, row_major_blocks, whole_region
 from mixtral_ms.checkpoint.safetensors_file import write_safetensors
 from mixtral_ms.checkpoint.store import CheckpointError
@@ -35,6 +35,7 @@ from mixtral_ms.checkpoint.tensors import (
     carrier,
 )
 from mixtral_ms.errors import UserError
+from mixtral_ms.parallel.layout import LORA_A, LORA_B
 
 PIECE_BYTES = 8 << 20
 Format = Literal["ckpt", "safetensors"]
@@ -51,7 +52,8 @@ class _StoppedError(Exception):
 class RankNaming:
     """Names of the files of one rank.
 
-    `prefix` None means those of our own checkpoints: weights and optimizer state apart.
+    `prefix` None means those of our own checkpoints: weights (or adapters) and optimizer state
+    apart.
     """
 
     format: Format
@@ -61,7 +63,10 @@ class RankNaming:
         """The file, from the checkpoint's folder, that holds a tensor."""
         if self.prefix is not None:
             return f"rank_{rank}/{self.prefix}{rank}.{self.format}"
-        stem = OPTIMIZER_STEM if is_optimizer_state(name) else MODEL_STEM
+        if is_optimizer_state(name):
+            stem = OPTIMIZER_STEM
+        else:
+            stem = ADAPTER_STEM if name.endswith((LORA_A, LORA_B)) else MODEL_STEM
         return f"rank_{rank}/{stem}.{self.format}"
 
 

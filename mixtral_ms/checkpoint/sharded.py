@@ -28,6 +28,7 @@ from mixtral_ms.checkpoint.network import (
 )
 from mixtral_ms.checkpoint.open_file import MergedSource, open_tensors
 from mixtral_ms.checkpoint.rank_files import STEMS, SUFFIXES, find_rank_files, is_rank_folders
+from mixtral_ms.checkpoint.rank_parts import STRATEGY_FOLDER
 from mixtral_ms.checkpoint.sharded_source import ShardedSource
 from mixtral_ms.checkpoint.store import find_checkpoint, require_undamaged
 from mixtral_ms.checkpoint.tensors import TensorSource
@@ -36,7 +37,6 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 from mixtral_ms.parallel.strategy_file import read_strategies
 
-STRATEGY_FOLDER = "strategy"
 _PROBLEMS_SHOWN = 5
 
 

@@ -1,6 +1,5 @@
 """Saving, finding and loading checkpoints (layout: manifest.py; renames: folders.py)."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -35,9 +34,8 @@ from mixtral_ms.checkpoint.manifest import (
     write_manifest,
 )
 from mixtral_ms.checkpoint.open_file import open_tensors
-from mixtral_ms.checkpoint.safetensors_file import write_safetensors
-from mixtral_ms.checkpoint.tensor_stream import FileEntry
-from mixtral_ms.checkpoint.tensors import DamagedFileError, TensorSource, outgoing
+from mixtral_ms.checkpoint.rank_parts import SavingRanks, Tensors, write_rank_files
+from mixtral_ms.checkpoint.tensors import DamagedFileError, TensorSource
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import fsync_path
 from mixtral_ms.log import get_logger
@@ -87,15 +85,17 @@ class Checkpoint:
 def save_checkpoint(
     root: str | Path,
     name: str,
-    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    tensors: Tensors,
     state: Mapping[str, Any],
     *,
     keep_max: int | None = None,
+    ranks: SavingRanks | None = None,
 ) -> Path:
     """Save a checkpoint so that a kill or a full disk at any moment loses nothing.
 
     It is written aside, flushed to disk, renamed to `root/name`, and only then does `latest`
-    name it and do older ones go.
+    name it and do older ones go. Several processes all call it with their own parts: the first
+    rank's call returns when the whole is in place, another's when its part is written.
 
     Args:
         root: folder of the run's checkpoints; created when missing.
@@ -103,6 +103,7 @@ def save_checkpoint(
         tensors: file stem -> tensor name -> array.
         state: JSON; must hold the integer "step", which orders checkpoints.
         keep_max: checkpoints of the same prefix to keep, this one included; None keeps all.
+        ranks: this process among those that save together; None: it is alone.
 
     Returns:
         The checkpoint's folder.
@@ -118,12 +119,15 @@ def save_checkpoint(
         raise ValueError(f"keep_max is {keep_max}; it must be at least 1, or None to keep all")
     state_text = state_bytes(state)
     try:
+        if ranks is not None and ranks.mesh.rank:
+            ranks.write_part(root, name, tensors)
+            return root / name
         root.mkdir(parents=True, exist_ok=True)
         with store_lock(root) as held:
             if held:
                 clean_leftovers(root)
-            _require_space(root, tensors)
-            _write_and_rename(root, name, tensors, state_text)
+            _require_space(root, tensors, ranks.mesh.world_size if ranks else 1)
+            _write_and_rename(root, name, tensors, state_text, ranks)
             point_latest(root, name)
             if keep_max is not None:
                 prune(root, name, keep_max)
@@ -151,7 +155,7 @@ def state_bytes(state: Mapping[str, Any]) -> bytes:
         raise ValueError(f"a checkpoint's state must be JSON: {error}") from error
 
 
-def _total_bytes(tensors: Mapping[str, Mapping[str, np.ndarray]]) -> int:
+def _total_bytes(tensors: Tensors) -> int:
     return sum(array.nbytes for group in tensors.values() for array in group.values())
 
 
@@ -159,38 +163,29 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _require_space(root: Path, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    needed = _total_bytes(tensors) + _OVERHEAD_BYTES
+def _require_space(root: Path, tensors: Tensors, parts: int) -> None:
+    """Room for so many parts of about this one's size."""
+    needed = parts * _total_bytes(tensors) + _OVERHEAD_BYTES
     if shutil.disk_usage(root).free < needed:
         raise OSError("not enough free disk space")
 
 
 def _write_and_rename(
-    root: Path, name: str, tensors: Mapping[str, Mapping[str, np.ndarray]], state_text: bytes
+    root: Path, name: str, tensors: Tensors, state_text: bytes, ranks: SavingRanks | None
 ) -> None:
-    new = unfinished_path(root, name, "new")
+    new = ranks.folder(root, name) if ranks else unfinished_path(root, name, "new")
     try:
-        files = _write_tensors(new / _RANK_FOLDER, tensors)
+        files = write_rank_files(new / _RANK_FOLDER, tensors)
+        manifest = Manifest(1, hashlib.sha256(state_text).hexdigest(), files)
         (new / STATE).write_bytes(state_text)
-        write_manifest(new, Manifest(1, hashlib.sha256(state_text).hexdigest(), files))
-        for file in (STATE, MANIFEST, MANIFEST_HASH, _RANK_FOLDER, "."):
+        write_manifest(new, ranks.complete(new, manifest) if ranks else manifest)
+        for file in (STATE, MANIFEST, MANIFEST_HASH):
             fsync_path(new / file)
+        for folder, _, _ in os.walk(new):
+            fsync_path(folder)
         put_in_place(new, root / name)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(new)
-
-
-def _write_tensors(
-    folder: Path, tensors: Mapping[str, Mapping[str, np.ndarray]]
-) -> dict[str, FileEntry]:
-    folder.mkdir(parents=True)
-    files = {}
-    for stem, group in tensors.items():
-        path = folder / f"{stem}.safetensors"
-        listed = [outgoing(name, array) for name, array in group.items()]
-        files[f"{folder.name}/{path.name}"] = write_safetensors(path, listed, {"format": "ms"})
-    return files
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def load_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:

@@ -1,0 +1,145 @@
+"""A checkpoint that several processes write together, each the folder of its own rank.
+
+The first rank makes the unfinished folder; the others write into it and leave a record of what they
+wrote; the first one waits for all records and finishes the folder. They speak through files alone,
+so that a thread can save while training's collectives go on.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mixtral_ms.checkpoint.assemble import Strategies, layout_sha256
+from mixtral_ms.checkpoint.manifest import Manifest, file_entry
+from mixtral_ms.checkpoint.safetensors_file import write_safetensors
+from mixtral_ms.checkpoint.tensor_stream import FileEntry
+from mixtral_ms.checkpoint.tensors import Region, outgoing
+from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.files import fsync_path, sha256_file, write_aside
+from mixtral_ms.parallel.grid_text import format_grid
+from mixtral_ms.parallel.layout import placements
+from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.parallel.strategy_file import write_strategies
+
+STRATEGY_FOLDER = "strategy"
+_WAIT_SECONDS = 1800.0  # for the slowest disk; the launcher ends a run with a dead rank long before
+_POLL_SECONDS = 0.05
+_NAMES_SHOWN = 5
+
+Tensors = Mapping[str, Mapping[str, np.ndarray]]
+"""File stem -> tensor name -> array."""
+
+
+@dataclass(frozen=True)
+class SavingRanks:
+    """This process among those that write a run's checkpoints into one folder."""
+
+    network: MixtralConfig
+    mesh: Mesh
+    zero: bool
+    """Whether optimizer moments are cut over their replicas."""
+    run: str
+    """Random text that the processes of this run share."""
+    wait_seconds: float = _WAIT_SECONDS
+
+    def folder(self, root: Path, name: str) -> Path:
+        """The unfinished folder that all ranks mean, and no earlier run has left."""
+        digest = hashlib.sha256(f"{self.run} {name}".encode()).hexdigest()
+        return root / f".{name}.new-{digest[:8]}"
+
+    def write_part(self, root: Path, name: str, tensors: Tensors) -> None:
+        """Write this rank's files and their record, once the first rank has made the folder.
+
+        Raises:
+            OSError: the disk is full, or there is no folder after `wait_seconds`.
+        """
+        new = self.folder(root, name)
+        self._wait(new.is_dir, lambda: f"rank 0 has not made {new}")
+        files = write_rank_files(new / f"rank_{self.mesh.rank}", tensors)
+        fsync_path(new / f"rank_{self.mesh.rank}")
+        with write_aside(_record(new, self.mesh.rank)) as aside:
+            aside.write_text(json.dumps({path: asdict(entry) for path, entry in files.items()}))
+
+    def complete(self, new: Path, manifest: Manifest) -> Manifest:
+        """Wait for the other ranks' parts and write the strategy files.
+
+        Args:
+            new: the unfinished folder.
+            manifest: of the first rank's part.
+
+        Returns:
+            The manifest of all parts.
+
+        Raises:
+            OSError: a rank has not written its part after `wait_seconds`.
+        """
+        records = [_record(new, rank) for rank in range(1, self.mesh.world_size)]
+        self._wait(lambda: all(one.exists() for one in records), lambda: _missing(records))
+        files = [manifest.files]
+        for record in records:
+            entries = json.loads(record.read_text())
+            files.append({path: file_entry(entry) for path, entry in entries.items()})
+            record.unlink()
+        regions, strategies = self._layout(files)
+        written = write_strategies(new / STRATEGY_FOLDER, strategies)
+        return replace(
+            manifest,
+            world=self.mesh.world_size,
+            files={path: entry for several in files for path, entry in several.items()},
+            others={file.relative_to(new).as_posix(): sha256_file(file) for file in written},
+            strategy=format_grid(self.mesh.grid, zero=self.zero),
+            layout_sha256=layout_sha256(regions),
+        )
+
+    def _layout(
+        self, files: list[dict[str, FileEntry]]
+    ) -> tuple[list[dict[str, Region]], Strategies]:
+        """What each rank holds of each tensor, and the strategy that says so."""
+        shapes = [
+            {name: one.shape for entry in several.values() for name, one in entry.tensors.items()}
+            for several in files
+        ]
+        names = list(dict.fromkeys(name for held in shapes for name in held))
+        strategies = placements(self.network, self.mesh.grid, names, zero=self.zero)
+        regions = []
+        for rank, held in enumerate(shapes):
+            stage = rank // self.mesh.stage_size
+            places = {name: strategies[name][stage] for name in held}
+            regions.append(
+                {n: places[n].region(places[n].global_shape(held[n]), rank) for n in held}
+            )
+        return regions, strategies
+
+    def _wait(self, until: Callable[[], bool], failure: Callable[[], str]) -> None:
+        end = time.monotonic() + self.wait_seconds
+        while not until():
+            if time.monotonic() > end:
+                raise TimeoutError(f"{failure()} after {self.wait_seconds:g} s")
+            time.sleep(_POLL_SECONDS)
+
+
+def write_rank_files(folder: Path, tensors: Tensors) -> dict[str, FileEntry]:
+    """Write the files of one rank into a new folder; returns name -> entry for the manifest."""
+    folder.mkdir(parents=True)
+    files = {}
+    for stem, group in tensors.items():
+        path = folder / f"{stem}.safetensors"
+        listed = [outgoing(name, array) for name, array in group.items()]
+        files[f"{folder.name}/{path.name}"] = write_safetensors(path, listed, {"format": "ms"})
+    return files
+
+
+def _record(new: Path, rank: int) -> Path:
+    return new / f"rank_{rank}.json"
+
+
+def _missing(records: list[Path]) -> str:
+    late = [one.stem.replace("_", " ") for one in records if not one.exists()]
+    more = f" and {len(late) - _NAMES_SHOWN} more" if len(late) > _NAMES_SHOWN else ""
+    verb = "has" if len(late) == 1 else "have"
+    return f"{', '.join(late[:_NAMES_SHOWN])}{more} {verb} not written their part"
