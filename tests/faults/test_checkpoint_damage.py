@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mixtral_ms
-from mixtral_ms.checkpoint import store
+from mixtral_ms.checkpoint import rank_parts, store
 from mixtral_ms.checkpoint.folders import list_checkpoints
 from mixtral_ms.checkpoint.manifest import verify_checkpoint
 from mixtral_ms.checkpoint.store import (
@@ -204,7 +204,7 @@ def test_too_little_free_space_is_found_before_anything_is_written(damaged, monk
     root = damaged.parent
     usage = shutil.disk_usage(root)._replace(free=1_500_000)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(store, "write_safetensors", lambda *_: pytest.fail("it was written"))
+    monkeypatch.setattr(rank_parts, "write_safetensors", lambda *_: pytest.fail("it was written"))
     with pytest.raises(CheckpointError, match=r"not enough free .*needs 2\.0 MB, 1\.5 MB are free"):
         save_checkpoint(root, "big", {"model": {"w": np.zeros(500_000, np.float32)}}, {"step": 9})
     assert resolve_checkpoint(root) == damaged
@@ -214,13 +214,13 @@ def test_full_disk(damaged):
     """A real one: /dev/full answers every write with ENOSPC."""
     root = damaged.parent
     with pytest.MonkeyPatch.context() as patch:
-        original = store.write_safetensors
+        original = rank_parts.write_safetensors
 
         def write_to_full_disk(path, tensors, metadata):
             path.symlink_to("/dev/full")
             return original(path, tensors, metadata)
 
-        patch.setattr(store, "write_safetensors", write_to_full_disk)
+        patch.setattr(rank_parts, "write_safetensors", write_to_full_disk)
         with pytest.raises(CheckpointError, match="No space left on device"):
             save_checkpoint(root, "m-step_0000002", {"model": {}}, {"step": 9}, keep_max=1)
     assert [path.name for path in list_checkpoints(root)] == ["m-step_0000001", "m-step_0000002"]
