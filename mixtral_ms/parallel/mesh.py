@@ -151,6 +151,13 @@ class Mesh:
         """This rank and another one."""
         return self._group("pair", sorted((self.rank, rank)))
 
+    def group(self, ranks: Iterable[int]) -> ProcessGroup:
+        """Any ranks, this one among them, in ascending order.
+
+        All of them must ask for their groups in the same order.
+        """
+        return self._group("replicas", ranks)
+
     @property
     def _stage_begin(self) -> int:
         return self.stage * self.stage_size

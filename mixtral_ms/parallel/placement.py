@@ -6,7 +6,7 @@ axis 0 of the part once more, over all replicas or over each run of n neighbouri
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixtral_ms.errors import UserError
 
@@ -99,6 +99,12 @@ class Placement:
         """
         local, index = self.local_shape(shape), self._part_index(rank)
         return tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, local, strict=True))
+
+    def replicas_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold what `rank` holds, itself among them, before the optimizer shard."""
+        whole = replace(self, opt_shard_size=0, opt_shard_step=0)
+        own = whole._part_index(rank)  # noqa: SLF001 - a placement of this class
+        return tuple(one for one in self.ranks if whole._part_index(one) == own)  # noqa: SLF001
 
     def _part_index(self, rank: int) -> tuple[int, ...]:
         """Which part of each axis `rank` holds, optimizer shard included."""

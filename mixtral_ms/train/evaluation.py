@@ -13,8 +13,8 @@ from mixtral_ms.data.batch import Batch
 from mixtral_ms.errors import UserError
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.progress import progress_bar
+from mixtral_ms.train.micro_batches import segment_tensors
 from mixtral_ms.train.plan import Loader
-from mixtral_ms.train.step import segment_tensors
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 
 import mindspore
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, ops
 
 from mixtral_ms.errors import UserError
 from mixtral_ms.kernels.select import select_update
+from mixtral_ms.parallel.connection import gather_tensors, own_part
+from mixtral_ms.parallel.mesh import ProcessGroup
 
 FIRST_MOMENT, SECOND_MOMENT = "adam_m.", "adam_v."
 
@@ -20,6 +22,8 @@ class AdamW:
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, times the learning rate, of weights with two axes or more.
+        shards: by parameter, the replicas that share out its moments along axis 0 (ZeRO-1, section
+            5.1 of arXiv 1910.02054): each updates its part, then all gather the parts.
     """
 
     def __init__(
@@ -28,16 +32,18 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        shards: Mapping[str, ProcessGroup] | None = None,
     ) -> None:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.updates = 0
+        self.shards = dict(shards or {})
         self._parameters = parameters
-        self._first = [_zeros_like(p, FIRST_MOMENT) for p in parameters]
-        self._second = [_zeros_like(p, SECOND_MOMENT) for p in parameters]
+        self._first = [self._zeros_like(p, FIRST_MOMENT) for p in parameters]
+        self._second = [self._zeros_like(p, SECOND_MOMENT) for p in parameters]
         self.kernels = select_update(mindspore.get_context("device_target"))
 
     def update(self, gradients: tuple[Tensor, ...], learning_rate: float, scale: float) -> None:
-        """One step on gradients * scale.
+        """One step on gradients * scale; each gradient has the shape of its moments.
 
         The kernels correct no bias. The step size, eps and decay are
         therefore chosen so that the result is that of the corrected formula:
@@ -56,10 +62,21 @@ class AdamW:
             self._parameters, self._first, self._second, gradients, strict=True
         ):
             decayed = decay if parameter.ndim > 1 else 0.0
-            self.kernels.adamw(parameter, (first, second), gradient, (*rates, decayed, scale))
+            group = self.shards.get(parameter.name)
+            own = parameter if group is None else Parameter(own_part(group, parameter))
+            self.kernels.adamw(own, (first, second), gradient, (*rates, decayed, scale))
+            if group is not None:
+                ops.assign(parameter, ops.concat(gather_tensors(group, own)))
+
+    def _zeros_like(self, parameter: Parameter, prefix: str) -> Parameter:
+        rows, *others = parameter.shape
+        group = self.shards.get(parameter.name)
+        shape = (rows // (group.size if group else 1), *others)
+        zeros = Tensor.from_numpy(np.zeros(shape, np.float32))
+        return Parameter(zeros, name=prefix + parameter.name, requires_grad=False)
 
     def state_tensors(self) -> dict[str, np.ndarray]:
-        """Moments by name: `adam_m.<parameter>` and `adam_v.<parameter>`."""
+        """This rank's moments by name: `adam_m.<parameter>` and `adam_v.<parameter>`."""
         return {moment.name: moment.asnumpy() for moment in (*self._first, *self._second)}
 
     def load_state_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
@@ -83,8 +100,3 @@ class AdamW:
                 )
             # A copy of its own: the update writes in place, and the source may be a mapped file.
             moment.set_data(Tensor.from_numpy(np.array(tensors[name], np.float32)))
-
-
-def _zeros_like(parameter: Parameter, prefix: str) -> Parameter:
-    zeros = Tensor.from_numpy(np.zeros(parameter.shape, np.float32))
-    return Parameter(zeros, name=prefix + parameter.name, requires_grad=False)

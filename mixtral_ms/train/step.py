@@ -1,20 +1,26 @@
-"""One training step as compiled graphs: gradients of micro batches, their norm, the update.
+"""One training step: gradients of micro batches, their sums over ranks, their norm, the update.
 
 The host stands between the graphs: it sees the norm, and so decides on clipping, on skipping a
-step that overflowed, and on the loss scale, without a second copy of the gradients.
+step that overflowed, and on the loss scale, without a second copy of the gradients. The norm is
+that of all ranks together, so they all decide alike.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import mindspore
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
-from mindspore import dtype as mstype
+from mindspore import Tensor
 
+from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.config.stages import layers_per_stage
 from mixtral_ms.data.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.parallel.connection import gather_objects, sum_values
+from mixtral_ms.parallel.gradients import gradient_rules
+from mixtral_ms.parallel.layout import adapter_shapes, parameter_shapes
+from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.train.micro_batches import MicroBatchGradients
 from mixtral_ms.train.optimizer import AdamW
 
 
@@ -37,10 +43,13 @@ class StepResult:
 class TrainStep:
     """Forward, backward and update over the micro batches of one global batch.
 
+    On several ranks each calls it with its own rows (and, with context parallel, columns); what it
+    returns is that of the global batch, the same on all of them.
+
     Args:
-        network: the model, its shapes those of one micro batch.
+        network: the model, its shapes those of one micro batch on this rank.
         optimizer: updates `network`'s trainable parameters.
-        accumulation: micro batches a step.
+        accumulation: micro batches of a rank in a step, those in the pipeline included.
         max_grad_norm: clip gradients to this global norm; None leaves them.
     """
 
@@ -53,13 +62,13 @@ class TrainStep:
     ) -> None:
         network.set_train()
         self.network, self.optimizer = network, optimizer
+        self.mesh: Mesh = getattr(network, "mesh", None) or Mesh()
         self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
-        if accumulation > 1:
-            self._gradients = _AccumulateGradients(network)
-            self._clear = _Clear(self._gradients.sums)
-        else:
-            self._gradients = _Gradients(network)
-        self._last_gradients: tuple[Tensor, ...] = ()
+        names = [parameter.name for parameter in network.trainable_params()]
+        zero = bool(optimizer.shards)
+        self._rules = gradient_rules(network.config, self.mesh, names, zero=zero)
+        self._gradients = MicroBatchGradients(network, accumulation)
+        self._last_gradients: list[Tensor] = []
 
     def __call__(
         self,
@@ -76,41 +85,58 @@ class TrainStep:
             raise ValueError(
                 f"{len(micro_batches)} micro batches given, {self.accumulation} expected"
             )
-        tokens = max(1, sum(batch.supervised_tokens for batch in micro_batches))
-        totals = _Totals(tokens, self.accumulation)
-        if self.accumulation > 1:
-            self._clear()  # not after the step: the diagnosis of a skipped one reads the sums
-        for index, batch in enumerate(micro_batches):
-            before(index)
-            outputs, gradients = self._gradients(
-                Tensor(batch.input_ids),
-                Tensor(batch.labels),
-                Tensor(loss_scale / tokens, mstype.float32),
-                Tensor(loss_scale / self.accumulation, mstype.float32),
-                *segment_tensors(batch),
-            )
-            totals.add(outputs)
-        norm = self._global_norm(gradients) / loss_scale
+        supervised = sum(batch.supervised_tokens for batch in micro_batches)
+        tokens = max(1, int(sum_values(self.mesh.tokens, supervised)))
+        parts = self.accumulation * self.mesh.grid.data_parallel
+        outputs, gradients = self._gradients(
+            micro_batches, loss_scale / tokens, loss_scale / parts, before
+        )
+        gradients = self._reduce(list(gradients))
+        totals = self._totals(outputs, self._counted_squares(gradients))
+        norm = math.sqrt(totals.squares[0]) / loss_scale
         skipped = not math.isfinite(norm)
         # Kept only for the diagnosis: holding them longer costs the model's size in memory.
-        self._last_gradients = gradients if skipped else ()
+        self._last_gradients = gradients if skipped else []
         if not skipped:
-            self.optimizer.update(gradients, learning_rate, self._factor(norm) / loss_scale)
-        return totals.result(norm, skipped)
+            self.optimizer.update(tuple(gradients), learning_rate, self._factor(norm) / loss_scale)
+        return totals.result(tokens, parts, norm, skipped)
 
     def first_non_finite_gradient(self) -> str | None:
         """Name of the first parameter, in the order of the network, with a NaN or infinity.
 
-        Speaks of the last step, and only if that step was skipped.
+        Speaks of the last step, and only if that step was skipped. All ranks must ask.
         """
-        for parameter, gradient in zip(self.network.trainable_params(), self._last_gradients):  # noqa: B905 - empty after a good step
+        own = None
+        for name, gradient in zip(self._rules, self._last_gradients):  # noqa: B905 - empty after a good step
             if not np.isfinite(gradient.asnumpy()).all():
-                return parameter.name
-        return None
+                own = name
+                break
+        found = [name for name in gather_objects(self.mesh.world, own) if name is not None]
+        order = list(parameter_shapes(self.network.config) | adapter_shapes(self.network.config))
+        return min(found, key=order.index, default=None)
 
-    def _global_norm(self, gradients: tuple[Tensor, ...]) -> float:
-        squares = self.optimizer.kernels.sum_of_squares
-        return math.sqrt(sum(squares(gradient) for gradient in gradients))
+    def _reduce(self, gradients: list[Tensor]) -> list[Tensor]:
+        """One by one and in place, so that only one gradient is there twice."""
+        for index, rule in enumerate(self._rules.values()):
+            gradients[index] = rule.reduce(gradients[index])
+        return gradients
+
+    def _counted_squares(self, gradients: list[Tensor]) -> float:
+        """This rank's share of the squared norm."""
+        squares, rules = self.optimizer.kernels.sum_of_squares, self._rules.values()
+        return sum(
+            squares(gradient) if rule.counted else 0.0
+            for gradient, rule in zip(gradients, rules, strict=True)
+        )
+
+    def _totals(self, outputs: list[tuple[Tensor, ...]], squares: float) -> "_Totals":
+        """Sums over micro batches and ranks."""
+        own = _Totals(self.network.config, self.mesh)
+        own.squares[0] = squares
+        for parts in outputs:
+            own.add(*[part.asnumpy() for part in parts])
+        own.values[:] = sum_values(self.mesh.world, own.values)
+        return own
 
     def _factor(self, norm: float) -> float:
         if self.max_grad_norm is None or norm <= self.max_grad_norm:
@@ -118,137 +144,58 @@ class TrainStep:
         return self.max_grad_norm / norm
 
 
-def segment_tensors(batch: Batch) -> tuple[Tensor, ...]:
-    """Segment ids and positions of a packed batch, nothing otherwise: that graph goes without."""
-    if batch.segment_ids is None:
-        return ()
-    return Tensor(batch.segment_ids), Tensor(batch.positions)
-
-
 class _Totals:
-    """Sums the outputs of micro batches on the host."""
+    """Sums of a step as one array, so that one message adds those of all ranks.
 
-    def __init__(self, tokens: int, accumulation: int) -> None:
-        self.tokens, self.accumulation = tokens, accumulation
-        self.lm = self.aux = self.z = 0.0
-        self.router: list[np.ndarray] | None = None
+    Of ranks with the same rows and layers one counts.
+    """
 
-    def add(self, outputs: tuple[Tensor, ...]) -> None:
-        lm_sum, _, aux_L, z_L, *router = [value.asnumpy() for value in outputs]
-        self.lm += float(lm_sum)
-        self.aux += float(aux_L.sum()) / self.accumulation
-        self.z += float(z_L.sum()) / self.accumulation
-        values = [value / self.accumulation for value in router]
-        if self.router is None:
-            self.router = values
-        else:
-            self.router = [a + b for a, b in zip(self.router, values, strict=True)]
+    def __init__(self, config: MixtralConfig, mesh: Mesh) -> None:
+        layers, experts = config.num_layers, config.moe_config.expert_num
+        self.values = np.zeros(2 + layers * (4 + experts))
+        self.squares, self.lm = self.values[0:1], self.values[1:2]
+        rest = self.values[2:].reshape(layers, 4 + experts)
+        self.aux_L, self.z_L, self.dropped_L, self.entropy_L = rest[:, :4].T
+        self.load_LE = rest[:, 4:]
+        counts = layers_per_stage(config, mesh.grid.pipeline_stage)
+        begin = sum(counts[: mesh.stage])
+        self._own = slice(begin, begin + counts[mesh.stage])
+        self._tokens_count = mesh.tensor_index == 0
+        self._layers_count = mesh.tensor_index == 0 and mesh.context_index == 0
 
-    def result(self, norm: float, skipped: bool) -> StepResult:
-        load_LE, dropped_L, entropy_L = self.router
-        lm = self.lm / self.tokens
+    def add(
+        self,
+        lm_sum: np.ndarray,
+        _tokens: np.ndarray,
+        aux_L: np.ndarray,
+        z_L: np.ndarray,
+        load_LE: np.ndarray,
+        dropped_L: np.ndarray,
+        entropy_L: np.ndarray,
+    ) -> None:
+        """Add one micro batch, the layers those of this rank's stage."""
+        if self._tokens_count:
+            self.lm += lm_sum
+        if self._layers_count:
+            self.aux_L[self._own] += aux_L
+            self.z_L[self._own] += z_L
+            self.load_LE[self._own] += load_LE
+            self.dropped_L[self._own] += dropped_L
+            self.entropy_L[self._own] += entropy_L
+
+    def result(self, tokens: int, parts: int, norm: float, skipped: bool) -> StepResult:
+        """The means: over tokens of the cross entropy, over micro batches of everything else."""
+        lm = float(self.lm[0]) / tokens
+        aux, z = float(self.aux_L.sum()) / parts, float(self.z_L.sum()) / parts
         return StepResult(
-            loss=lm + self.aux + self.z,
+            loss=lm + aux + z,
             lm_loss=lm,
-            aux_loss=self.aux,
-            z_loss=self.z,
-            tokens=self.tokens,
+            aux_loss=aux,
+            z_loss=z,
+            tokens=tokens,
             grad_norm=norm,
             skipped=skipped,
-            expert_load=load_LE.tolist(),
-            drop_percent=(100.0 * dropped_L).tolist(),
-            router_entropy=entropy_L.tolist(),
+            expert_load=(self.load_LE / parts).tolist(),
+            drop_percent=(100.0 * self.dropped_L / parts).tolist(),
+            router_entropy=(self.entropy_L / parts).tolist(),
         )
-
-
-class _Objective(nn.Cell):
-    """The scalar whose gradient a micro batch adds, and the parts of the loss."""
-
-    def __init__(self, network: MixtralForCausalLM) -> None:
-        super().__init__(auto_prefix=False)
-        self.network = network
-
-    def construct(
-        self,
-        input_ids_BS: Tensor,
-        labels_BS: Tensor,
-        per_token: Tensor,
-        per_micro: Tensor,
-        segment_ids_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> tuple:
-        parts = self.network.loss_parts(input_ids_BS, labels_BS, segment_ids_BS, positions_BS)
-        objective = parts[0] * per_token + (ops.sum(parts[2]) + ops.sum(parts[3])) * per_micro
-        return (objective, *parts)
-
-
-class _Gradients(nn.Cell):
-    """Loss parts and gradients of one micro batch."""
-
-    def __init__(self, network: MixtralForCausalLM) -> None:
-        super().__init__(auto_prefix=False)
-        self.weights = ParameterTuple(network.trainable_params())
-        self.differentiate = mindspore.value_and_grad(
-            _Objective(network), None, self.weights, has_aux=True
-        )
-
-    def construct(
-        self,
-        input_ids_BS: Tensor,
-        labels_BS: Tensor,
-        per_token: Tensor,
-        per_micro: Tensor,
-        segment_ids_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> tuple:
-        outputs, gradients = self.differentiate(
-            input_ids_BS, labels_BS, per_token, per_micro, segment_ids_BS, positions_BS
-        )
-        return outputs[1:], gradients
-
-
-class _AccumulateGradients(_Gradients):
-    """As `_Gradients`, adding to one sum per parameter."""
-
-    def __init__(self, network: MixtralForCausalLM) -> None:
-        super().__init__(network)
-        self.sums = ParameterTuple(
-            [
-                Parameter(
-                    Tensor.from_numpy(np.zeros(p.shape, np.float32)),
-                    f"grad_sum.{p.name}",
-                    requires_grad=False,
-                )
-                for p in self.weights
-            ]
-        )
-
-    def construct(
-        self,
-        input_ids_BS: Tensor,
-        labels_BS: Tensor,
-        per_token: Tensor,
-        per_micro: Tensor,
-        segment_ids_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> tuple:
-        outputs, gradients = self.differentiate(
-            input_ids_BS, labels_BS, per_token, per_micro, segment_ids_BS, positions_BS
-        )
-        sums = ()
-        for i in range(len(self.sums)):
-            sums += (ops.assign_add(self.sums[i], gradients[i]),)
-        return outputs[1:], sums
-
-
-class _Clear(nn.Cell):
-    """Sets sums of gradients back to zero."""
-
-    def __init__(self, sums: ParameterTuple) -> None:
-        super().__init__(auto_prefix=False)
-        self.sums = sums
-
-    def construct(self) -> bool:
-        for value in self.sums:
-            ops.assign(value, ops.zeros_like(value))
-        return True
