@@ -31,3 +31,14 @@ def layers_per_stage(config: MixtralConfig, stages: int) -> list[int]:
             f"stage of parallel_config.pipeline_stage {stages} without a layer: {counts}"
         )
     return counts
+
+
+def stage_layers(config: MixtralConfig, stages: int, stage: int) -> range:
+    """Numbers of the decoder layers that a pipeline stage holds.
+
+    Raises:
+        UserError: the layers cannot be shared out so.
+    """
+    counts = layers_per_stage(config, stages)
+    begin = sum(counts[:stage])
+    return range(begin, begin + counts[stage])

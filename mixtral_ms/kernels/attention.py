@@ -11,6 +11,7 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.kernels.elementwise import apply_rotary, tables_at
 from mixtral_ms.kernels.native import custom
+from mixtral_ms.parallel.primitives import zeros_like
 
 # Finite, so that a row that is wholly masked gives no NaN; far below any score in float16 too.
 _MASKED = -3.0e4
@@ -39,6 +40,8 @@ class CausalAttention(nn.Cell):
         window: a position sees itself and window - 1 before it; None for all before it.
         softmax_dtype: dtype of the scores and their softmax.
         chunk: queries per block; S gives the plain reference, None a quarter of S.
+        first: position of the first query among the keys.
+        keys: how many keys there are; None for as many as queries.
     """
 
     def __init__(  # noqa: PLR0913 - the sizes of attention
@@ -50,6 +53,9 @@ class CausalAttention(nn.Cell):
         window: int | None = None,
         softmax_dtype: mstype.Type = mstype.float32,
         chunk: int | None = None,
+        *,
+        first: int = 0,
+        keys: int | None = None,
     ) -> None:
         super().__init__()
         self.n_kv_heads, self.groups, self.head_dim = n_kv_heads, num_heads // n_kv_heads, head_dim
@@ -59,18 +65,32 @@ class CausalAttention(nn.Cell):
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.weighted = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)
-        self.spans = _spans(seq_length, chunk or max(_MIN_CHUNK, -(-seq_length // _CHUNKS)), window)
-        positions = np.arange(seq_length)
-        masks = [visible(positions[a:b], positions[lo:b], window) for a, b, lo in self.spans]
+        chunk = chunk or max(_MIN_CHUNK, -(-seq_length // _CHUNKS))
+        self.first, self.spans = first, _spans(seq_length, chunk, window, first)
+        places = np.arange(keys or seq_length)
+        masks = [
+            visible(places[first + a : first + b], places[low : first + b], window)
+            for a, b, low in self.spans
+        ]
         self.masks = tuple(
             Tensor(np.where(mask, 0.0, _MASKED)[None, None].astype(np.float32)) for mask in masks
         )
 
     def construct(
-        self, q_BHSd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, segment_ids_BS: Tensor | None = None
+        self,
+        q_BHSd: Tensor,
+        k_BKSd: Tensor,
+        v_BKSd: Tensor,
+        segment_ids_BS: Tensor | None = None,
+        key_segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """Returns (B, H, S, d); positions of different segments do not see each other."""
+        """Returns (B, H, S, d); positions of different segments do not see each other.
+
+        key_segment_ids are those of the keys, where these are others than the queries'.
+        """
         batch = q_BHSd.shape[0]
+        if key_segment_ids is None:
+            key_segment_ids = segment_ids_BS
         q = ops.reshape(
             q_BHSd * self.scale,
             (batch, self.n_kv_heads, self.groups, self.seq_length, self.head_dim),
@@ -78,24 +98,24 @@ class CausalAttention(nn.Cell):
         outputs = ()
         for i in range(len(self.spans)):
             begin, end, low = self.spans[i]
-            rows = end - begin
+            rows, high = end - begin, self.first + end
             q_rows = ops.reshape(
                 q[:, :, :, begin:end], (batch, self.n_kv_heads, self.groups * rows, self.head_dim)
             )
-            scores = ops.cast(self.scores(q_rows, k_BKSd[:, :, low:end]), self.softmax_dtype)
+            scores = ops.cast(self.scores(q_rows, k_BKSd[:, :, low:high]), self.softmax_dtype)
             scores = ops.reshape(
-                scores, (batch, self.n_kv_heads * self.groups, rows, end - low)
+                scores, (batch, self.n_kv_heads * self.groups, rows, high - low)
             ) + ops.cast(self.masks[i], self.softmax_dtype)
             if segment_ids_BS is not None:
                 same = ops.equal(
                     ops.expand_dims(segment_ids_BS[:, begin:end], 2),
-                    ops.expand_dims(segment_ids_BS[:, low:end], 1),
+                    ops.expand_dims(key_segment_ids[:, low:high], 1),
                 )
                 hidden = ops.cast(ops.logical_not(same), self.softmax_dtype) * _MASKED
                 scores = scores + ops.expand_dims(hidden, 1)
             weights = ops.cast(self.softmax(scores), v_BKSd.dtype)
-            weights = ops.reshape(weights, (batch, self.n_kv_heads, self.groups * rows, end - low))
-            out = self.weighted(weights, v_BKSd[:, :, low:end])
+            weights = ops.reshape(weights, (batch, self.n_kv_heads, self.groups * rows, high - low))
+            out = self.weighted(weights, v_BKSd[:, :, low:high])
             outputs += (
                 ops.reshape(out, (batch, self.n_kv_heads * self.groups, rows, self.head_dim)),
             )
@@ -242,13 +262,15 @@ class _NativeAttention(nn.Cell):
             dout[0],
         )
         constants = (cos, sin, positions, segments, window)
-        return (dq, dk, dv, *[ops.zeros_like(value) for value in constants])
+        return (dq, dk, dv, *[zeros_like(value) for value in constants])
 
 
-def _spans(length: int, chunk: int, window: int | None) -> tuple[tuple[int, int, int], ...]:
+def _spans(
+    length: int, chunk: int, window: int | None, first: int
+) -> tuple[tuple[int, int, int], ...]:
     """(first query, end of queries, first key) of each block."""
     spans = []
     for begin in range(0, length, chunk):
-        low = 0 if window is None else max(0, begin - window + 1)
+        low = 0 if window is None else max(0, first + begin - window + 1)
         spans.append((begin, min(begin + chunk, length), low))
     return tuple(spans)

@@ -9,6 +9,9 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.kernels.native import custom
+from mixtral_ms.parallel import transport
+from mixtral_ms.parallel.mesh import ALONE, ProcessGroup
+from mixtral_ms.parallel.primitives import zeros_like
 
 # Logits held at once, in values: 64 MB in float32.
 _CHUNK_VALUES = 1 << 24
@@ -34,17 +37,55 @@ class PlainSoftmaxCrossEntropy(nn.Cell):
         return ops.reshape(loss_T1, (tokens,)), gradient_TV
 
 
+class SplitSoftmaxCrossEntropy(nn.Cell):
+    """As `PlainSoftmaxCrossEntropy` where ranks have a part of the vocabulary each.
+
+    Args:
+        vocabulary: the ranks, in the order of their parts.
+    """
+
+    def __init__(self, vocabulary: ProcessGroup) -> None:
+        super().__init__()
+        self.index = vocabulary.index
+        self.gather = transport.all_gather(vocabulary)
+        self.sum = transport.all_reduce(vocabulary)
+
+    def construct(self, logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each token, alike on all ranks; the gradient of this rank's logits."""
+        tokens, size = logits_TV.shape
+        supervised_T1 = ops.cast(ops.expand_dims(labels_T >= 0, 1), mstype.float32)
+        local_T = labels_T - self.index * size
+        inside_T = ops.logical_and(local_T >= 0, local_T < size)
+        inside_T1 = ops.cast(ops.expand_dims(inside_T, 1), mstype.float32)
+        safe_T = ops.minimum(ops.maximum(local_T, Tensor(0, mstype.int32)), size - 1)
+        peaks_PT1 = self.gather(ops.max(logits_TV, 1, keepdims=True)[0])
+        shifted = logits_TV - ops.max(peaks_PT1, 0)[0]
+        exp = ops.exp(shifted)
+        picked_T1 = ops.gather_elements(shifted, 1, ops.expand_dims(safe_T, 1)) * inside_T1
+        sums_T2 = self.sum(ops.cat((ops.sum(exp, 1, keepdim=True), picked_T1), 1))
+        total_T1, picked_T1 = sums_T2[:, 0:1], sums_T2[:, 1:2]
+        loss_T1 = (ops.log(total_T1) - picked_T1) * supervised_T1
+        hot_TV = ops.one_hot(safe_T, size, Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32))
+        gradient_TV = (exp / total_T1 - hot_TV * inside_T1) * supervised_T1
+        return ops.reshape(loss_T1, (tokens,)), gradient_TV
+
+
 class LinearCrossEntropy(nn.Cell):
     """sum over tokens of cross_entropy(hidden weight^T, label), with logits a chunk at a time.
 
     The gradients of hidden and weight are computed with the forward, where each chunk of logits
     is at hand (the method of Liger Kernel, arXiv 2410.10989); without a gradient graph they are
     dead code and pruned.
+
+    Args:
+        library: the built C++ kernels; None for plain operators.
+        vocabulary: ranks that have a part each of the weight's rows; the gradient of hidden is then
+            partial.
     """
 
-    def __init__(self, library: Path | None = None) -> None:
+    def __init__(self, library: Path | None = None, vocabulary: ProcessGroup = ALONE) -> None:
         super().__init__()
-        self.with_gradients = _LossAndGradients(library)
+        self.with_gradients = _LossAndGradients(library, vocabulary)
 
     def construct(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
         """Returns the summed loss, a float32 scalar; negative labels are left out."""
@@ -52,12 +93,14 @@ class LinearCrossEntropy(nn.Cell):
 
 
 class _LossAndGradients(nn.Cell):
-    def __init__(self, library: Path | None) -> None:
+    def __init__(self, library: Path | None, vocabulary: ProcessGroup) -> None:
         super().__init__()
-        self.native = library is not None
-        self.loss = (
-            custom.softmax_cross_entropy(library) if self.native else PlainSoftmaxCrossEntropy()
-        )
+        if vocabulary.size > 1:
+            self.loss = SplitSoftmaxCrossEntropy(vocabulary)
+        elif library is not None:
+            self.loss = custom.softmax_cross_entropy(library)
+        else:
+            self.loss = PlainSoftmaxCrossEntropy()
         self.logits = ops.MatMul(transpose_b=True)
         self.to_hidden = ops.MatMul()
         self.to_weight = ops.MatMul(transpose_a=True)
@@ -89,5 +132,5 @@ class _LossAndGradients(nn.Cell):
         return (
             ops.cast(d_hidden * scale, hidden_TD.dtype),
             ops.cast(d_weight * scale, weight_VD.dtype),
-            ops.zeros_like(labels_T),
+            zeros_like(labels_T),
         )

@@ -12,6 +12,7 @@ from mindspore import Tensor, nn, ops
 
 from mixtral_ms.kernels.elementwise import swiglu
 from mixtral_ms.kernels.native import custom
+from mixtral_ms.parallel.primitives import zeros_like
 
 
 class PaddedExperts(nn.Cell):
@@ -78,4 +79,4 @@ class _PackedNetwork(nn.Cell):
         dx, dw1, dw3, dw2 = self.backward(
             x_RD, w1_EFD, w3_EFD, w2_EDF, sizes_E, gate_RF, up_RF, dout[0]
         )
-        return dx, dw1, dw3, dw2, ops.zeros_like(sizes_E)
+        return dx, dw1, dw3, dw2, zeros_like(sizes_E)

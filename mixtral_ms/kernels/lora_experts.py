@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.kernels import numpy_lora_experts
+from mixtral_ms.parallel.primitives import zeros_like
 
 
 class LowRankExperts(nn.Cell):
@@ -99,8 +100,8 @@ class _LowRankNetwork(nn.Cell):
         dx, da1, db1, da3, db3, da2, db2 = self.backward(
             x_RD, w1, w3, w2, sizes_E, key, a1, b1, a3, b3, a2, b2, gate_RF, up_RF, dout[0]
         )
-        frozen = (ops.zeros_like(w1), ops.zeros_like(w3), ops.zeros_like(w2))  # nobody reads them
-        others = (ops.zeros_like(sizes_E), ops.zeros_like(key))
+        frozen = (zeros_like(w1), zeros_like(w3), zeros_like(w2))  # nobody reads them
+        others = (zeros_like(sizes_E), zeros_like(key))
         return (dx, *frozen, *others, da1, db1, da3, db3, da2, db2)
 
 

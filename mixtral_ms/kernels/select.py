@@ -26,7 +26,7 @@ class KernelChoice:
     experts: Callable[[], nn.Cell]
     attention: Callable[..., nn.Cell]
     rms_norm: Callable[[float], nn.Cell]
-    cross_entropy: Callable[[], nn.Cell]
+    cross_entropy: Callable[..., nn.Cell]
 
 
 def select_kernels(

@@ -4,9 +4,13 @@ Legend: T tokens, k experts a token, A = T * k assignments, R rows, E experts, C
 """
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
+
+from mixtral_ms.parallel.primitives import running_sum, sum_before, zeros_like
 
 
 def expert_capacity(
@@ -36,13 +40,25 @@ class Dispatch(nn.Cell):
         capacity: C, slots per expert; None for dropless.
         token_first: hand out slots token by token (sdrop) instead of choice by choice (kdrop).
         layout: how the experts want their rows: "packed" or "padded".
+        here: of which experts rows are made at all; None for all. The others' assignments take
+            their places as ever, but are not kept here.
     """
 
-    def __init__(self, experts: int, capacity: int | None, token_first: bool, layout: str) -> None:
+    def __init__(
+        self,
+        experts: int,
+        capacity: int | None,
+        token_first: bool,
+        layout: str,
+        here: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.experts, self.capacity, self.token_first = experts, capacity, token_first
         self.layout = layout
         self.scatter = ops.ScatterNd()
+        self.here_E = None
+        if here is not None:
+            self.here_E = Tensor(np.isin(np.arange(experts), here).astype(np.int32))
 
     def rows(self, assignments: int) -> int:
         """R, the static number of rows that this many assignments may need."""
@@ -50,19 +66,19 @@ class Dispatch(nn.Cell):
             return self.experts * self.capacity
         return assignments
 
-    def construct(self, expert_Tk: Tensor, valid_T: Tensor) -> tuple:
-        """Places the assignments of expert_Tk (int32); those of invalid (padding) tokens nowhere.
+    def construct(self, expert_Tk: Tensor, valid_Tk: Tensor) -> tuple:
+        """Places the assignments of expert_Tk (int32); invalid ones (of padding) nowhere.
 
         Returns:
-            row_Tk: the row of each assignment, 0 where dropped.
+            row_Tk: the row of each assignment, 0 where it has none.
             kept_Tk: whether it has a row.
             assignment_R: index into the flattened (T, k) of what fills each row, -1 for empty.
             sizes_E: rows used by each expert.
             counts_E: assignments to each expert before dropping.
+            taken_E: assignments to each expert that were not dropped.
         """
         tokens, top_k = expert_Tk.shape
         count = tokens * top_k
-        valid_Tk = ops.broadcast_to(ops.expand_dims(valid_T, 1), (tokens, top_k))
         if not self.token_first:  # priority order: all first choices, then all second ones
             expert_A = ops.reshape(ops.transpose(expert_Tk, (1, 0)), (count,))
             valid_A = ops.reshape(ops.transpose(valid_Tk, (1, 0)), (count,))
@@ -75,13 +91,17 @@ class Dispatch(nn.Cell):
         )
         chosen_AE = ops.cast(chosen_AE, mstype.int32)
         # A place in the queue of each expert, read off at the assignment's own expert.
-        queue_AE = ops.cumsum(chosen_AE, 0)
+        queue_AE = running_sum(chosen_AE, 0)
         counts_E = queue_AE[count - 1]
         place_A = ops.sum(queue_AE * chosen_AE, 1) - 1
         kept_A, sizes_E = valid_A, counts_E
         if self.capacity is not None:
             kept_A = ops.logical_and(valid_A, place_A < self.capacity)
             sizes_E = ops.minimum(counts_E, Tensor(self.capacity, mstype.int32))
+        taken_E = sizes_E
+        if self.here_E is not None:
+            sizes_E = sizes_E * self.here_E
+            kept_A = ops.logical_and(kept_A, ops.sum(chosen_AE * self.here_E, 1) > 0)
         row_A = ops.sum(chosen_AE * self._offsets(sizes_E), 1) + place_A
         row_A = ops.where(kept_A, row_A, Tensor(0, mstype.int32))
         if not self.token_first:
@@ -90,13 +110,13 @@ class Dispatch(nn.Cell):
         else:
             row_Tk = ops.reshape(row_A, (tokens, top_k))
             kept_Tk = ops.reshape(kept_A, (tokens, top_k))
-        return row_Tk, kept_Tk, self._inverse(row_Tk, kept_Tk), sizes_E, counts_E
+        return row_Tk, kept_Tk, self._inverse(row_Tk, kept_Tk), sizes_E, counts_E, taken_E
 
     def _offsets(self, sizes_E: Tensor) -> Tensor:
         """First row of each expert's group."""
         if self.layout == "padded":
             return ops.arange(0, self.experts, 1, dtype=mstype.int32) * self.capacity
-        return ops.cumsum(sizes_E, 0) - sizes_E
+        return sum_before(sizes_E, 0)
 
     def _inverse(self, row_Tk: Tensor, kept_Tk: Tensor) -> Tensor:
         """The assignment of each row; dropped ones are scattered to a row past the end."""
@@ -137,12 +157,12 @@ class PermuteTokens(nn.Cell):
         d_AD = ops.gather(dout, ops.reshape(row_Tk, (tokens * self.top_k,)), 0)
         d_TkD = ops.reshape(d_AD, (tokens, self.top_k, hidden))
         # where, not a product: what a dropped assignment's row holds is not its own.
-        d_TkD = ops.where(ops.expand_dims(kept_Tk, 2), d_TkD, ops.zeros_like(d_TkD))
+        d_TkD = ops.where(ops.expand_dims(kept_Tk, 2), d_TkD, zeros_like(d_TkD))
         return (
             ops.sum(d_TkD, 1),
-            ops.zeros_like(assignment_R),
-            ops.zeros_like(row_Tk),
-            ops.zeros_like(kept_Tk),
+            zeros_like(assignment_R),
+            zeros_like(row_Tk),
+            zeros_like(kept_Tk),
         )
 
 
@@ -180,4 +200,4 @@ class CombineTokens(nn.Cell):
         gate_R = ops.gather(gates_A, index_R, 0) * ops.cast(filled_R, gates_Tk.dtype)
         d_y_RD = ops.gather(dout, index_R // self.top_k, 0) * ops.expand_dims(gate_R, 1)
         d_gates_Tk = ops.sum(self._picked(y_RD, row_Tk) * ops.expand_dims(dout, 1), 2)
-        return d_y_RD, d_gates_Tk, ops.zeros_like(assignment_R), ops.zeros_like(row_Tk)
+        return d_y_RD, d_gates_Tk, zeros_like(assignment_R), zeros_like(row_Tk)

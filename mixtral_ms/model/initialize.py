@@ -9,18 +9,30 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mixtral_ms.config.model import MixtralConfig
-from mixtral_ms.parallel.layout import LORA_A, LORA_B
+from mixtral_ms.parallel.layout import (
+    LORA_A,
+    LORA_B,
+    adapter_shapes,
+    parameter_shapes,
+    placement_on_stage,
+)
+from mixtral_ms.parallel.mesh import Mesh
 
 
-def initialize(network: nn.Cell, config: MixtralConfig, seed: int) -> None:
+def initialize(network: nn.Cell, config: MixtralConfig, seed: int, mesh: Mesh) -> None:
     """Fill every parameter: norms with 1, biases with 0, weights from normal(0, init std).
 
-    Of an adapter, A as peft does, B with 0: it begins by changing nothing.
+    Of an adapter, A as peft does, B with 0: it begins by changing nothing. A rank takes its part of
+    what one process would begin with.
     """
-    for name, parameter in network.parameters_and_names():
+    shapes = parameter_shapes(config) | adapter_shapes(config)
+    for parameter in network.get_parameters():
         if parameter.requires_grad:
-            value = initial_value(name, parameter.shape, config.init_method_std, seed)
-            parameter.set_data(Tensor.from_numpy(value))
+            name = parameter.name
+            value = initial_value(name, shapes[name], config.init_method_std, seed)
+            placement = placement_on_stage(name, value.ndim, mesh.grid)
+            part = value[placement.region(value.shape, mesh.rank % mesh.stage_size)]
+            parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(part)))
 
 
 def initial_value(name: str, shape: tuple[int, ...], std: float, seed: int) -> np.ndarray:

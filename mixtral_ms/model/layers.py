@@ -1,6 +1,7 @@
-"""Attention and decoder layer.
+"""Attention and decoder layer, of which each rank computes its part.
 
-Legend: B batch, S sequence, D hidden, H heads, K kv heads, d head_dim.
+Legend: B batch, S sequence (with context parallel: this rank's part), D hidden, H heads, K kv
+heads, d head_dim.
 """
 
 from mindspore import Tensor, nn, ops
@@ -8,9 +9,12 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.kernels.select import KernelChoice
+from mixtral_ms.model.context import attention_over_ranks
 from mixtral_ms.model.dtypes import compute_type
 from mixtral_ms.model.linear import Linear, empty_parameter
 from mixtral_ms.model.moe import MoEFeedForward
+from mixtral_ms.parallel.collectives import EnterSplit, LeaveSplit
+from mixtral_ms.parallel.mesh import Mesh
 
 
 class RMSNorm(nn.Cell):
@@ -27,26 +31,40 @@ class RMSNorm(nn.Cell):
 
 
 class Attention(nn.Cell):
-    """Grouped-query attention with rotary embedding."""
+    """Grouped-query attention with rotary embedding; tensor-parallel ranks have heads each."""
 
     def __init__(
-        self, config: MixtralConfig, seq_length: int, kernels: KernelChoice, dtype: mstype.Type
+        self,
+        config: MixtralConfig,
+        seq_length: int,
+        kernels: KernelChoice,
+        dtype: mstype.Type,
+        mesh: Mesh,
     ) -> None:
         super().__init__()
-        queries, keys = (n * config.head_dim for n in (config.num_heads, config.n_kv_heads))
+        num_heads = config.num_heads // mesh.tensor.size
+        n_kv_heads = config.n_kv_heads // mesh.tensor.size
+        queries, keys = num_heads * config.head_dim, n_kv_heads * config.head_dim
         bias = config.qkv_has_bias
         self.wq = Linear(config.hidden_size, queries, bias, dtype)
         self.wk = Linear(config.hidden_size, keys, bias, dtype)
         self.wv = Linear(config.hidden_size, keys, bias, dtype)
         self.wo = Linear(queries, config.hidden_size, config.attn_proj_has_bias, dtype)
-        self.attend = kernels.attention(
+        build = kernels.attention
+        if mesh.context.size > 1:
+            build = attention_over_ranks(mesh.context)
+        self.attend = build(
             seq_length,
-            config.num_heads,
-            config.n_kv_heads,
+            num_heads,
+            n_kv_heads,
             config.head_dim,
             window=config.sliding_window,
             softmax_dtype=compute_type(config.softmax_compute_type),
         )
+        self.enter = self.leave = None
+        if mesh.tensor.size > 1:
+            self.enter = EnterSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
+            self.leave = LeaveSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
 
     def construct(
         self,
@@ -57,8 +75,13 @@ class Attention(nn.Cell):
         segment_ids_BS: Tensor | None = None,
     ) -> Tensor:
         """Returns (B, S, D)."""
+        if self.enter is not None:
+            x_BSD = self.enter(x_BSD)[0]
         q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
-        return self.wo(self.attend(q, k, v, cos, sin, positions_BS, segment_ids_BS))
+        attended = self.attend(q, k, v, cos, sin, positions_BS, segment_ids_BS)
+        if self.leave is None:
+            return self.wo(attended)
+        return self.wo.with_bias(self.leave(self.wo.products(attended)))
 
 
 class DecoderLayer(nn.Cell):
@@ -72,12 +95,15 @@ class DecoderLayer(nn.Cell):
         seq_length: int,
         kernels: KernelChoice,
         dtype: mstype.Type,
+        mesh: Mesh,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
-        self.attention = Attention(config, seq_length, kernels, dtype)
+        self.attention = Attention(config, seq_length, kernels, dtype, mesh)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
-        self.feed_forward = MoEFeedForward(config, layer, batch_size * seq_length, kernels, dtype)
+        self.feed_forward = MoEFeedForward(
+            config, layer, (batch_size, seq_length), kernels, dtype, mesh
+        )
 
     def construct(
         self,

@@ -38,9 +38,18 @@ class Linear(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         """Maps (..., inputs) to (..., outputs)."""
+        return self.with_bias(self.products(x))
+
+    def products(self, x: Tensor) -> Tensor:
+        """x W^T; where ranks split the inputs, the bias comes after their sum."""
         shape = x.shape
         x = ops.reshape(ops.cast(x, self.compute_dtype), (-1, shape[-1]))
-        y = self.product(x, ops.cast(self.weight, self.compute_dtype))
-        if self.bias is not None:
-            y = y + ops.cast(self.bias, self.compute_dtype)
-        return ops.reshape(y, shape[:-1] + (self.outputs,))
+        return ops.reshape(self.flat_products(x), shape[:-1] + (self.outputs,))
+
+    def flat_products(self, x: Tensor) -> Tensor:
+        """x W^T of (N, inputs)."""
+        return self.product(x, ops.cast(self.weight, self.compute_dtype))
+
+    def with_bias(self, y: Tensor) -> Tensor:
+        """y + b."""
+        return y if self.bias is None else y + ops.cast(self.bias, self.compute_dtype)

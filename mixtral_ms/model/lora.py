@@ -11,6 +11,7 @@ from mixtral_ms.model.linear import Linear, empty_parameter
 from mixtral_ms.model.moe import ExpertWeight, RoutedExperts
 from mixtral_ms.model.noise import hash_uniform
 from mixtral_ms.parallel.layout import LORA_A, LORA_B
+from mixtral_ms.parallel.primitives import zeros_like
 
 _KEY = ".lora_key"
 _PLACES = 8  # numbers of a layer: one a module that drops values
@@ -36,29 +37,26 @@ class LoraLinear(Linear):
                 Tensor(0, mstype.float32), name="lora_key", requires_grad=False
             )
 
-    def construct(self, x: Tensor) -> Tensor:
-        """Maps (..., inputs) to (..., outputs)."""
-        shape = x.shape
-        x = ops.reshape(ops.cast(x, self.compute_dtype), (-1, shape[-1]))
+    def flat_products(self, x: Tensor) -> Tensor:
+        """x W^T + scale * dropout(x) A^T B^T of (N, inputs)."""
         y = self.product(x, ops.cast(self.weight, self.compute_dtype))
-        if self.bias is not None:
-            y = y + ops.cast(self.bias, self.compute_dtype)
         if self.dropout > 0 and self.training:
             x = self._dropped(x)
         low = self.product(x, ops.cast(self.lora_a, self.compute_dtype))
-        y = y + self.scale * self.product(low, ops.cast(self.lora_b, self.compute_dtype))
-        return ops.reshape(y, shape[:-1] + (self.outputs,))
+        return y + self.scale * self.product(low, ops.cast(self.lora_b, self.compute_dtype))
 
     def _dropped(self, x: Tensor) -> Tensor:
         kept = hash_uniform(*x.shape, self.lora_key, self.place) >= self.dropout
-        return ops.where(kept, x / (1.0 - self.dropout), ops.zeros_like(x))
+        return ops.where(kept, x / (1.0 - self.dropout), zeros_like(x))
 
 
-def add_adapters(layers: nn.CellList, config: MixtralConfig, kernel_name: str) -> None:
+def add_adapters(
+    layers: nn.CellList, config: MixtralConfig, kernel_name: str, first_layer: int = 0
+) -> None:
     """Give the modules that pet_config means their adapters, before the network is filled."""
     pet = config.pet_config
     adapted = set(pet.modules(config.num_layers))
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(layers, first_layer):
         prefix, place = f"model.layers.{number}.", number * _PLACES
         for index, name in enumerate(("wq", "wk", "wv", "wo")):
             if f"{prefix}attention.{name}" in adapted:

@@ -1,6 +1,9 @@
 """Mixtral for causal language modelling.
 
-Legend: B batch, S sequence, T = B * S tokens, D hidden, V vocabulary, L layers, E experts.
+Each rank holds the layers of its pipeline stage, and of each tensor what parallel/layout.py says.
+
+Legend: B batch, S sequence (with context parallel: this rank's part), T = B * S tokens, D hidden,
+V vocabulary, L layers of the stage, E experts.
 """
 
 import mindspore
@@ -8,6 +11,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.config.stages import stage_layers
 from mixtral_ms.kernels.elementwise import rotary_tables
 from mixtral_ms.kernels.select import KernelChoice, select_kernels
 from mixtral_ms.model.dtypes import compute_type
@@ -15,40 +19,84 @@ from mixtral_ms.model.initialize import initialize
 from mixtral_ms.model.layers import DecoderLayer, RMSNorm
 from mixtral_ms.model.linear import Linear, empty_parameter
 from mixtral_ms.model.lora import add_adapters, freeze_weights
+from mixtral_ms.parallel.collectives import (
+    EnterSplit,
+    GatherFromRanks,
+    LeaveSplit,
+    SplitToRanks,
+)
 from mixtral_ms.parallel.layout import parameter_shapes
+from mixtral_ms.parallel.mesh import Mesh
 
 
 class TokenEmbedding(nn.Cell):
-    """Rows of a (V, D) table."""
+    """Rows of a (V, D) table, or of this rank's part of it.
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    Args:
+        vocab_size: V.
+        hidden_size: D.
+        mesh: the ranks.
+        dtype: of the result.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, mesh: Mesh, dtype: mstype.Type) -> None:
         super().__init__()
-        self.embedding_weight = empty_parameter("embedding_weight", vocab_size, hidden_size)
+        self.dtype, self.first, self.rows = dtype, 0, vocab_size
+        ranks, sequence = mesh.tensor, mesh.grid.use_seq_parallel
+        self.join = None
+        self.split_rows = ranks.size > 1 and not mesh.grid.vocab_emb_dp
+        if self.split_rows:
+            self.rows = vocab_size // ranks.size
+            self.first = ranks.index * self.rows
+            self.join = LeaveSplit(ranks, sequence=sequence)
+        elif ranks.size > 1 and sequence:
+            self.join = SplitToRanks(ranks, 1)
+        self.embedding_weight = empty_parameter("embedding_weight", self.rows, hidden_size)
 
     def construct(self, input_ids_BS: Tensor) -> Tensor:
         """Returns (B, S, D)."""
-        return ops.gather(self.embedding_weight, input_ids_BS, 0)
+        if self.split_rows:
+            local = input_ids_BS - self.first
+            inside = ops.logical_and(local >= 0, local < self.rows)
+            x = ops.gather(self.embedding_weight, ops.where(inside, local, local * 0), 0)
+            x = x * ops.cast(ops.expand_dims(inside, 2), x.dtype)
+        else:
+            x = ops.gather(self.embedding_weight, input_ids_BS, 0)
+        x = ops.cast(x, self.dtype)
+        return x if self.join is None else self.join(x)
 
 
 class MixtralModel(nn.Cell):
-    """Embedding, decoder layers and the final norm."""
+    """Embedding, decoder layers and the final norm, of which a pipeline stage has its part."""
 
     def __init__(
-        self, config: MixtralConfig, batch_size: int, seq_length: int, kernels: KernelChoice
+        self,
+        config: MixtralConfig,
+        batch_size: int,
+        seq_length: int,
+        kernels: KernelChoice,
+        mesh: Mesh,
     ) -> None:
         super().__init__()
         dtype = compute_type(config.compute_dtype)
         self.pad_token_id = config.pad_token_id
-        self.residual_dtype = compute_type(config.residual_dtype or config.compute_dtype)
-        self.seq_length = seq_length
-        self.tok_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size)
+        self.begins, ends = mesh.stage == 0, mesh.is_last_stage
+        self.tok_embeddings = None
+        if self.begins or (ends and config.tie_word_embeddings):
+            residual_dtype = compute_type(config.residual_dtype or config.compute_dtype)
+            self.tok_embeddings = TokenEmbedding(
+                config.vocab_size, config.hidden_size, mesh, residual_dtype
+            )
+        length = seq_length // mesh.context.size
         self.layers = nn.CellList(
             [
-                DecoderLayer(config, i, batch_size, seq_length, kernels, dtype)
-                for i in range(config.num_layers)
+                DecoderLayer(config, number, batch_size, length, kernels, dtype, mesh)
+                for number in stage_layers(config, mesh.grid.pipeline_stage, mesh.stage)
             ]
         )
-        self.norm_out = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.norm_out = None
+        if ends:
+            self.norm_out = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         tables = rotary_tables(seq_length, config.head_dim, config.theta)
         rotary_dtype = compute_type(config.rotary_dtype)
         self.cos, self.sin = (Tensor(table).astype(rotary_dtype) for table in tables)
@@ -58,9 +106,15 @@ class MixtralModel(nn.Cell):
         input_ids_BS: Tensor,
         segment_ids_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
+        hidden_BSD: Tensor | None = None,
     ) -> tuple:
-        """Returns hidden (B, S, D), then per layer aux_L, z_L, load_LE, dropped_L, entropy_L."""
-        x, valid_T = self.embed(input_ids_BS)
+        """Returns hidden (B, S, D), then per layer aux_L, z_L, load_LE, dropped_L, entropy_L.
+
+        hidden_BSD is what the stage before gave; the first stage does not read it.
+        """
+        x, valid_T = hidden_BSD, self.valid_tokens(input_ids_BS)
+        if self.begins:
+            x = self.tok_embeddings(input_ids_BS)
         collected = ((), (), (), (), ())
         for layer in self.layers:
             x, *router = layer(x, valid_T, self.cos, self.sin, positions_BS, segment_ids_BS)
@@ -68,16 +122,15 @@ class MixtralModel(nn.Cell):
                 collected[i] + (router[i],)
                 for i in range(5)  # noqa: RUF005 - graph mode
             )
-        return (self.norm_out(x), *[ops.stack(values) for values in collected])
+        if self.norm_out is not None:
+            x = self.norm_out(x)
+        return (x, *[ops.stack(values) for values in collected])
 
-    def embed(self, input_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """The first layer's input: x (B, S, D), and which tokens (T) are not padding."""
+    def valid_tokens(self, input_ids_BS: Tensor) -> Tensor:
+        """Which tokens (T) are not padding."""
         if self.pad_token_id >= 0:
-            valid_T = ops.reshape(ops.not_equal(input_ids_BS, self.pad_token_id), (-1,))
-        else:
-            valid_T = ops.reshape(input_ids_BS >= 0, (-1,))
-        x = ops.cast(self.tok_embeddings(input_ids_BS), self.residual_dtype)
-        return x, valid_T
+            return ops.reshape(ops.not_equal(input_ids_BS, self.pad_token_id), (-1,))
+        return ops.reshape(input_ids_BS >= 0, (-1,))
 
 
 class MixtralForCausalLM(nn.Cell):
@@ -89,6 +142,7 @@ class MixtralForCausalLM(nn.Cell):
         seed: seed of the initial weights; the same seed gives the same weights on every layout.
         backend: kernels to use, see `kernels.select_kernels`; None chooses by device_target.
         share: another network, of the same sizes, whose parameters this one uses as its own.
+        mesh: the ranks, of which each has its part of the network; one process has it whole.
 
     Source: arXiv 2401.04088; parameter names of MindFormers.
     """
@@ -102,30 +156,33 @@ class MixtralForCausalLM(nn.Cell):
         seq_length: int | None = None,
         backend: str | None = None,
         share: "MixtralForCausalLM | None" = None,
+        mesh: Mesh | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.mesh = mesh = mesh or (share.mesh if share else Mesh())
         self.ignore_token_id = config.ignore_token_id
         self.dtype = compute_type(config.compute_dtype)
         if backend is None:
             backend = "cpu" if mindspore.get_context("device_target") == "CPU" else "ascend"
-        kernels = select_kernels(backend, dropless=config.moe_config.dropless, dtype=self.dtype)
+        # experts that have rows of several ranks have any number of them
+        spread = mesh.grid.expert_parallel * mesh.grid.context_parallel > 1
+        dropless = config.moe_config.dropless or spread
+        kernels = select_kernels(backend, dropless=dropless, dtype=self.dtype)
         self.model = MixtralModel(
-            config, batch_size or config.batch_size, seq_length or config.seq_length, kernels
+            config, batch_size or config.batch_size, seq_length or config.seq_length, kernels, mesh
         )
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, compute_dtype=self.dtype)
         self.kernel_name = kernels.name
+        self._add_head(kernels)
+        layers = stage_layers(config, mesh.grid.pipeline_stage, mesh.stage)
         if config.pet_config is not None:
-            add_adapters(self.model.layers, config, kernels.name)
-        self.cross_entropy = kernels.cross_entropy()
+            add_adapters(self.model.layers, config, kernels.name, layers.start)
         # MindSpore numbers cells by attribute path only when a graph is built: do it now, so that
         # names are right for checkpoints before the first step.
-        for name, parameter in self.parameters_and_names():
-            parameter.name = name
+        for path, parameter in self.parameters_and_names():
+            parameter.name = _global_name(path, layers.start)
         if share is None:
-            initialize(self, config, seed)
+            initialize(self, config, seed, mesh)
         else:
             self._take_parameters(share)
         if config.pet_config is not None:
@@ -167,30 +224,76 @@ class MixtralForCausalLM(nn.Cell):
     ) -> tuple:
         """Summed cross entropy, supervised tokens, aux_L, z_L, load_LE, dropped_L, entropy_L."""
         hidden, *router = self.model(input_ids_BS, segment_ids_BS, positions_BS)
+        return (*self._language_loss(hidden, labels_BS), *router)
+
+    def stage_parts(
+        self,
+        hidden_BSD: Tensor,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        segment_ids_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+    ) -> tuple:
+        """What a pipeline stage makes of the hidden states of the one before it.
+
+        The first stage does not read hidden_BSD. Returns the hidden states for the next stage,
+        then as `loss_parts`; before the last stage the loss and its tokens are 0.
+        """
+        hidden, *router = self.model(input_ids_BS, segment_ids_BS, positions_BS, hidden_BSD)
+        if self.mesh_ends:
+            return (hidden, *self._language_loss(hidden, labels_BS), *router)
+        zero = Tensor(0.0, mstype.float32)
+        return (hidden, zero, zero, *router)
+
+    def _language_loss(self, hidden_BSD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed cross entropy and supervised tokens."""
+        if self.enter_head is not None:
+            hidden_BSD = self.enter_head(hidden_BSD)[0]
         labels_T = ops.reshape(labels_BS, (-1,))
         labels_T = ops.where(
             ops.equal(labels_T, self.ignore_token_id), Tensor(-1, mstype.int32), labels_T
         )
         tokens = ops.sum(ops.cast(labels_T >= 0, mstype.float32))
-        hidden_TD = ops.reshape(hidden, (-1, hidden.shape[-1]))
+        hidden_TD = ops.reshape(hidden_BSD, (-1, hidden_BSD.shape[-1]))
         lm_sum = self.cross_entropy(
             ops.cast(hidden_TD, self.dtype), ops.cast(self.head_weight(), self.dtype), labels_T
         )
-        return (lm_sum, tokens, *router)
+        return lm_sum, tokens
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
-        """Scores over the vocabulary, in the compute dtype."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden_BSD)
+        """Scores over the whole vocabulary, in the compute dtype."""
+        if self.enter_head is not None:
+            hidden_BSD = self.enter_head(hidden_BSD)[0]
         flat = ops.reshape(ops.cast(hidden_BSD, self.dtype), (-1, hidden_BSD.shape[-1]))
-        scores = ops.matmul(flat, ops.cast(self.head_weight(), self.dtype).T)
+        scores = self.head_product(flat, ops.cast(self.head_weight(), self.dtype))
+        if self.whole_vocabulary is not None:
+            scores = self.whole_vocabulary(scores)
         return ops.reshape(scores, hidden_BSD.shape[:-1] + (self.config.vocab_size,))
 
     def head_weight(self) -> Tensor:
-        """The (V, D) weight of the head: the embedding's when they are tied."""
-        if self.lm_head is None:
-            return self.model.tok_embeddings.embedding_weight
-        return self.lm_head.weight
+        """The (V, D) weight of the head, or this rank's rows of it; the embedding when tied."""
+        if self.lm_head is not None:
+            return self.lm_head.weight
+        weight = self.model.tok_embeddings.embedding_weight
+        return weight if self.own_rows is None else self.own_rows(weight)
+
+    def _add_head(self, kernels: KernelChoice) -> None:
+        """The head of the last stage; tensor-parallel ranks have a part of the vocabulary each."""
+        config, mesh, ranks = self.config, self.mesh, self.mesh.tensor
+        self.mesh_ends = mesh.is_last_stage
+        self.lm_head = self.enter_head = self.whole_vocabulary = self.own_rows = None
+        if not self.mesh_ends:
+            return
+        if not config.tie_word_embeddings:
+            rows = config.vocab_size // ranks.size
+            self.lm_head = Linear(config.hidden_size, rows, compute_dtype=self.dtype)
+        self.cross_entropy = kernels.cross_entropy(vocabulary=ranks)
+        self.head_product = ops.MatMul(transpose_b=True)
+        if ranks.size > 1:
+            self.enter_head = EnterSplit(ranks, sequence=mesh.grid.use_seq_parallel)
+            self.whole_vocabulary = GatherFromRanks(ranks, 1, partial=False)
+            if config.tie_word_embeddings and mesh.grid.vocab_emb_dp:
+                self.own_rows = SplitToRanks(ranks, 0)
 
     def weights(self) -> list[Parameter]:
         """The parameters that weights of this network have values for, adapters left out."""
@@ -207,3 +310,12 @@ class MixtralForCausalLM(nn.Cell):
         """Keep only each layer's input for the backward pass and compute the rest again."""
         for layer in self.model.layers:
             layer.recompute()
+
+
+def _global_name(path: str, first_layer: int) -> str:
+    """A parameter's name by its path, in which the layers of a stage are counted from 0."""
+    prefix, dot, rest = path.partition("model.layers.")
+    if not dot or not first_layer:
+        return path
+    number, _, name = rest.partition(".")
+    return f"{prefix}model.layers.{int(number) + first_layer}.{name}"

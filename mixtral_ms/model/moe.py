@@ -3,14 +3,23 @@
 Legend: B batch, S sequence, T tokens, D hidden, F intermediate, E experts, k experts a token.
 """
 
+from functools import partial
+
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from mixtral_ms.config.expert_ranks import expert_matrix
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.kernels.select import KernelChoice
+from mixtral_ms.model.context import KeepOverRanks
 from mixtral_ms.model.dispatch import CombineTokens, Dispatch, PermuteTokens, expert_capacity
+from mixtral_ms.model.exchange import ExpertExchange, experts_of_exchange
 from mixtral_ms.model.linear import empty_parameter
 from mixtral_ms.model.router import Router
+from mixtral_ms.parallel.collectives import CopyToRanks, EnterSplit, LeaveSplit
+from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.parallel.primitives import zeros_like
 
 
 class ExpertWeight(nn.Cell):
@@ -50,46 +59,100 @@ class RoutedExperts(nn.Cell):
     Args:
         config: the network's sizes and its moe_config.
         layer: layer number.
-        tokens: T, tokens of a batch, fixed for the compiled graph.
+        shape: batch size and sequence length on this rank, fixed for the compiled graph.
         kernels: the backend's operators.
         compute_dtype: dtype of the experts' products.
+        mesh: the ranks; this one has some of the experts, and of each some of its width.
     """
 
     def __init__(
         self,
         config: MixtralConfig,
         layer: int,
-        tokens: int,
+        shape: tuple[int, int],
         kernels: KernelChoice,
         compute_dtype: mstype.Type,
+        mesh: Mesh,
     ) -> None:
         super().__init__()
-        moe = config.moe_config
+        moe, tokens = config.moe_config, shape[0] * shape[1]
+        _, parts, width = expert_matrix(mesh.grid)
         self.compute_dtype = compute_dtype
-        self.router = Router(config.hidden_size, moe, layer)
-        self.ffn = ExpertWeights(moe.expert_num, config.hidden_size, config.intermediate_size)
+        self.router = Router(config.hidden_size, moe, layer, mesh.context, shape)
+        self.ffn = ExpertWeights(
+            moe.expert_num // parts, config.hidden_size, config.intermediate_size // width
+        )
         self.experts = kernels.experts()
         capacity = None
         if not moe.dropless:
             capacity = expert_capacity(
-                tokens, moe.num_experts_chosen, moe.expert_num, moe.capacity_factor
+                tokens * mesh.context.size,
+                moe.num_experts_chosen,
+                moe.expert_num,
+                moe.capacity_factor,
             )
-        self.dispatch = Dispatch(moe.expert_num, capacity, moe.enable_sdrop, self.experts.layout)
+        dispatch = partial(Dispatch, moe.expert_num, token_first=moe.enable_sdrop)
+        self.keep = None
+        if mesh.context.size > 1:
+            whole = dispatch(capacity=capacity, layout="packed") if capacity else None
+            self.keep = KeepOverRanks(mesh.context, shape, whole, moe.expert_num)
+        here = experts_of_exchange(mesh, moe.expert_num) if parts > 1 else None
+        self.dispatch = dispatch(
+            capacity=None if self.keep else capacity, layout=self.experts.layout, here=here
+        )
         self.permute = PermuteTokens(moe.num_experts_chosen)
+        self.exchange = self.here_e = None
+        if mesh.exchange.size > 1:
+            rows = tokens * moe.num_experts_chosen
+            self.exchange = ExpertExchange(mesh.exchange, here, rows, capacity)
+        elif here is not None:
+            self.here_e = Tensor(np.array(here, np.int32))
         self.combine = CombineTokens(moe.num_experts_chosen)
+        self.copy_gates = CopyToRanks(mesh.tensor) if mesh.tensor.size > 1 else None
 
-    def construct(self, x_TD: Tensor, valid_T: Tensor) -> tuple:
+    def construct(self, x_TD: Tensor, valid_T: Tensor, routed_TD: Tensor | None = None) -> tuple:
         """Returns y_TD and the layer's (aux, z, load_E, dropped share, router entropy).
 
         load_E is the share of assignments to each expert before dropping; the entropy, in nats,
-        is the mean over tokens of the router's softmax.
+        is the mean over tokens of the router's softmax. With tensor-parallel ranks y_TD is a term
+        of the sum over them, and routed_TD is x once more (see `EnterSplit`).
         """
-        gates_Tk, expert_Tk, probs_TE, logits_TE = self.router(x_TD)
-        placed = self.dispatch(expert_Tk, valid_T)
-        row_Tk, kept_Tk, assignment_R, sizes_E, counts_E = [ops.stop_gradient(p) for p in placed]
-        gates_Tk = ops.where(kept_Tk, gates_Tk, ops.zeros_like(gates_Tk))
+        gates_Tk, expert_Tk, probs_TE, logits_TE = self.router(
+            x_TD if routed_TD is None else routed_TD
+        )
+        placed = self._place(expert_Tk, valid_T)
+        row_Tk, kept_Tk, assignment_R, sizes_E, counts_E, taken_E = [
+            ops.stop_gradient(one) for one in placed
+        ]
+        if self.copy_gates is not None:
+            gates_Tk = self.copy_gates(gates_Tk)
+        gates_Tk = ops.where(kept_Tk, gates_Tk, zeros_like(gates_Tk))
         x_RD = self.permute(ops.cast(x_TD, self.compute_dtype), assignment_R, row_Tk, kept_Tk)
-        y_RD = self.experts(
+        y_RD = self._expert_outputs(x_RD, sizes_E)
+        y_TD = self.combine(y_RD, ops.cast(gates_Tk, self.compute_dtype), assignment_R, row_Tk)
+        aux, z = self.router.losses(probs_TE, logits_TE, counts_E, valid_T)
+        return y_TD, aux, z, *self.router.statistics(probs_TE, counts_E, taken_E, valid_T)
+
+    def _place(self, expert_Tk: Tensor, valid_T: Tensor) -> tuple:
+        """As `Dispatch`; counts_E and taken_E are those of all ranks that share a batch."""
+        valid_Tk = ops.broadcast_to(ops.expand_dims(valid_T, 1), expert_Tk.shape)
+        if self.keep is None:
+            return self.dispatch(expert_Tk, valid_Tk)
+        kept_Tk, counts_E, taken_E = self.keep(expert_Tk, valid_Tk)
+        placed = self.dispatch(expert_Tk, kept_Tk)
+        return (*placed[:4], counts_E, taken_E)
+
+    def _expert_outputs(self, x_RD: Tensor, sizes_E: Tensor) -> Tensor:
+        """The outputs of rows packed by expert, whichever rank computes them."""
+        if self.exchange is not None:
+            rows_ND, sizes_e, way = self.exchange(x_RD, sizes_E)
+            return self.exchange.returned(self._computed(rows_ND, sizes_e), way)
+        if self.here_e is not None:
+            sizes_E = ops.gather(sizes_E, self.here_e, 0)
+        return self._computed(x_RD, sizes_E)
+
+    def _computed(self, x_RD: Tensor, sizes_E: Tensor) -> Tensor:
+        return self.experts(
             x_RD,
             self.ffn.w1(self.compute_dtype),
             self.ffn.w3(self.compute_dtype),
@@ -97,34 +160,37 @@ class RoutedExperts(nn.Cell):
             sizes_E,
             *self.ffn.adapters(),
         )
-        y_TD = self.combine(y_RD, ops.cast(gates_Tk, self.compute_dtype), assignment_R, row_Tk)
-        aux, z = self.router.losses(probs_TE, logits_TE, counts_E, valid_T)
-        return y_TD, aux, z, *_statistics(probs_TE, counts_E, sizes_E, valid_T)
-
-
-def _statistics(
-    probs_TE: Tensor, counts_E: Tensor, sizes_E: Tensor, valid_T: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """load_E, dropped share and router entropy, for the log only."""
-    probs_TE = ops.stop_gradient(probs_TE)
-    counts_E = ops.cast(counts_E, mstype.float32)
-    total = ops.maximum(ops.sum(counts_E), Tensor(1.0, mstype.float32))
-    dropped = 1.0 - ops.sum(ops.cast(sizes_E, mstype.float32)) / total
-    weight_T = ops.cast(valid_T, mstype.float32)
-    entropy_T = -ops.sum(probs_TE * ops.log(probs_TE + 1e-20), 1)
-    tokens = ops.maximum(ops.sum(weight_T), Tensor(1.0, mstype.float32))
-    return counts_E / total, dropped, ops.sum(entropy_T * weight_T) / tokens
 
 
 class MoEFeedForward(nn.Cell):
     """The feed-forward part of a layer; `routed_experts` is MindFormers' name for its content."""
 
-    def __init__(self, *args: object) -> None:
+    def __init__(  # noqa: PLR0913 - everything its graph depends on
+        self,
+        config: MixtralConfig,
+        layer: int,
+        shape: tuple[int, int],
+        kernels: KernelChoice,
+        compute_dtype: mstype.Type,
+        mesh: Mesh,
+    ) -> None:
         super().__init__()
-        self.routed_experts = RoutedExperts(*args)
+        self.routed_experts = RoutedExperts(config, layer, shape, kernels, compute_dtype, mesh)
+        self.enter = self.leave = None
+        if mesh.tensor.size > 1:
+            self.enter = EnterSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
+            self.leave = LeaveSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
 
     def construct(self, x_BSD: Tensor, valid_T: Tensor) -> tuple:
         """As `RoutedExperts`, on (B, S, D)."""
-        shape = x_BSD.shape
-        outputs = self.routed_experts(ops.reshape(x_BSD, (-1, shape[-1])), valid_T)
-        return (ops.reshape(outputs[0], shape), *outputs[1:])
+        if self.enter is None:
+            outputs = self.routed_experts(_flat(x_BSD), valid_T)
+            return (ops.reshape(outputs[0], x_BSD.shape), *outputs[1:])
+        x_BSD, routed_BSD = self.enter(x_BSD)
+        outputs = self.routed_experts(_flat(x_BSD), valid_T, _flat(routed_BSD))
+        y_BSD = self.leave(ops.reshape(outputs[0], x_BSD.shape))
+        return (y_BSD, *outputs[1:])
+
+
+def _flat(x_BSD: Tensor) -> Tensor:
+    return ops.reshape(x_BSD, (-1, x_BSD.shape[-1]))

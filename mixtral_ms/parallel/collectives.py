@@ -10,6 +10,7 @@ from mindspore import Tensor, nn, ops
 
 from mixtral_ms.parallel import transport
 from mixtral_ms.parallel.mesh import ProcessGroup
+from mixtral_ms.parallel.primitives import zeros_like
 
 
 class CopyToRanks(nn.Cell):
@@ -160,7 +161,6 @@ class ExchangeRows(nn.Cell):
         super().__init__()
         self.there = transport.all_to_all(group, rows_in, rows_out)
         self.back = transport.all_to_all(group, rows_out, rows_in)
-        self.zeros = ops.ZerosLike()
 
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
         """Returns (rows_out, D)."""
@@ -168,7 +168,7 @@ class ExchangeRows(nn.Cell):
 
     def bprop(self, x_ND: Tensor, sent_PP: Tensor, out: Tensor, dout: Tensor) -> tuple:
         """Each row's gradient comes from where it went."""
-        return self.back(dout, ops.transpose(sent_PP, (1, 0))), self.zeros(sent_PP)
+        return self.back(dout, ops.transpose(sent_PP, (1, 0))), zeros_like(sent_PP)
 
 
 def _joined(parts: Tensor, axis: int) -> Tensor:

@@ -19,13 +19,10 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.parallel.mesh import ProcessGroup
+from mixtral_ms.parallel.primitives import sum_before, zeros_like
 
 sent_bytes: Counter[str] = Counter()
 """By the kind of group: what described ranks would have sent (see above)."""
-
-# Primitives, as ops.cumsum and ops.zeros_like do not compile in cells that a bprop calls.
-_EARLIER = ops.CumSum(exclusive=True)
-_ZEROS = ops.ZerosLike()
 
 
 def all_reduce(group: ProcessGroup) -> nn.Cell:
@@ -87,7 +84,7 @@ class _GatherBySum(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         x = ops.expand_dims(x, 0)
-        zeros = ops.zeros_like(x)
+        zeros = zeros_like(x)
         parts = ()
         for place in range(self.size):
             parts += (x if place == self.index else zeros,)
@@ -117,8 +114,8 @@ class _ExchangeByGather(nn.Cell):
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
         everyone_PND = self.gather(x_ND)
         everyone = ops.reshape(everyone_PND, (self.size * self.rows_in, x_ND.shape[1]))
-        source, place = _block_of(self.rows_out, sent_PP[:, self.index])
-        before_PP = _EARLIER(sent_PP, 1)
+        source, place = block_of(self.rows_out, sent_PP[:, self.index])
+        before_PP = sum_before(sent_PP, 1)
         begin_P = self.begins_P + before_PP[:, self.index]
         index = ops.minimum(ops.gather(begin_P, source, 0) + place, self.size * self.rows_in - 1)
         return ops.gather(everyone, index, 0)
@@ -135,22 +132,22 @@ class _ExchangeByScatter(nn.Cell):
 
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
         mine_P = sent_PP[self.index]
-        begin_P = _EARLIER(mine_P, 0)
-        earlier_P = _EARLIER(sent_PP, 0)[self.index]
+        begin_P = sum_before(mine_P, 0)
+        earlier_P = sum_before(sent_PP, 0)[self.index]
         results = ()
         for target in range(self.size):
             place = self.slots - earlier_P[target]
             held = ops.logical_and(place >= 0, place < mine_P[target])
-            index = ops.select(held, begin_P[target] + place, _ZEROS(place))
+            index = ops.select(held, begin_P[target] + place, zeros_like(place))
             picked = ops.gather(x_ND, index, 0)
             held_ND = ops.broadcast_to(ops.expand_dims(held, 1), picked.shape)
-            results += (ops.select(held_ND, picked, _ZEROS(picked)),)
+            results += (ops.select(held_ND, picked, zeros_like(picked)),)
         return self.scatter(ops.stack(results))
 
 
-def _block_of(rows: int, sizes_P: Tensor) -> tuple[Tensor, Tensor]:
+def block_of(rows: int, sizes_P: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of blocks that follow each other: its block, and its place in the block."""
-    begin_P = _EARLIER(sizes_P, 0)
+    begin_P = sum_before(sizes_P, 0)
     end_P = begin_P + sizes_P
     row_N = ops.arange(0, rows, 1, dtype=mstype.int32)
     passed_NP = ops.cast(ops.expand_dims(row_N, 1) >= ops.expand_dims(end_P, 0), mstype.int32)

@@ -28,7 +28,8 @@ def first_non_finite(step: TrainStep, micro_batches: list[Batch]) -> str:
 
 def _first_layer(model: MixtralModel, batch: Batch) -> int | None:
     """Number of the first layer whose output for a batch is not finite."""
-    x, valid_T = model.embed(Tensor(batch.input_ids))
+    input_ids = Tensor(batch.input_ids)
+    x, valid_T = model.tok_embeddings(input_ids), model.valid_tokens(input_ids)
     for index, layer in enumerate(model.layers):
         x = layer(x, valid_T, model.cos, model.sin)[0]
         if not np.isfinite(x.asnumpy()).all():

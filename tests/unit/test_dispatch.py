@@ -18,6 +18,7 @@ from mixtral_ms.kernels.native.build import native_library
 from mixtral_ms.kernels.select import select_kernels
 from mixtral_ms.model.dispatch import Dispatch, expert_capacity
 from mixtral_ms.model.moe import RoutedExperts
+from mixtral_ms.parallel.mesh import Mesh
 
 pytestmark = pytest.mark.usefixtures("pynative")
 
@@ -61,9 +62,11 @@ def test_every_assignment_has_its_own_slot_or_is_dropped(case, layout):
     if layout == "padded" and capacity is None:
         capacity = len(chosen_Tk)
     dispatch = Dispatch(experts, capacity, sdrop, layout)
-    placed = dispatch(Tensor(chosen_Tk), Tensor(valid_T))
-    row_Tk, kept_Tk, assignment_R, sizes_E, counts_E = (value.asnumpy() for value in placed)
+    valid_Tk = np.repeat(valid_T[:, None], chosen_Tk.shape[1], 1)
+    placed = dispatch(Tensor(chosen_Tk), Tensor(valid_Tk))
+    row_Tk, kept_Tk, assignment_R, sizes_E, counts_E, taken_E = (one.asnumpy() for one in placed)
 
+    np.testing.assert_array_equal(taken_E, sizes_E)
     expected_kept = hand_out_slots(chosen_Tk, experts, capacity, sdrop, valid_T)
     np.testing.assert_array_equal(kept_Tk, expected_kept)
     before = np.bincount(chosen_Tk[valid_T].ravel(), minlength=experts)
@@ -106,7 +109,7 @@ class Layer:
             intermediate_size=INTERMEDIATE,
             moe_config=config,
         )
-        cell = RoutedExperts(model, 0, tokens, kernels, mstype.float32).set_train()
+        cell = RoutedExperts(model, 0, (1, tokens), kernels, mstype.float32, Mesh()).set_train()
         generator = np.random.default_rng(seed)
         shapes = {"w1": (INTERMEDIATE, hidden), "w3": (INTERMEDIATE, hidden)}
         shapes["w2"] = (hidden, INTERMEDIATE)
