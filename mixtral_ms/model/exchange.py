@@ -50,6 +50,7 @@ class ExpertExchange(nn.Cell):
         self.experts_E = Tensor(np.array(experts, np.int32))
         from_one = rows if capacity is None else min(rows, self.each * capacity)
         self.rows = group.size * from_one
+        self.block_of = transport.BlockOf(self.rows)
         self.gather = transport.all_gather(group)
         self.there = ExchangeRows(group, rows, self.rows)
         self.back = ExchangeRows(group, self.rows, rows)
@@ -90,7 +91,7 @@ class ExpertExchange(nn.Cell):
         )
 
     def _index(self, sizes: Tensor, begins: Tensor) -> Tensor:
-        block_N, place_N = transport.block_of(self.rows, sizes)
+        block_N, place_N = self.block_of(sizes)
         return ops.minimum(ops.gather(begins, block_N, 0) + place_N, self.rows - 1)
 
 

@@ -106,15 +106,14 @@ class _ExchangeByGather(nn.Cell):
 
     def __init__(self, group: ProcessGroup, rows_in: int, rows_out: int) -> None:
         super().__init__()
-        self.index, self.size = group.index, group.size
-        self.rows_in, self.rows_out = rows_in, rows_out
-        self.gather = _GatherBySum(group)
+        self.index, self.size, self.rows_in = group.index, group.size, rows_in
+        self.gather, self.block_of = _GatherBySum(group), BlockOf(rows_out)
         self.begins_P = Tensor(np.arange(group.size, dtype=np.int32) * rows_in)
 
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
         everyone_PND = self.gather(x_ND)
         everyone = ops.reshape(everyone_PND, (self.size * self.rows_in, x_ND.shape[1]))
-        source, place = block_of(self.rows_out, sent_PP[:, self.index])
+        source, place = self.block_of(sent_PP[:, self.index])
         before_PP = sum_before(sent_PP, 1)
         begin_P = self.begins_P + before_PP[:, self.index]
         index = ops.minimum(ops.gather(begin_P, source, 0) + place, self.size * self.rows_in - 1)
@@ -145,14 +144,25 @@ class _ExchangeByScatter(nn.Cell):
         return self.scatter(ops.stack(results))
 
 
-def block_of(rows: int, sizes_P: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of blocks that follow each other: its block, and its place in the block."""
-    begin_P = sum_before(sizes_P, 0)
-    end_P = begin_P + sizes_P
-    row_N = ops.arange(0, rows, 1, dtype=mstype.int32)
-    passed_NP = ops.cast(ops.expand_dims(row_N, 1) >= ops.expand_dims(end_P, 0), mstype.int32)
-    block_N = ops.minimum(ops.sum(passed_NP, 1), sizes_P.shape[0] - 1)
-    return block_N, row_N - ops.gather(begin_P, block_N, 0)
+class BlockOf(nn.Cell):
+    """For each row of blocks that follow each other: its block, and its place in the block.
+
+    Args:
+        rows: how many rows there are; those behind the blocks count to the last one.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows_N = Tensor(np.arange(rows, dtype=np.int32))
+
+    def construct(self, sizes_P: Tensor) -> tuple[Tensor, Tensor]:
+        """Sizes of the blocks -> (N), (N)."""
+        begin_P = sum_before(sizes_P, 0)
+        end_P = begin_P + sizes_P
+        passed_NP = ops.expand_dims(self.rows_N, 1) >= ops.expand_dims(end_P, 0)
+        block_N = ops.sum(ops.cast(passed_NP, mstype.int32), 1)
+        block_N = ops.minimum(block_N, sizes_P.shape[0] - 1)
+        return block_N, self.rows_N - ops.gather(begin_P, block_N, 0)
 
 
 class _AllGather(nn.Cell):
