@@ -50,16 +50,16 @@ class SplitToRanks(nn.Cell):
 
     def __init__(self, group: ProcessGroup, axis: int) -> None:
         super().__init__()
-        self.index, self.size, self.axis = group.index, group.size, axis
+        self.index, self.parts = group.index, _Parts(group.size, axis)
         self.gather = transport.all_gather(group)
 
     def construct(self, x: Tensor) -> Tensor:
         """The own part."""
-        return ops.chunk(x, self.size, self.axis)[self.index]
+        return self.parts(x)[self.index]
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple:
         """The gradients of all parts."""
-        return (_joined(self.gather(dout), self.axis),)
+        return (self.parts.joined(self.gather(dout)),)
 
 
 class GatherFromRanks(nn.Cell):
@@ -74,20 +74,19 @@ class GatherFromRanks(nn.Cell):
 
     def __init__(self, group: ProcessGroup, axis: int, *, partial: bool) -> None:
         super().__init__()
-        self.index, self.size, self.axis, self.partial = group.index, group.size, axis, partial
+        self.index, self.partial, self.parts = group.index, partial, _Parts(group.size, axis)
         self.gather = transport.all_gather(group)
         self.scatter = transport.reduce_scatter(group)
 
     def construct(self, x: Tensor) -> Tensor:
         """The whole."""
-        return _joined(self.gather(x), self.axis)
+        return self.parts.joined(self.gather(x))
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple:
         """The own part of the gradient."""
-        parts = ops.chunk(dout, self.size, self.axis)
         if self.partial:
-            return (self.scatter(ops.stack(parts)),)
-        return (parts[self.index],)
+            return (self.scatter(self.parts.stacked(dout)),)
+        return (self.parts(dout)[self.index],)
 
 
 class SumScatter(nn.Cell):
@@ -95,17 +94,17 @@ class SumScatter(nn.Cell):
 
     def __init__(self, group: ProcessGroup, axis: int) -> None:
         super().__init__()
-        self.size, self.axis = group.size, axis
+        self.parts = _Parts(group.size, axis)
         self.gather = transport.all_gather(group)
         self.scatter = transport.reduce_scatter(group)
 
     def construct(self, x: Tensor) -> Tensor:
         """The own part of the sum."""
-        return self.scatter(ops.stack(ops.chunk(x, self.size, self.axis)))
+        return self.scatter(self.parts.stacked(x))
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple:
         """Each term has the gradient of the whole sum."""
-        return (_joined(self.gather(dout), self.axis),)
+        return (self.parts.joined(self.gather(dout)),)
 
 
 class EnterSplit(nn.Cell):
@@ -117,14 +116,14 @@ class EnterSplit(nn.Cell):
 
     def __init__(self, group: ProcessGroup, *, sequence: bool) -> None:
         super().__init__()
-        self.index, self.size, self.sequence = group.index, group.size, sequence
+        self.index, self.sequence, self.parts = group.index, sequence, _Parts(group.size, 1)
         self.sum = transport.all_reduce(group)
         self.gather = transport.all_gather(group)
         self.scatter = transport.reduce_scatter(group)
 
     def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x for what differs, x for what does not."""
-        whole = _joined(self.gather(x), 1) if self.sequence else x
+        whole = self.parts.joined(self.gather(x)) if self.sequence else x
         return whole, whole
 
     def bprop(self, x: Tensor, out: tuple, dout: tuple) -> tuple:
@@ -132,8 +131,7 @@ class EnterSplit(nn.Cell):
         partial, alike = dout
         if not self.sequence:
             return (self.sum(partial) + alike,)
-        summed = self.scatter(ops.stack(ops.chunk(partial, self.size, 1)))
-        return (summed + ops.chunk(alike, self.size, 1)[self.index],)
+        return (self.scatter(self.parts.stacked(partial)) + self.parts(alike)[self.index],)
 
 
 class LeaveSplit(nn.Cell):
@@ -171,6 +169,19 @@ class ExchangeRows(nn.Cell):
         return self.back(dout, ops.transpose(sent_PP, (1, 0))), zeros_like(sent_PP)
 
 
-def _joined(parts: Tensor, axis: int) -> Tensor:
-    """(P, ...) as one tensor, the parts following each other along `axis`."""
-    return ops.cat(ops.unbind(parts), axis)
+class _Parts(nn.Cell):
+    """A tensor's equal parts along an axis; primitives only (see primitives.py)."""
+
+    def __init__(self, size: int, axis: int) -> None:
+        super().__init__()
+        self.split, self.concat = ops.Split(axis, size), ops.Concat(axis)
+        self.stack, self.unstack = ops.Stack(), ops.Unstack()
+
+    def construct(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.split(x)
+
+    def stacked(self, x: Tensor) -> Tensor:
+        return self.stack(self.split(x))
+
+    def joined(self, parts: Tensor) -> Tensor:
+        return self.concat(self.unstack(parts))

@@ -1,8 +1,8 @@
 """Primitives in place of functions of `mindspore.ops` that fail in a bprop.
 
-ops.zeros_like, ops.cumsum and ops.arange are Python functions with a branch; where a bprop, or a
-cell that a bprop calls, uses them in a graph with collectives, compiling ends with "The func graph
-is empty". In place of arange take a constant.
+ops.zeros_like, cumsum, arange, chunk and others are Python functions with a branch. Where the
+forward pass uses such a function and a bprop, or a cell that a bprop calls, uses it again,
+compiling may end with "The func graph is empty": there take primitives, for arange a constant.
 """
 
 from mindspore import ops

@@ -79,7 +79,7 @@ class _AllReduce(nn.Cell):
 class _GatherBySum(nn.Cell):
     def __init__(self, group: ProcessGroup) -> None:
         super().__init__()
-        self.index, self.size = group.index, group.size
+        self.index, self.size, self.concat = group.index, group.size, ops.Concat(0)
         self.sum = ops.AllReduce(group=group.name)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class _GatherBySum(nn.Cell):
         parts = ()
         for place in range(self.size):
             parts += (x if place == self.index else zeros,)
-        return self.sum(ops.cat(parts, 0))
+        return self.sum(self.concat(parts))
 
 
 class _ScatterBySum(nn.Cell):
@@ -128,6 +128,7 @@ class _ExchangeByScatter(nn.Cell):
         self.index, self.size, self.rows_out = group.index, group.size, rows_out
         self.scatter = _ScatterBySum(group)
         self.slots = Tensor(np.arange(rows_out, dtype=np.int32))
+        self.select, self.stack = ops.Select(), ops.Stack()
 
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
         mine_P = sent_PP[self.index]
@@ -137,11 +138,11 @@ class _ExchangeByScatter(nn.Cell):
         for target in range(self.size):
             place = self.slots - earlier_P[target]
             held = ops.logical_and(place >= 0, place < mine_P[target])
-            index = ops.select(held, begin_P[target] + place, zeros_like(place))
+            index = self.select(held, begin_P[target] + place, zeros_like(place))
             picked = ops.gather(x_ND, index, 0)
             held_ND = ops.broadcast_to(ops.expand_dims(held, 1), picked.shape)
-            results += (ops.select(held_ND, picked, zeros_like(picked)),)
-        return self.scatter(ops.stack(results))
+            results += (self.select(held_ND, picked, zeros_like(picked)),)
+        return self.scatter(self.stack(results))
 
 
 class BlockOf(nn.Cell):
@@ -154,13 +155,14 @@ class BlockOf(nn.Cell):
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.rows_N = Tensor(np.arange(rows, dtype=np.int32))
+        self.sum = ops.ReduceSum()
 
     def construct(self, sizes_P: Tensor) -> tuple[Tensor, Tensor]:
         """Sizes of the blocks -> (N), (N)."""
         begin_P = sum_before(sizes_P, 0)
         end_P = begin_P + sizes_P
         passed_NP = ops.expand_dims(self.rows_N, 1) >= ops.expand_dims(end_P, 0)
-        block_N = ops.sum(ops.cast(passed_NP, mstype.int32), 1)
+        block_N = self.sum(ops.cast(passed_NP, mstype.int32), 1)
         block_N = ops.minimum(block_N, sizes_P.shape[0] - 1)
         return block_N, self.rows_N - ops.gather(begin_P, block_N, 0)
 
