@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor
 
 from mixtral_ms.config.model import MixtralConfig
-from mixtral_ms.config.stages import layers_per_stage
+from mixtral_ms.config.stages import stage_layers
 from mixtral_ms.data.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.connection import gather_objects, sum_values
@@ -62,7 +62,7 @@ class TrainStep:
     ) -> None:
         network.set_train()
         self.network, self.optimizer = network, optimizer
-        self.mesh: Mesh = getattr(network, "mesh", None) or Mesh()
+        self.mesh = network.mesh
         self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
         names = [parameter.name for parameter in network.trainable_params()]
         zero = bool(optimizer.shards)
@@ -157,9 +157,8 @@ class _Totals:
         rest = self.values[2:].reshape(layers, 4 + experts)
         self.aux_L, self.z_L, self.dropped_L, self.entropy_L = rest[:, :4].T
         self.load_LE = rest[:, 4:]
-        counts = layers_per_stage(config, mesh.grid.pipeline_stage)
-        begin = sum(counts[: mesh.stage])
-        self._own = slice(begin, begin + counts[mesh.stage])
+        own = stage_layers(config, mesh.grid.pipeline_stage, mesh.stage)
+        self._own = slice(own.start, own.stop)
         self._tokens_count = mesh.tensor_index == 0
         self._layers_count = mesh.tensor_index == 0 and mesh.context_index == 0
 

@@ -14,7 +14,6 @@ dp * a is what data index d sees as its micro batch m of a. So the two must agre
 
 import argparse
 import dataclasses
-import inspect
 import json
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.data.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.connection import connect
+from mixtral_ms.parallel.gradients import shard_groups
 from mixtral_ms.parallel.grid_text import parse_grid
 from mixtral_ms.parallel.mesh import Mesh
 from mixtral_ms.train.optimizer import AdamW
@@ -76,26 +76,17 @@ def micro_batch(config: MixtralConfig, step: int, number: int) -> Batch:
 def own_batches(config: MixtralConfig, mesh: Mesh, step: int, accumulation: int) -> list[Batch]:
     """This rank's rows and columns of a step."""
     data, parts = mesh.grid.data_parallel, mesh.grid.context_parallel
-    width = config.seq_length // parts
-    columns = slice(mesh.context_index * width, (mesh.context_index + 1) * width)
-    whole = [micro_batch(config, step, m * data + mesh.data_index) for m in range(accumulation)]
-    return [Batch(one.input_ids[:, columns], one.labels[:, columns]) for one in whole]
+    numbers = [micro * data + mesh.data_index for micro in range(accumulation)]
+    whole = [micro_batch(config, step, number) for number in numbers]
+    return [one.columns(mesh.context_index, parts) for one in whole]
 
 
-def build_network(config: MixtralConfig, mesh: Mesh) -> MixtralForCausalLM:
-    """The rank's part of the network."""
-    if "mesh" in inspect.signature(MixtralForCausalLM.__init__).parameters:
-        return MixtralForCausalLM(config, seed=1, mesh=mesh)
-    network = MixtralForCausalLM(config, seed=1)
-    network.mesh = mesh
-    return network
-
-
-def run(config: MixtralConfig, mesh: Mesh, *, steps: int, accumulation: int) -> dict:
+def run(config: MixtralConfig, mesh: Mesh, *, zero: bool, steps: int, accumulation: int) -> dict:
     """Train; returns the arrays to write."""
-    network = build_network(config, mesh)
+    network = MixtralForCausalLM(config, seed=1, mesh=mesh)
     names = [parameter.name for parameter in network.trainable_params()]
-    optimizer = AdamW(network.trainable_params(), eps=EPS, weight_decay=0.1)
+    shards = shard_groups(config, mesh, names) if zero else {}
+    optimizer = AdamW(network.trainable_params(), eps=EPS, weight_decay=0.1, shards=shards)
     step_fn = TrainStep(network, optimizer, accumulation, MAX_NORM)
     arrays, update = {}, optimizer.update
 
@@ -129,13 +120,14 @@ def main() -> None:
     options = parser.parse_args()
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
     mindspore.set_device("CPU")
-    grid, _ = parse_grid(options.grid)
+    grid, zero = parse_grid(options.grid)
     grid = dataclasses.replace(grid, use_seq_parallel=options.sequence_parallel)
     mesh = connect(grid)
     options.out.mkdir(parents=True, exist_ok=True)
     for model in options.models.split(","):
         config = model_config(model, **json.loads(options.changes))
-        arrays = run(config, mesh, steps=options.steps, accumulation=options.accumulation)
+        steps, accumulation = options.steps, options.accumulation
+        arrays = run(config, mesh, zero=zero, steps=steps, accumulation=accumulation)
         np.savez(options.out / f"{model}.rank_{mesh.rank}.npz", **arrays)
         if mesh.rank == 0:
             print(model, "losses", arrays["losses"], "norms", arrays["norms"], flush=True)
