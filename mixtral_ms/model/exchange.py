@@ -55,6 +55,7 @@ class ExpertExchange(nn.Cell):
         self.there = ExchangeRows(group, rows, self.rows)
         self.back = ExchangeRows(group, self.rows, rows)
         self.reorder = _Reorder()
+        self.sum = ops.ReduceSum()  # ops.sum makes int64 of int32, which kernels do not take
 
     def construct(self, x_RD: Tensor, sizes_E: Tensor) -> tuple:
         """Rows packed by expert -> rows (N, D) of this rank's experts, and their sizes_e.
@@ -63,13 +64,13 @@ class ExpertExchange(nn.Cell):
         """
         sizes_E = ops.cast(ops.gather(sizes_E, self.experts_E, 0), mstype.float32)
         counts_PE = ops.cast(self.gather(sizes_E), mstype.int32)
-        sent_PP = ops.sum(ops.reshape(counts_PE, (self.size, self.size, self.each)), 2)
+        sent_PP = self.sum(ops.reshape(counts_PE, (self.size, self.size, self.each)), 2)
         begin = self.index * self.each
         counts_Pe = counts_PE[:, begin : begin + self.each]
         # they come by rank, then by expert; experts want all their rows together
         by_expert_N, by_rank_N = self._orders(counts_Pe)
         rows_ND = self.reorder(self.there(x_RD, sent_PP), by_expert_N, by_rank_N)
-        return rows_ND, ops.sum(counts_Pe, 0), (sent_PP, by_expert_N, by_rank_N)
+        return rows_ND, self.sum(counts_Pe, 0), (sent_PP, by_expert_N, by_rank_N)
 
     def returned(self, y_ND: Tensor, way: tuple) -> Tensor:
         """The outputs of the rows that were given, (R, D), in their order."""
