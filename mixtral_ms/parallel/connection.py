@@ -4,6 +4,7 @@ Collectives inside the compiled network are in collectives.py.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import mindspore
@@ -24,8 +25,14 @@ def own_rank() -> int:
     return int(os.environ.get("RANK_ID", "0")) if started_processes() > 1 else 0
 
 
-def connect(grid: ParallelConfig) -> Mesh:
-    """Meet the other processes. To be called once, by all of them, after the device is set."""
+def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = None) -> Mesh:
+    """Meet the other processes. To be called once, by all of them, after the device is set.
+
+    Args:
+        grid: sizes of the rank grid, the same on all of them.
+        met: called with the group of all before any other group is made, to refuse what would make
+            them wait for each other.
+    """
     if started_processes() == 1:
         return Mesh(grid)
     from mindspore.communication import create_group, init  # noqa: PLC0415 - starts threads
@@ -41,11 +48,13 @@ def connect(grid: ParallelConfig) -> Mesh:
         return name
 
     mesh = Mesh(grid, own_rank(), make)
+    if met:
+        met(mesh.world)
     # All groups at once and in one order: members that make their groups in different orders
     # would wait for each other for ever.
     for kind in ("world", "tensor", "context", "tokens", "stage_ranks", "exchange"):
         getattr(mesh, kind)
-    _ = mesh.expert_copies
+    _ = mesh.expert_copies, mesh.expert_ranks
     for stage in range(grid.pipeline_stage - 1):  # neighbours, in the order of the pipeline
         if mesh.stage in (stage, stage + 1):
             mesh.pair(mesh.beside(2 * stage + 1 - mesh.stage))
@@ -83,6 +92,50 @@ def own_part(group: ProcessGroup, tensor: Tensor) -> Tensor:
     return tensor[group.index * rows : (group.index + 1) * rows]
 
 
+def exchange(pair: ProcessGroup, sent: Tensor | None, empty: Tensor | None) -> Tensor | None:
+    """Send a tensor to the other rank of a pair, receive one of it, or both in one message.
+
+    MCCL's collectives only sum: on the CPU it is a sum with zeros, of two slots when both send. The
+    branch for Ascend cannot run in CI.
+
+    Args:
+        pair: two ranks; what one of them sends the other must receive.
+        sent: None where nothing is to be sent.
+        empty: zeros of the shape and dtype that is received; None where nothing is.
+
+    Returns:
+        What the other rank sent, if `empty` was given.
+    """
+    if mindspore.get_context("device_target") != "CPU":
+        return _send_and_receive(pair, sent, empty)
+    if sent is None or empty is None:
+        total = sum_tensor(pair, empty if sent is None else sent)
+        return total if sent is None else None
+    slots = (sent, empty) if pair.index == 0 else (empty, sent)
+    return sum_tensor(pair, ops.stack(slots))[1 - pair.index]
+
+
+def _send_and_receive(
+    pair: ProcessGroup, sent: Tensor | None, empty: Tensor | None
+) -> Tensor | None:
+    from mindspore.mint import distributed  # noqa: PLC0415 - with the connection only
+
+    other = pair.ranks[1 - pair.index]
+
+    def send() -> None:
+        if sent is not None:
+            distributed.isend(sent, other, group=pair.name).wait()
+
+    def receive() -> None:
+        if empty is not None:
+            distributed.irecv(empty, other, group=pair.name).wait()
+
+    # The lower rank sends first: two that both waited for their message to be taken would hang.
+    for move in (send, receive) if pair.index == 0 else (receive, send):
+        move()
+    return empty
+
+
 def gather_tensors(group: ProcessGroup, tensor: Tensor) -> list[Tensor]:
     """The ranks' tensors of one shape, in the order of ranks."""
     if group.size == 1:
@@ -95,7 +148,7 @@ def gather_tensors(group: ProcessGroup, tensor: Tensor) -> list[Tensor]:
 
 
 def gather_objects(group: ProcessGroup, value: Any) -> list[Any]:
-    """The ranks' values (anything that pickles), in the order of ranks."""
+    """The ranks' values (of plain Python types), in the order of ranks."""
     if group.size == 1:
         return [value]
     from mindspore.mint import distributed  # noqa: PLC0415 - with the connection only

@@ -26,7 +26,7 @@ class MicroBatchGradients:
         self._clear = None
         if accumulation > 1:
             self._gradients = _AccumulateGradients(network)
-            self._clear = _Clear(self._gradients.sums)
+            self._clear = ClearSums(self._gradients.sums)
         else:
             self._gradients = _Gradients(network)
 
@@ -118,16 +118,7 @@ class _AccumulateGradients(_Gradients):
 
     def __init__(self, network: MixtralForCausalLM) -> None:
         super().__init__(network)
-        self.sums = ParameterTuple(
-            [
-                Parameter(
-                    Tensor.from_numpy(np.zeros(p.shape, np.float32)),
-                    f"grad_sum.{p.name}",
-                    requires_grad=False,
-                )
-                for p in self.weights
-            ]
-        )
+        self.sums = gradient_sums(self.weights)
 
     def construct(
         self,
@@ -147,7 +138,21 @@ class _AccumulateGradients(_Gradients):
         return outputs[1:], sums
 
 
-class _Clear(nn.Cell):
+def gradient_sums(weights: ParameterTuple) -> ParameterTuple:
+    """For each parameter a sum of its gradients."""
+    return ParameterTuple(
+        [
+            Parameter(
+                Tensor.from_numpy(np.zeros(p.shape, np.float32)),
+                f"grad_sum.{p.name}",
+                requires_grad=False,
+            )
+            for p in weights
+        ]
+    )
+
+
+class ClearSums(nn.Cell):
     """Sets sums of gradients back to zero."""
 
     def __init__(self, sums: ParameterTuple) -> None:
@@ -155,6 +160,7 @@ class _Clear(nn.Cell):
         self.sums = sums
 
     def construct(self) -> bool:
+        """Clear all of them."""
         for value in self.sums:
             ops.assign(value, ops.zeros_like(value))
         return True

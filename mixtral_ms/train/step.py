@@ -22,6 +22,7 @@ from mixtral_ms.parallel.layout import adapter_shapes, parameter_shapes
 from mixtral_ms.parallel.mesh import Mesh
 from mixtral_ms.train.micro_batches import MicroBatchGradients
 from mixtral_ms.train.optimizer import AdamW
+from mixtral_ms.train.pipeline import PipelineGradients
 
 
 @dataclass
@@ -67,7 +68,9 @@ class TrainStep:
         names = [parameter.name for parameter in network.trainable_params()]
         zero = bool(optimizer.shards)
         self._rules = gradient_rules(network.config, self.mesh, names, zero=zero)
-        self._gradients = MicroBatchGradients(network, accumulation)
+        stages = self.mesh.grid.pipeline_stage
+        kind = PipelineGradients if stages > 1 else MicroBatchGradients
+        self._gradients = kind(network, accumulation)
         self._last_gradients: list[Tensor] = []
 
     def __call__(
