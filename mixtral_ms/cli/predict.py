@@ -44,6 +44,8 @@ def answer_prompts(
         _print_logprobs(answers[0])
     else:
         answers = predict(model, prompts)
+        if model.rank:
+            return EXIT_OK  # the first rank speaks for all
         show_answers(answers)
     if output is not None:
         _write(output, answers)

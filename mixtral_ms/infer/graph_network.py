@@ -1,5 +1,8 @@
 """The network with a cache, in MindSpore operators and with static shapes.
 
+Over several ranks each has a part of the heads, of the experts and of the vocabulary, and the same
+tokens as all others; what they add up is summed.
+
 Legend: N sequences, t tokens of each, T = N * t tokens, D hidden, H heads, K kv heads, G heads per
 kv head, d head_dim, S keys that a sequence may see, E experts, k experts a token, F intermediate,
 P places of the cache, V vocabulary.
@@ -12,7 +15,7 @@ weight @ x^T; a decoding step always has ROWS tokens, padded where there are few
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -22,7 +25,9 @@ from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.kernels.elementwise import apply_rotary, swiglu
 from mixtral_ms.kernels.select import KernelChoice
 from mixtral_ms.model.dispatch import CombineTokens, Dispatch, PermuteTokens
+from mixtral_ms.parallel import transport
 from mixtral_ms.parallel.layout import EMBEDDING, FINAL_NORM, LAYER, LM_HEAD
+from mixtral_ms.parallel.mesh import ALONE, Mesh, ProcessGroup
 
 ROWS = 8
 """Tokens of a decoding step, and rows of a product with the head."""
@@ -51,6 +56,7 @@ class SharedParameters:
     keys: tuple[Parameter, ...]
     """(P, K, d) of each layer."""
     values: tuple[Parameter, ...]
+    mesh: Mesh = field(default_factory=Mesh)
 
     def weight(self, name: str) -> Weight:
         """The cell of one tensor."""
@@ -58,10 +64,11 @@ class SharedParameters:
 
 
 class Projection(nn.Cell):
-    """y = x W^T + b, computed as W x^T."""
+    """y = x W^T + b, computed as W x^T; `terms` are the ranks whose products are summed."""
 
-    def __init__(self, shared: SharedParameters, name: str) -> None:
+    def __init__(self, shared: SharedParameters, name: str, terms: ProcessGroup = ALONE) -> None:
         super().__init__(auto_prefix=False)
+        self.sum = transport.all_reduce(terms) if terms.size > 1 else None
         self.weight = shared.weight(f"{name}.weight")
         bias = f"{name}.bias"
         self.bias = shared.weight(bias) if bias in shared.tensors else None
@@ -70,6 +77,8 @@ class Projection(nn.Cell):
     def construct(self, x_TD: Tensor) -> Tensor:
         """Returns (T, outputs)."""
         y = ops.transpose(self.product(self.weight(), x_TD), (1, 0))
+        if self.sum is not None:
+            y = self.sum(y)
         return y if self.bias is None else y + self.bias()
 
 
@@ -81,11 +90,14 @@ class CachedAttention(nn.Cell):
     ) -> None:
         super().__init__(auto_prefix=False)
         prefix = LAYER.format(layer=layer) + "attention."
-        self.wq, self.wk, self.wv, self.wo = (
-            Projection(shared, prefix + name) for name in ("wq", "wk", "wv", "wo")
+        ranks = shared.mesh.tensor
+        self.wq, self.wk, self.wv = (
+            Projection(shared, prefix + name) for name in ("wq", "wk", "wv")
         )
+        self.wo = Projection(shared, prefix + "wo", ranks)
         self.keys, self.values = shared.keys[layer], shared.values[layer]
-        self.sequences, self.kv_heads, self.head_dim = sequences, config.n_kv_heads, config.head_dim
+        self.sequences, self.head_dim = sequences, config.head_dim
+        self.kv_heads = config.n_kv_heads // ranks.size
         self.groups = config.num_heads // config.n_kv_heads
         self.scale = 1.0 / float(np.sqrt(config.head_dim))
         self.write = ops.ScatterUpdate()
@@ -156,6 +168,15 @@ class _Experts(nn.Cell):
             shared.weight(f"{prefix}ffn.{name}.weight") for name in ("w1", "w2", "w3")
         )
         self.experts = config.moe_config.expert_num
+        mesh = shared.mesh
+        here = self.experts // mesh.grid.expert_parallel
+        self.first, self.end = mesh.expert_part * here, (mesh.expert_part + 1) * here
+        ranks = mesh.expert_ranks
+        self.sum = transport.all_reduce(ranks) if ranks.size > 1 else None
+
+    def summed(self, y: Tensor) -> Tensor:
+        """What the experts of all ranks add up to."""
+        return y if self.sum is None else self.sum(y)
 
 
 class SparseExperts(_Experts):
@@ -166,7 +187,8 @@ class SparseExperts(_Experts):
     ) -> None:
         super().__init__(config, shared, layer)
         self.network = kernels.experts()
-        self.dispatch = Dispatch(self.experts, None, False, self.network.layout)
+        here = range(self.first, self.end)
+        self.dispatch = Dispatch(self.experts, None, False, self.network.layout, here)
         self.permute = PermuteTokens(config.moe_config.num_experts_chosen)
         self.combine = CombineTokens(config.moe_config.num_experts_chosen)
 
@@ -177,8 +199,9 @@ class SparseExperts(_Experts):
         row_Tk, kept_Tk, assignment_R, sizes_E, *_ = self.dispatch(expert_Tk, valid_Tk)
         gates_Tk = ops.where(kept_Tk, gates_Tk, ops.zeros_like(gates_Tk))
         x_RD = self.permute(x_TD, assignment_R, row_Tk, kept_Tk)
+        sizes_E = sizes_E[self.first : self.end]
         y_RD = self.network(x_RD, self.w1(), self.w3(), self.w2(), sizes_E)
-        return self.combine(y_RD, gates_Tk, assignment_R, row_Tk)
+        return self.summed(self.combine(y_RD, gates_Tk, assignment_R, row_Tk))
 
 
 class DenseExperts(_Experts):
@@ -196,16 +219,17 @@ class DenseExperts(_Experts):
         """Returns (T, D)."""
         tokens, hidden = x_TD.shape
         gates_Tk, expert_Tk = self.routing(x_TD)
-        ids_E = ops.arange(0, self.experts, 1, dtype=mstype.int32)
+        ids_E = ops.arange(self.first, self.end, 1, dtype=mstype.int32)
         chosen_TkE = ops.equal(ops.expand_dims(expert_Tk, 2), ids_E)
         gates_TE = ops.sum(ops.cast(chosen_TkE, mstype.float32) * ops.expand_dims(gates_Tk, 2), 1)
-        x_ETD = ops.broadcast_to(ops.expand_dims(x_TD, 0), (self.experts, tokens, hidden))
+        here = self.end - self.first
+        x_ETD = ops.broadcast_to(ops.expand_dims(x_TD, 0), (here, tokens, hidden))
         act_EFT = swiglu(self.into(self.w1(), x_ETD), self.into(self.w3(), x_ETD))
         y_EDT = self.out(self.w2(), act_EFT)
         gates_E1T = ops.expand_dims(ops.transpose(gates_TE, (1, 0)), 1)
         # where, not the product alone: what an expert not chosen gives may be no number.
         y_EDT = ops.where(gates_E1T > 0, y_EDT * gates_E1T, ops.zeros_like(y_EDT))
-        return ops.transpose(ops.sum(y_EDT, 0), (1, 0))
+        return self.summed(ops.transpose(ops.sum(y_EDT, 0), (1, 0)))
 
 
 class CachedNetwork(nn.Cell):
@@ -274,7 +298,13 @@ class Head(nn.Cell):
         super().__init__(auto_prefix=False)
         self.weight = shared.weight(EMBEDDING if config.tie_word_embeddings else LM_HEAD)
         self.product = ops.MatMul(transpose_b=True)
+        # a tied embedding is whole on every rank
+        split = shared.mesh.tensor.size > 1 and not config.tie_word_embeddings
+        self.gather = transport.all_gather(shared.mesh.tensor) if split else None
 
     def construct(self, x_TD: Tensor) -> Tensor:
         """Returns (V, T)."""
-        return self.product(self.weight(), x_TD)
+        scores = self.product(self.weight(), x_TD)
+        if self.gather is None:
+            return scores
+        return ops.reshape(self.gather(scores), (-1, x_TD.shape[0]))

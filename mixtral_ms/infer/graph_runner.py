@@ -15,6 +15,7 @@ from mixtral_ms.infer.runner import Runner, StepInput
 from mixtral_ms.infer.weights import InferWeights
 from mixtral_ms.kernels.elementwise import rotary_tables
 from mixtral_ms.kernels.select import select_kernels
+from mixtral_ms.parallel.mesh import Mesh
 
 _MASKED = -3.0e4
 _FEWEST_TOKENS, _FEWEST_KEYS = 16, 64
@@ -31,13 +32,20 @@ class GraphRunner(Runner):
         config: the network's sizes.
         weights: its tensors.
         num_blocks, block_size: of the cache, which is allocated at once.
+        mesh: the ranks, which all take the same steps; `weights` are this one's parts.
     """
 
     name = "graph"
 
     def __init__(
-        self, config: MixtralConfig, weights: InferWeights, num_blocks: int, block_size: int
+        self,
+        config: MixtralConfig,
+        weights: InferWeights,
+        num_blocks: int,
+        block_size: int,
+        mesh: Mesh | None = None,
     ) -> None:
+        mesh = mesh or Mesh()
         mindspore.set_context(mode=mindspore.GRAPH_MODE)
         self.num_blocks, self.block_size = num_blocks, block_size
         self._config = config
@@ -45,13 +53,15 @@ class GraphRunner(Runner):
         self._kernels = select_kernels(device, dropless=True)
         # After the blocks: a place of zeros to read for keys that are none, and one to write to.
         self._zero_place = num_blocks * block_size
-        shape = (self._zero_place + _PADDING_PLACES, config.n_kv_heads, config.head_dim)
+        kv_heads = config.n_kv_heads // mesh.tensor.size
+        shape = (self._zero_place + _PADDING_PLACES, kv_heads, config.head_dim)
         layers = range(config.num_layers)
         self._shared = SharedParameters(
             {name: _parameter(name, value) for name, value in weights.tensors.items()},
             {name: _parameter(f"{name}.scale", value) for name, value in weights.scales.items()},
             tuple(_parameter(f"keys.{i}", np.zeros(shape, np.float32)) for i in layers),
             tuple(_parameter(f"values.{i}", np.zeros(shape, np.float32)) for i in layers),
+            mesh,
         )
         self._cos, self._sin = rotary_tables(config.seq_length, config.head_dim, config.theta)
         self._networks: dict[tuple[int, int, int], CachedNetwork] = {}

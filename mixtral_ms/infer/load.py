@@ -17,6 +17,7 @@ from mixtral_ms.infer.params import SamplingParams
 from mixtral_ms.infer.runner import select_runner
 from mixtral_ms.infer.weights import load_weights
 from mixtral_ms.log import get_logger
+from mixtral_ms.parallel.mesh import Mesh
 
 _USUAL_BATCH = 32
 
@@ -32,6 +33,8 @@ class LoadedModel:
     """"C++" or "graph"."""
     seconds: float
     """How long loading took."""
+    rank: int = 0
+    """Of this process, where several share the network; the first one speaks for all."""
 
     @property
     def network(self) -> MixtralConfig:
@@ -57,10 +60,15 @@ class LoadedModel:
         return [*bos, *tokenizer.encode(text), *eos]
 
 
-def load_model(config: RunConfig) -> LoadedModel:
+def load_model(config: RunConfig, mesh: Mesh | None = None) -> LoadedModel:
     """Open tokenizer and weights, and build the engine that the configuration describes.
 
-    On a CPU the C++ runner is taken where it can be had; any other device runs MindSpore graphs.
+    On a CPU the C++ runner is taken where it can be had; any other device, and several ranks, run
+    MindSpore graphs. Several ranks must all be asked the same, in the same order.
+
+    Args:
+        config: the run.
+        mesh: the ranks, if the caller has met them; else they are met here.
 
     Raises:
         UserError: no weights or tokenizer are given, they do not fit the network, are damaged or
@@ -71,8 +79,9 @@ def load_model(config: RunConfig) -> LoadedModel:
     network = config.model.model_config
     sampling_params(config)
     tokenizer = _open_tokenizer(config)
-    weights = load_weights(open_run_weights(config), network, config.weight_dtype)
-    runner = select_runner(network, weights, backend=_backend(config))
+    mesh = mesh or _meet(config)
+    weights = load_weights(open_run_weights(config), network, config.weight_dtype, mesh)
+    runner = select_runner(network, weights, backend=_backend(config), mesh=mesh)
     batch = config.predict_batch_size or _USUAL_BATCH
     engine = Engine(runner, tokenizer, network, max_batch_size=batch)
     seconds = time.monotonic() - start
@@ -83,7 +92,16 @@ def load_model(config: RunConfig) -> LoadedModel:
         config.load_checkpoint,
         seconds,
     )
-    return LoadedModel(config, engine, tokenizer, runner.name, seconds)
+    return LoadedModel(config, engine, tokenizer, runner.name, seconds, mesh.rank)
+
+
+def _meet(config: RunConfig) -> Mesh:
+    """The processes that share the network."""
+    if not config.use_parallel:
+        return Mesh()
+    from mixtral_ms.parallel.connection import connect  # noqa: PLC0415 - imports MindSpore
+
+    return connect(config.parallel_config)
 
 
 def open_run_weights(config: RunConfig) -> TensorSource:

@@ -13,6 +13,7 @@ import numpy as np
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
+from mixtral_ms.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from mixtral_ms.infer.weights import InferWeights
@@ -79,8 +80,11 @@ def select_runner(
     block_size: int | None = None,
     *,
     backend: str = "auto",
+    mesh: Mesh | None = None,
 ) -> Runner:
     """The C++ runner where it can be had, else the graph runner; the log says which.
+
+    Over several ranks it is the graph runner.
 
     Args:
         config: the network's sizes.
@@ -88,6 +92,7 @@ def select_runner(
         num_blocks: blocks of the cache; None takes `num_blocks` of the configuration.
         block_size: positions in a block; None takes `block_size` of the configuration.
         backend: "auto", or "native" or "graph" for that one and no other.
+        mesh: the ranks; None for one process.
 
     Raises:
         UserError: another backend.
@@ -96,7 +101,8 @@ def select_runner(
     if backend not in BACKENDS:
         raise UserError(f"runner {backend!r}: allowed are {', '.join(BACKENDS)}")
     num_blocks, block_size = num_blocks or config.num_blocks, block_size or config.block_size
-    if backend in ("auto", "native"):
+    over_ranks = mesh is not None and mesh.world_size > 1
+    if backend in ("auto", "native") and not over_ranks:
         from mixtral_ms.infer.native_runner import NativeRunner  # noqa: PLC0415 - it compiles
 
         try:
@@ -107,4 +113,4 @@ def select_runner(
             get_logger().info("the C++ runner cannot be used: %s", error)
     from mixtral_ms.infer.graph_runner import GraphRunner  # noqa: PLC0415 - imports MindSpore
 
-    return GraphRunner(config, weights, num_blocks, block_size)
+    return GraphRunner(config, weights, num_blocks, block_size, mesh)

@@ -3,17 +3,20 @@
 Legend: D hidden, F intermediate, E experts.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 
 from mixtral_ms.checkpoint.dtypes import cast
+from mixtral_ms.checkpoint.part_source import PartSource
+from mixtral_ms.checkpoint.regions import Region
 from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.errors import UserError
-from mixtral_ms.parallel.layout import parameter_shapes
+from mixtral_ms.parallel.layout import parameter_shapes, placement_on_stage
+from mixtral_ms.parallel.mesh import Mesh
 
 WeightDtype = Literal["float32", "float16", "int8"]
 WEIGHT_DTYPES: tuple[WeightDtype, ...] = get_args(WeightDtype)
@@ -41,9 +44,12 @@ class InferWeights:
 
 
 def load_weights(
-    source: TensorSource, config: MixtralConfig, weight_dtype: WeightDtype = "float32"
+    source: TensorSource,
+    config: MixtralConfig,
+    weight_dtype: WeightDtype = "float32",
+    mesh: Mesh | None = None,
 ) -> InferWeights:
-    """The network's tensors from a source that has our names.
+    """The network's tensors, or a rank's parts of them, from a source that has our names.
 
     What already has the wanted dtype stays a view of the file; anything else is cast piece by
     piece, so that no more than 64 MB exist twice.
@@ -57,6 +63,9 @@ def load_weights(
         raise UserError(f"weight_dtype {weight_dtype!r}: allowed are {', '.join(WEIGHT_DTYPES)}")
     shapes = parameter_shapes(config)
     _check_tensors(source, shapes)
+    if mesh is not None and mesh.world_size > 1:
+        source = PartSource(source, _regions(shapes, mesh))
+        shapes = {name: source.infos[name].shape for name in shapes}
     tensors: dict[str, np.ndarray] = {}
     scales: dict[str, np.ndarray] = {}
     problems: list[str] = []
@@ -83,6 +92,15 @@ def load_weights(
             f"{source.path}: NaN or infinity as {weight_dtype} in {_listed(problems)}{advice}"
         )
     return InferWeights(weight_dtype, tensors, scales)
+
+
+def _regions(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> dict[str, Region]:
+    """What a rank needs for prediction: as in training, but of the embedding everything."""
+    grid = replace(mesh.grid, vocab_emb_dp=True)
+    return {
+        name: placement_on_stage(name, len(shape), grid).region(shape, mesh.rank)
+        for name, shape in shapes.items()
+    }
 
 
 def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]]) -> None:

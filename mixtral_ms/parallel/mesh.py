@@ -137,6 +137,14 @@ class Mesh:
         first = self._stage_begin + (self.rank - self._stage_begin) % step
         return self._group("expert_copies", range(first, first + copies * step, step))
 
+    @cached_property
+    def expert_ranks(self) -> ProcessGroup:
+        """Ranks that hold all experts once, this one among them."""
+        _, parts, width = expert_matrix(self.grid)
+        step = parts * width
+        first = self._stage_begin + (self.rank - self._stage_begin) // step * step
+        return self._group("expert_ranks", range(first, first + step))
+
     @property
     def expert_part(self) -> int:
         """Which of the expert_parallel parts of the experts this rank has."""
