@@ -29,6 +29,8 @@ def main(argv: Sequence[str]) -> int:
     trainer = Trainer(config)
     if config.run_mode == "eval":
         result = trainer.evaluate()
+        if trainer.mesh.rank:
+            return 0  # the first rank prints for all
         print(f"loss {result.loss:.6f} perplexity {result.perplexity:.6f} tokens {result.tokens}")
         if result.exact_perplexity is not None:
             print(_rounding_text(result, config.weight_dtype))

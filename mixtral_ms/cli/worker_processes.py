@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,14 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from mixtral_ms.cli.main_guard import EXIT_BAD_INPUT
+
 EXIT_TIME_LIMIT = 124
 """As `timeout` gives it."""
 
 _POLL_SECONDS = 0.1
 _AFTER_FAILURE_SECONDS = 3.0  # the others wait for the dead one and can save nothing
+_SAME_ERROR_SECONDS = 5.0  # between ranks that all find the same mistake in what they were given
 _SCHEDULER_SECONDS = 10.0  # it ends by itself when all workers have left
 _TAIL_BYTES, _TAIL_LINES, _ERROR_LINES = 1 << 16, 20, 40
 _ERROR_STARTS = ("Traceback (most recent call last)", "error: ", "failed: ")
+_TEARDOWN = re.compile(rb"^\[INFO\] DISTRIBUTED\([^\n]*(\n|\Z)", re.MULTILINE)
+"""What MindSpore logs while it is unloaded, when it no longer knows GLOG_v."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -90,6 +96,7 @@ class Worker:
         """Print what it has written since the last time; `named` puts its name before lines."""
         new = self._read_from(self._shown)
         self._shown += len(new)
+        new = _TEARDOWN.sub(b"", new)
         if named:
             *lines, self._unfinished_line = (self._unfinished_line + new).split(b"\n")
             new = b"".join(b"[%s] %s\n" % (self.name.encode(), line) for line in lines)
@@ -100,7 +107,7 @@ class Worker:
     def last_words(self) -> str:
         """The end of its log, from the last error on where there is one."""
         text = self._read_from(max(0, self.log.stat().st_size - _TAIL_BYTES))
-        lines = text.decode(errors="replace").rstrip().splitlines()
+        lines = _TEARDOWN.sub(b"", text).decode(errors="replace").rstrip().splitlines()
         starts = [i for i, line in enumerate(lines) if line.startswith(_ERROR_STARTS)]
         if starts:
             return "\n".join(lines[starts[-1] :][:_ERROR_LINES])
@@ -198,6 +205,11 @@ class _Watch:
 
     def _failure(self, failed: Sequence[Worker]) -> int:
         """Say whose fault it was, then end the others."""
+        main = self.shown[0]
+        if failed[0].status == EXIT_BAD_INPUT and main not in failed:
+            # what all ranks find wrong is said once, by the one whose output is shown
+            self._wait(_SAME_ERROR_SECONDS, lambda: main.poll() is not None)
+            failed = [main] if main.poll() == EXIT_BAD_INPUT else failed
         self._show()
         first = failed[0]
         lines = ["", f"failed: {first.how_it_ended()}; its log is {first.log}"]

@@ -68,11 +68,6 @@ def _check_world(config: RunConfig, world_size: int) -> list[str]:
             f"process{'es were' if world_size > 1 else ' was'} started: change parallel_config, "
             f"start {needed} processes, or set --use_parallel False"
         ]
-    if world_size > 1:  # the one place that says so
-        return [
-            f"use_parallel True with {world_size} processes is not supported yet: start one "
-            "process with --use_parallel False"
-        ]
     return []
 
 

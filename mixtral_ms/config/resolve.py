@@ -39,14 +39,24 @@ def rank_count(config: RunConfig) -> int:
     return grid.data_parallel * grid.model_parallel * grid.pipeline_stage * grid.context_parallel
 
 
+def pipeline_micro_batches(grid: ParallelConfig) -> int:
+    """Micro batches of a rank in one accumulation step."""
+    return grid.micro_batch_num if grid.pipeline_stage > 1 else 1
+
+
 def rows_per_micro_step(config: RunConfig) -> int:
     """Rows of all ranks whose gradients one accumulation step takes.
 
     In a pipeline that is one row of micro batches.
     """
     grid = effective_parallel(config)
-    micro_batches = grid.micro_batch_num if grid.pipeline_stage > 1 else 1
-    return (config.runner_config.batch_size or 0) * grid.data_parallel * micro_batches
+    rows = (config.runner_config.batch_size or 0) * grid.data_parallel
+    return rows * pipeline_micro_batches(grid)
+
+
+def rows_per_step(config: RunConfig) -> int:
+    """Rows of all ranks that one optimizer step takes."""
+    return rows_per_micro_step(config) * config.runner_config.gradient_accumulation_steps
 
 
 def _resolve_datasets(config: RunConfig) -> None:

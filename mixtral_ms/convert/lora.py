@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 
 from mixtral_ms.checkpoint.dtypes import cast
+from mixtral_ms.checkpoint.rank_files import ADAPTER_STEM
 from mixtral_ms.checkpoint.regions import whole_region
-from mixtral_ms.checkpoint.sharded import checkpoint_folder
-from mixtral_ms.checkpoint.store import load_checkpoint, resolve_checkpoint
+from mixtral_ms.checkpoint.sharded import checkpoint_folder, open_source
+from mixtral_ms.checkpoint.store import resolve_checkpoint
 from mixtral_ms.checkpoint.tensors import Region, TensorInfo, TensorSource
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.config.pet_section import PetSection
 from mixtral_ms.convert.peft import CONFIG_FILE
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
-from mixtral_ms.parallel.layout import LORA_A, LORA_B, adapter_shapes
+from mixtral_ms.parallel.layout import LORA_A, LORA_B, adapter_shapes, parameter_of
 
-ADAPTER_STEM = "adapter"
-"""Name of the file of adapters in our own checkpoints."""
 ADAPTER_KEY = "adapter"
 _PROBLEMS_SHOWN = 10
 
@@ -63,12 +62,28 @@ def open_adapter(path: Path, config: MixtralConfig, flag: str = ADAPTER_KEY) -> 
 
 
 def _open_checkpoint(path: Path, flag: str) -> Adapter:
-    checkpoint = load_checkpoint(resolve_checkpoint(path), verify=False)
-    if ADAPTER_STEM not in checkpoint.tensors:
-        raise UserError(f"{flag}: {checkpoint.path} holds whole weights, and no adapter")
-    pet = PetSection(**checkpoint.state["model_config"]["pet_config"])
-    tensors = checkpoint.tensors[ADAPTER_STEM].source
-    return Adapter(checkpoint.path, pet, tensors, checkpoint.state["base"])
+    opened = open_source(resolve_checkpoint(path), verify=False)
+    tensors = _AdapterTensors(opened.tensors)
+    if not tensors.infos:
+        raise UserError(f"{flag}: {opened.folder} holds whole weights, and no adapter")
+    pet = PetSection(**opened.state["model_config"]["pet_config"])
+    return Adapter(opened.folder, pet, tensors, opened.state["base"])
+
+
+class _AdapterTensors(TensorSource):
+    """A and B alone of a checkpoint with optimizer state."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.path, self._source = source.path, source
+        self.infos = {
+            name: info
+            for name, info in source.infos.items()
+            if name.endswith((LORA_A, LORA_B)) and parameter_of(name) == name
+        }
+
+    def read(self, name: str, region: Region | None = None) -> np.ndarray:
+        """See TensorSource."""
+        return self._source.read(name, region)
 
 
 def _with_adapters(config: MixtralConfig, pet: PetSection) -> MixtralConfig:

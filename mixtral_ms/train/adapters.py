@@ -1,26 +1,35 @@
 """What a LoRA run has besides any run: the weights that it is for, and PEFT's files."""
 
+import dataclasses
 from pathlib import Path
 
 from mixtral_ms.config import RunConfig
-from mixtral_ms.convert.lora import base_record, fingerprint
+from mixtral_ms.convert.lora import base_record, fingerprint, fingerprint_of, open_adapter
 from mixtral_ms.convert.peft import write_peft
+from mixtral_ms.infer.load import open_run_weights
 from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.parallel.layout import adapter_shapes
 
 PEFT_FOLDER = "peft"
 
 
 def base_of(config: RunConfig, network: MixtralForCausalLM) -> dict[str, str]:
     """The record of the weights beneath the adapters."""
-    tensors = ((p.name, p.shape, p.asnumpy().__getitem__) for p in network.weights())
-    return base_record(config.load_checkpoint or "", fingerprint(tensors))
+    if network.mesh.world_size > 1:
+        # no rank may hold all of them; in the file they are what they were loaded from
+        weights = fingerprint_of(open_run_weights(dataclasses.replace(config, adapter="")))
+    else:
+        tensors = ((p.name, p.shape, p.asnumpy().__getitem__) for p in network.weights())
+        weights = fingerprint(tensors)
+    return base_record(config.load_checkpoint or "", weights)
 
 
-def save_peft(config: RunConfig, network: MixtralForCausalLM) -> Path:
-    """Write the adapters in PEFT's format; returns the folder, in output_dir."""
-    folder = Path(config.output_dir) / PEFT_FOLDER
-    arrays = {p.name: p.asnumpy() for p in network.trainable_params()}
-    write_peft(folder, arrays, network.config.pet_config, config.load_checkpoint or "")
+def save_peft(config: RunConfig, checkpoints: Path) -> Path:
+    """Write the newest checkpoint's adapters in PEFT's format; returns the folder."""
+    folder, network = Path(config.output_dir) / PEFT_FOLDER, config.model.model_config
+    tensors = open_adapter(checkpoints, network).tensors
+    arrays = {name: tensors.read(name) for name in adapter_shapes(network)}
+    write_peft(folder, arrays, network.pet_config, config.load_checkpoint or "")
     return folder
 
 

@@ -1,10 +1,12 @@
 """From a configuration to the objects of a run."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import mindspore
 
+from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.data_sections import DatasetSection
 from mixtral_ms.config.training_sections import (
@@ -13,11 +15,13 @@ from mixtral_ms.config.training_sections import (
     TensorBoardSection,
 )
 from mixtral_ms.convert.lora import open_adapter
-from mixtral_ms.convert.weights import open_weights
 from mixtral_ms.data.loader import RecordLoader
+from mixtral_ms.infer.load import open_run_weights
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
-from mixtral_ms.train.checkpointing import load_parameters
+from mixtral_ms.parallel.gradients import shard_groups
+from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.train.checkpointing import is_zero, load_parameters
 from mixtral_ms.train.metrics import METRICS_FILE
 from mixtral_ms.train.optimizer import AdamW
 from mixtral_ms.train.samples import Samples
@@ -33,7 +37,9 @@ def set_up_device(config: RunConfig) -> None:
         if config.runner_config.sink_mode:
             get_logger().info("runner_config.sink_mode True has no effect on CPU")
     else:
-        mindspore.set_device(context.device_target, context.device_id)
+        # a launcher gives each of its processes a device
+        device_id = int(os.environ.get("DEVICE_ID", context.device_id))
+        mindspore.set_device(context.device_target, device_id)
         mindspore.set_context(max_device_memory=context.max_device_memory)
         mindspore.set_deterministic(context.deterministic == "ON")
 
@@ -53,40 +59,42 @@ def without_adapters(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, model_config=plain))
 
 
-def build_network(config: RunConfig) -> MixtralForCausalLM:
-    """The network with the shapes of a micro batch, its weights fresh or from load_checkpoint."""
+def build_network(config: RunConfig, mesh: Mesh) -> MixtralForCausalLM:
+    """The rank's part of the network, its weights fresh or from load_checkpoint.
+
+    Its shapes are those of a micro batch.
+    """
     network = MixtralForCausalLM(
-        config.model.model_config, seed=config.seed, batch_size=config.runner_config.batch_size
+        config.model.model_config,
+        seed=config.seed,
+        batch_size=config.runner_config.batch_size,
+        mesh=mesh,
     )
     if config.recompute_config.recompute:
         network.recompute_layers()
     adapters = network.config.pet_config is not None
     if config.load_checkpoint and (adapters or not config.resume_training):
-        _load_weights(config, network)
+        weights = open_network_weights(config)
+        load_parameters(network, weights, partial=config.allow_partial)
+        get_logger().info("weights from %s", weights.path)
     if adapters and config.adapter and not config.resume_training:
         adapter = open_adapter(Path(config.adapter), network.config)
-        load_parameters(network.trainable_params(), adapter.tensors)
+        load_parameters(network, adapter.tensors, adapters=True)
         get_logger().info("adapter from %s", adapter.path)
     return network
 
 
-def _load_weights(config: RunConfig, network: MixtralForCausalLM) -> None:
+def open_network_weights(config: RunConfig) -> TensorSource:
     """Those of load_checkpoint, with the adapter added where the network has no place for it."""
-    strategy = config.src_strategy_path_or_dir
-    merged = config.adapter and network.config.pet_config is None
-    weights = open_weights(
-        Path(config.load_checkpoint),
-        network.config,
-        strategy=Path(strategy) if strategy else None,
-        allow_partial=config.allow_partial,
-        adapter=Path(config.adapter) if merged else None,
-    )
-    load_parameters(network.weights(), weights, partial=config.allow_partial)
-    get_logger().info("weights from %s", weights.path)
+    if config.model.model_config.pet_config is not None:
+        config = dataclasses.replace(config, adapter="")
+    return open_run_weights(config)
 
 
-def build_loader(config: RunConfig, section: DatasetSection, *, training: bool) -> RecordLoader:
-    """The loader of train_dataset or eval_dataset."""
+def build_loader(
+    config: RunConfig, section: DatasetSection, mesh: Mesh, *, training: bool
+) -> RecordLoader:
+    """The loader of this rank's share of train_dataset or eval_dataset."""
     model = config.model.model_config
     return RecordLoader(
         section,
@@ -99,15 +107,20 @@ def build_loader(config: RunConfig, section: DatasetSection, *, training: bool) 
         pad_token_id=model.pad_token_id,
         ignore_token_id=model.ignore_token_id,
         tokenizer_file=config.processor.tokenizer.vocab_file,
+        rank=mesh.data_index,
+        world=mesh.grid.data_parallel,
+        part=mesh.context_index,
+        parts=mesh.grid.context_parallel,
     )
 
 
 def build_optimizer(config: RunConfig, network: MixtralForCausalLM) -> AdamW:
     """AdamW, whichever of its names the YAML uses."""
-    section = config.optimizer
-    return AdamW(
-        network.trainable_params(), section.moment_decay, section.eps, section.weight_decay
-    )
+    section, parameters = config.optimizer, network.trainable_params()
+    shards = {}
+    if is_zero(config):
+        shards = shard_groups(network.config, network.mesh, [one.name for one in parameters])
+    return AdamW(parameters, section.moment_decay, section.eps, section.weight_decay, shards)
 
 
 def build_learning_rate(config: RunConfig, total_steps: int) -> Schedule:
@@ -122,16 +135,22 @@ def callback(config: RunConfig, kind: type) -> object | None:
     return next((c for c in config.callbacks if isinstance(c, kind)), None)
 
 
-def build_samples(
-    config: RunConfig, network: MixtralForCausalLM, loader: RecordLoader
-) -> Samples | None:
+def build_samples(config: RunConfig, network: MixtralForCausalLM) -> Samples | None:
     """What SampleMonitor asks, of rows of eval_dataset or else of the training's; None without."""
     section = callback(config, SampleMonitorSection)
     if section is None:
         return None
+    grid = network.mesh.grid
+    if grid.model_parallel * grid.pipeline_stage * grid.context_parallel > 1:
+        get_logger().info(
+            "SampleMonitor has no effect here: it asks a network that is whole on each rank, not "
+            "one cut by model_parallel, pipeline_stage or context_parallel"
+        )
+        return None
     held_back = config.eval_dataset and config.eval_dataset.data_loader.dataset_dir
-    if held_back:
-        loader = build_loader(config, config.eval_dataset, training=False)
+    data = config.eval_dataset if held_back else config.train_dataset
+    # all ranks ask the same, as experts may be anywhere
+    loader = build_loader(config, data, Mesh(), training=not held_back)
     return Samples(config, section, network, loader)
 
 

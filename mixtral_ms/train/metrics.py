@@ -7,6 +7,7 @@ JSON knows no NaN: such a number is written as the string "nan", "inf" or "-inf"
 `read_metrics` turns it back.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -95,6 +96,16 @@ class MetricsWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class NoMetrics(contextlib.nullcontext):
+    """In place of a MetricsWriter where another rank writes."""
+
+    def __init__(self) -> None:
+        super().__init__(self)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -19,9 +19,10 @@ class StepMonitor:
     Args:
         config: the network, for its FLOPs a token.
         device_target: whose peak the MFU is a share of.
-        tokens_per_step: positions that a step computes, supervised or not.
+        tokens_per_step: positions that a step computes on all ranks, supervised or not.
         last_step: where this run ends.
         peak_tflops: the device's peak in TFLOP/s where it is known.
+        devices: how many share the work.
     """
 
     def __init__(
@@ -31,10 +32,11 @@ class StepMonitor:
         tokens_per_step: int,
         last_step: int,
         peak_tflops: float | None = None,
+        devices: int = 1,
     ) -> None:
         self.tokens_per_step, self.last_step = tokens_per_step, last_step
         self.token_flops = flops_per_token(config, config.seq_length)["total"]
-        self.peak = peak_flops(device_target, peak_tflops)
+        self.peak, self.devices = peak_flops(device_target, peak_tflops), devices
         self._recent: deque[float] = deque(maxlen=_ETA_WINDOW)
         self._started = time.perf_counter()
 
@@ -66,7 +68,7 @@ class StepMonitor:
             "eta_seconds": median(self._recent) * (self.last_step - step),
         }
         if self.peak is not None:
-            share = mfu(rate, self.token_flops, self.peak)
+            share = mfu(rate, self.token_flops, self.peak, self.devices)
             record["mfu"] = share.ratio
             record["achieved_flops_per_second"] = share.achieved_flops_per_second
             record["peak_flops_per_second"] = share.peak_flops_per_second

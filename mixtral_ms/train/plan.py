@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from mixtral_ms.config.parallel_sections import ParallelConfig
+from mixtral_ms.config.resolve import pipeline_micro_batches
 from mixtral_ms.config.training_sections import RunnerConfig
 from mixtral_ms.data.batch import Batch
 from mixtral_ms.errors import UserError
@@ -25,7 +27,7 @@ class Plan:
 
     Attributes:
         steps_per_epoch: optimizer steps in one pass over the data.
-        accumulation: micro batches a step.
+        accumulation: micro batches of a rank in a step, those in the pipeline included.
         total_steps: steps of the whole run, which the schedule spans.
         last_step: where this process stops; total_steps, or earlier.
     """
@@ -54,19 +56,25 @@ class Plan:
             batches.close()
 
 
-def make_plan(runner: RunnerConfig, batches_per_epoch: int, data_path: str) -> Plan:
+def make_plan(
+    runner: RunnerConfig, batches_per_epoch: int, data_path: str, grid: ParallelConfig
+) -> Plan:
     """The plan of a run over a loader's batches.
 
     Raises:
         UserError: the data does not fill one step.
     """
-    accumulation = runner.gradient_accumulation_steps
+    accumulation = runner.gradient_accumulation_steps * pipeline_micro_batches(grid)
     steps_per_epoch = batches_per_epoch // accumulation
     if steps_per_epoch == 0:
+        several = f" on each of {grid.data_parallel} ranks" if grid.data_parallel > 1 else ""
+        pipelined = grid.pipeline_stage > 1
+        times = f" * micro_batch_num {grid.micro_batch_num}" if pipelined else ""
         raise UserError(
             f"{data_path} fills {batches_per_epoch} micro batches of "
-            f"runner_config.batch_size {runner.batch_size}, but one step takes "
-            f"gradient_accumulation_steps {accumulation}: use more data or smaller steps"
+            f"runner_config.batch_size {runner.batch_size}{several}, but one step takes "
+            f"gradient_accumulation_steps {runner.gradient_accumulation_steps}{times}: use more "
+            "data or smaller steps"
         )
     total = runner.max_steps or runner.epochs * steps_per_epoch
     last = min(total, runner.stop_at_step or total)

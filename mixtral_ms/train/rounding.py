@@ -6,6 +6,7 @@ from mindspore import Tensor
 from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.infer.weights import WeightDtype, load_weights
 from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.train.checkpointing import own_regions
 
 
 def round_weights(
@@ -17,8 +18,10 @@ def round_weights(
         UserError: as `load_weights`.
     """
     weights = load_weights(source, network.config, weight_dtype)
+    regions = own_regions(network, [one.name for one in network.trainable_params()])
     for parameter in network.trainable_params():
         values = weights.tensors[parameter.name].astype(np.float32)
         if parameter.name in weights.scales:
             values *= weights.scales[parameter.name][..., None]
-        parameter.set_data(Tensor.from_numpy(values))
+        own = np.ascontiguousarray(values[regions[parameter.name]])
+        parameter.set_data(Tensor.from_numpy(own))

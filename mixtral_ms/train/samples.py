@@ -18,12 +18,15 @@ from mixtral_ms.data.tokenizer import Tokenizer
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
 from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.parallel.connection import gather_objects
 from mixtral_ms.train.evaluation import dropless
 from mixtral_ms.train.report import SAMPLES_FILE
 
 
 class Samples:
     """Asks the network the same before and after training, and keeps the answers in output_dir.
+
+    All ranks ask together; the first one writes.
 
     Args:
         config: the run.
@@ -48,20 +51,22 @@ class Samples:
                 "the callback SampleMonitor shows text, but processor.tokenizer.vocab_file is "
                 "empty: set --vocab_file to the tokenizer.model"
             )
-        self.tokenizer = Tokenizer(file)
+        self.tokenizer, self.mesh = Tokenizer(file), network.mesh
         self.path = Path(config.output_dir) / SAMPLES_FILE
         self.most, self.eos = section.max_new_tokens, network.config.eos_token_id
         rows = _split_rows(
             loader, section.rows, network.config.seq_length - self.most, network.config
         )
         self.prompts, self.answers = [row[0] for row in rows], [row[1] for row in rows]
-        shared = MixtralForCausalLM(dropless(network.config), batch_size=len(rows), share=network)
+        shared = MixtralForCausalLM(
+            dropless(network.config), batch_size=len(rows), share=network, mesh=network.mesh
+        )
         self.next_token = _NextToken(shared)
         self.next_token.set_train(False)
 
     def before(self) -> None:
         """Ask before the first step; a run that is taken up again has done so."""
-        if self.path.is_file():
+        if gather_objects(self.mesh.world, self.path.is_file())[0]:
             return
         texts = [self._decode(ids) for ids in self.prompts]
         expected = [self._decode(ids[: self.most]) for ids in self.answers]
@@ -71,9 +76,10 @@ class Samples:
 
     def after(self) -> None:
         """Ask again, with the weights as they are now."""
-        kept = json.loads(self.path.read_text(encoding="utf-8"))
         answers = self._generate()
-        self._write([{**one, "after": text} for one, text in zip(kept, answers, strict=True)])
+        if self.mesh.rank == 0:
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            self._write([{**one, "after": text} for one, text in zip(kept, answers, strict=True)])
 
     def _generate(self) -> list[str]:
         """Greedy answers, every token by a pass over the whole sequence."""
@@ -98,6 +104,8 @@ class Samples:
         return self.tokenizer.decode([int(one) for one in ids])
 
     def _write(self, samples: list[dict[str, str]]) -> None:
+        if self.mesh.rank:
+            return
         with write_aside(self.path) as aside:
             aside.write_text(json.dumps(samples, ensure_ascii=False, indent=1), encoding="utf-8")
 

@@ -352,6 +352,29 @@ def test_wrong_arguments(tmp_path, program, arguments, said):
     assert "Traceback" not in done.stderr and not list(tmp_path.glob("pid_*"))
 
 
+def test_a_mistake_that_all_ranks_find_is_said_once(tmp_path, program, port):
+    program("time.sleep(0 if rank else 1)\nprint('error: no such key')\nsys.exit(2)")
+    done = launch(tmp_path, "worker.py", "2", port, *LOGS)
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("error: no such key") == 1
+    assert "failed: rank 0 ended with status 2" in done.stderr
+
+
+def test_a_mistake_of_one_rank_is_shown(tmp_path, program, port):
+    program("if rank == 1:\n    print('error: no such file')\n    sys.exit(2)\ntime.sleep(300)")
+    done = launch(tmp_path, "worker.py", "2", port, *LOGS)
+    assert done.returncode == 2
+    assert "failed: rank 1 ended with status 2" in done.stderr
+    assert "  | error: no such file" in done.stderr
+
+
+def test_what_mindspore_logs_at_its_end_is_not_shown(tmp_path, program, port):
+    line = "[INFO] DISTRIBUTED(1,2,python): Event base dispatch success!"
+    program(f"print('kept', flush=True)\nprint({line!r})\nsys.exit(1)")
+    done = launch(tmp_path, "worker.py", "1", port, *LOGS)
+    assert done.stdout.endswith("kept\n") and "dispatch" not in done.stderr
+
+
 def test_help(tmp_path):
     done = launch(tmp_path, "--help")
     assert done.returncode == 0 and "EXECUTE_ORDER WORKER_NUM MASTER_PORT LOG_DIR" in done.stdout

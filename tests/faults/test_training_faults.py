@@ -24,9 +24,10 @@ from helpers.runs import (
 from mixtral_ms import Trainer, load_config
 from mixtral_ms.checkpoint.store import load_checkpoint, resolve_checkpoint, save_checkpoint
 from mixtral_ms.errors import UserError
+from mixtral_ms.parallel.mesh import Mesh
 from mixtral_ms.train.build import build_network
 from mixtral_ms.train.checkpointing import find_resume
-from mixtral_ms.train.trainer import NotFiniteError
+from mixtral_ms.train.training_run import NotFiniteError
 
 START_SECONDS = 120
 # 44 rows, 2 of them a step: an epoch of 22 steps, in whose middle a signal comes
@@ -136,7 +137,7 @@ def refusal(config):
         ("runner_config.batch_size=2", "batch_size was 1 and is 2"),
         (
             "runner_config.gradient_accumulation_steps=4",
-            "gradient_accumulation_steps was 2 and is 4",
+            "micro_batches was 2 and is 4",
         ),
         ("train_dataset.data_loader.shuffle=False", "shuffle was True and is False"),
         ("train_dataset.data_loader.num_samples=40", "fingerprint was"),
@@ -186,7 +187,8 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_good_one_offered(folder, s
     assert f"{newest} is damaged" in message
     assert f"--load_checkpoint {stopped / 'checkpoint' / older}" in message
     advice = message.split("--load_checkpoint ")[1].split()[0]
-    assert find_resume(resume(folder, stopped, f"load_checkpoint={advice}")).path.name == older
+    given = resume(folder, stopped, f"load_checkpoint={advice}")
+    assert find_resume(given, Mesh()).folder.name == older
 
 
 @pytest.fixture
@@ -250,7 +252,7 @@ def test_gradients_that_overflow_are_told_apart(folder, tmp_path, scale, where):
         Trainer(config).train()
     # the write under way has ended, and skipped steps changed no weight
     after = final_tensors(tmp_path / "run")
-    for parameter in build_network(config).trainable_params():
+    for parameter in build_network(config, Mesh()).trainable_params():
         assert np.array_equal(parameter.asnumpy(), after[parameter.name])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from mixtral_ms.checkpoint.store import load_checkpoint, resolve_checkpoint
+from mixtral_ms.checkpoint.sharded import open_source
 from mixtral_ms.data.mindrecord import RecordWriter
 from mixtral_ms.train.metrics import read_metrics, reproducible
 
@@ -128,12 +128,8 @@ def metrics_of(output):
 
 def final_tensors(output):
     """Weights and moments of a run's latest checkpoint, by name."""
-    checkpoint = load_checkpoint(resolve_checkpoint(Path(output) / "checkpoint"))
-    return {
-        name: np.array(array)
-        for group in checkpoint.tensors.values()
-        for name, array in group.items()
-    }
+    tensors = open_source(Path(output) / "checkpoint").tensors
+    return {name: np.array(tensors.read(name)) for name in tensors.infos}
 
 
 def assert_same_run(output, expected):

@@ -118,7 +118,6 @@ def test_parallel_sizes_are_ignored_on_one_process_as_in_mindformers():
     [
         (True, 1, "= 16 ranks, but 1 process was started"),
         (True, 8, "= 16 ranks, but 8 processes were started"),
-        (True, 16, "not supported yet"),
         (False, 4, "use_parallel False, but 4 processes"),
     ],
 )
@@ -126,6 +125,12 @@ def test_ranks_against_processes(use_parallel, world_size, part):
     config = load_config(BIG, [f"use_parallel={use_parallel}"])
     with pytest.raises(UserError, match=part):
         check_config(config, world_size=world_size, needs_paths=False)
+
+
+@pytest.mark.parametrize("run_mode", ["train", "predict"])
+def test_as_many_processes_as_ranks_are_accepted(run_mode):
+    config = load_config(BIG, ["use_parallel=True", f"run_mode={run_mode}"])
+    check_config(config, world_size=16, needs_paths=False)
 
 
 def test_all_contradictions_come_together():

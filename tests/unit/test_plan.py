@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixtral_ms.config.parallel_sections import ParallelConfig
 from mixtral_ms.config.training_sections import RunnerConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.train.plan import make_plan
@@ -25,7 +26,8 @@ class CountingLoader:
 
 
 def plan_of(batches, **keys):
-    return make_plan(RunnerConfig(**{"batch_size": 4, **keys}), batches, "data")
+    runner = RunnerConfig(**{"batch_size": 4, **keys})
+    return make_plan(runner, batches, "data", ParallelConfig())
 
 
 def steps_from(plan, loader, step, count):

@@ -1,0 +1,133 @@
+"""What the processes of a run agree on: one configuration, one state of the data, one decision.
+
+A rank that did something else than the others would leave them waiting in a collective for ever.
+"""
+
+import hashlib
+import signal
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from mixtral_ms.config import RunConfig
+from mixtral_ms.config.render import render_config
+from mixtral_ms.errors import UserError
+from mixtral_ms.files import write_aside
+from mixtral_ms.parallel.connection import gather_objects, sum_values
+from mixtral_ms.parallel.mesh import Mesh, ProcessGroup
+
+_OWN_KEYS = frozenset({"context.device_id"})
+"""Keys of the configuration that may differ between ranks."""
+_DIFFERENCES_SHOWN = 5
+_SHARED_SECONDS = 30.0  # until a network's file system shows a file to other hosts
+
+
+def configuration_facts(config: RunConfig) -> dict[str, Any]:
+    """Every key of a configuration with its value."""
+    facts: dict[str, Any] = {}
+    _flatten(yaml.safe_load(render_config(config)), "", facts)
+    return {key: value for key, value in facts.items() if key not in _OWN_KEYS}
+
+
+def _flatten(value: Any, key: str, facts: dict[str, Any]) -> None:
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            _flatten(item, f"{key}.{name}" if key else str(name), facts)
+    else:
+        facts[key] = value
+
+
+def require_alike(world: ProcessGroup, facts: Mapping[str, Any]) -> None:
+    """Refuse ranks of which the facts differ. All ranks must ask, and all get the same answer.
+
+    Raises:
+        UserError: naming the rank, the keys, and both values.
+    """
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+    if len(set(gather_objects(world, digest))) == 1:
+        return
+    first, *others = gather_objects(world, dict(facts))
+    for rank, theirs in enumerate(others, 1):
+        differing = [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]
+        if differing:
+            raise UserError(_difference_text(rank, differing, first, theirs))
+
+
+def _difference_text(
+    rank: int, differing: list[str], first: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> str:
+    shown = "".join(
+        f"\n  {key}: {theirs.get(key)!r} on rank {rank}, {first.get(key)!r} on rank 0"
+        for key in differing[:_DIFFERENCES_SHOWN]
+    )
+    more = len(differing) - _DIFFERENCES_SHOWN
+    shown += f"\n  and {more} more" if more > 0 else ""
+    return (
+        f"rank {rank} was started with something else than rank 0:{shown}\n"
+        "Start all processes with the same command, on the same files"
+    )
+
+
+def agree_on_run(mesh: Mesh, folder: Path) -> str:
+    """A random text that all ranks of this run share; `folder` must be one folder for all of them.
+
+    Raises:
+        UserError: a rank does not see what rank 0 has written there.
+    """
+    if mesh.world.size == 1:
+        return ""
+    run = gather_objects(mesh.world, uuid.uuid4().hex)[0]
+    probe = folder / f".{run}.shared"
+    if mesh.rank == 0:
+        with write_aside(probe) as aside:
+            aside.write_text("")
+    gather_objects(mesh.world, None)  # from here on it is there
+    end = time.monotonic() + _SHARED_SECONDS
+    while not (seen := probe.exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    blind = [rank for rank, found in enumerate(gather_objects(mesh.world, seen)) if not found]
+    if mesh.rank == 0:
+        probe.unlink()
+    if blind:
+        raise UserError(
+            f"rank {blind[0]} does not see what rank 0 writes to {folder}: the checkpoints of all "
+            "ranks go into one folder; set --output_dir to one that all hosts share"
+        )
+    return run
+
+
+class StepAgreement:
+    """What the ranks decide together after each step, by one small sum.
+
+    Args:
+        mesh: this rank among them.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def __call__(self, signal_number: int | None, time_to_save: bool) -> tuple[int | None, bool]:
+        """The signal that any rank has had, and whether rank 0's clock says to save.
+
+        Args:
+            signal_number: that this rank has had, None without one.
+            time_to_save: by this rank's clock.
+        """
+        own = np.zeros(3)
+        own[0] = signal_number == signal.SIGTERM
+        own[1] = signal_number == signal.SIGINT
+        own[2] = time_to_save and self.mesh.rank == 0
+        terminated, interrupted, save = sum_values(self.mesh.world, own)
+        if terminated:
+            return signal.SIGTERM, bool(save)
+        return (signal.SIGINT if interrupted else None), bool(save)
+
+    def wait(self) -> None:
+        """Return when all ranks have come here."""
+        sum_values(self.mesh.world, np.zeros(1))

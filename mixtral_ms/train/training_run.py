@@ -1,0 +1,321 @@
+"""One training run: its objects, its loop, and what it says of itself.
+
+Every rank goes through the same steps; the first one alone writes metrics, samples and the report.
+"""
+
+import contextlib
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import mindspore
+
+from mixtral_ms.checkpoint.sharded import OpenedSource
+from mixtral_ms.config import RunConfig
+from mixtral_ms.config.render import render_config
+from mixtral_ms.config.training_sections import (
+    LossMonitorSection,
+    MetricsWriterSection,
+    ReportSection,
+)
+from mixtral_ms.convert.lora import fingerprint_of
+from mixtral_ms.data.batch import Batch
+from mixtral_ms.files import write_aside
+from mixtral_ms.log import get_logger
+from mixtral_ms.model.lora import set_dropout_keys
+from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.train.adapters import base_of, save_peft, trained_text
+from mixtral_ms.train.agreement import StepAgreement, agree_on_run, require_alike
+from mixtral_ms.train.build import (
+    build_learning_rate,
+    build_loader,
+    build_network,
+    build_optimizer,
+    build_samples,
+    callback,
+    metrics_path,
+    open_network_weights,
+    tensorboard_folder,
+)
+from mixtral_ms.train.checkpointing import Saver, checkpoint_root, restore, write_strategy_files
+from mixtral_ms.train.diagnosis import first_non_finite
+from mixtral_ms.train.evaluation import Evaluation, Evaluator
+from mixtral_ms.train.loss_scale import build_loss_scale
+from mixtral_ms.train.metrics import MetricsWriter, NoMetrics
+from mixtral_ms.train.monitor import StepMonitor, step_line
+from mixtral_ms.train.plan import make_plan
+from mixtral_ms.train.report import write_report
+from mixtral_ms.train.step import TrainStep
+from mixtral_ms.train.stop_request import StopRequest
+
+
+class NotFiniteError(RuntimeError):
+    """Training ended because its numbers are no longer finite."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training run ended.
+
+    Attributes:
+        step: optimizer steps done, those of earlier processes of the run included.
+        loss: of the last step.
+        evaluation: the last evaluation, None without one.
+        checkpoint: folder of the run's checkpoints.
+        report: the report, None when it is switched off, the run goes on later, or another rank
+            wrote it.
+        signal_number: the signal that ended it early, None without one.
+    """
+
+    step: int
+    loss: float
+    evaluation: Evaluation | None
+    checkpoint: Path
+    report: Path | None
+    signal_number: int | None
+
+
+class TrainingRun:
+    """The objects of one run and its loop.
+
+    Args:
+        config: the run.
+        mesh: this rank among those of the run.
+        checkpoint: what it goes on from; None starts at step 0.
+
+    Raises:
+        UserError: data, weights or checkpoint do not fit, or are others on another rank.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh, checkpoint: OpenedSource | None) -> None:
+        self.config, self.mesh, self.leads = config, mesh, mesh.rank == 0
+        self.loader = build_loader(config, config.train_dataset, mesh, training=True)
+        data_dir = config.train_dataset.data_loader.dataset_dir
+        self.plan = make_plan(config.runner_config, len(self.loader), data_dir, mesh.grid)
+        eval_loader = None
+        if config.do_eval:
+            eval_loader = build_loader(config, config.eval_dataset, mesh, training=False)
+        self._require_same_files(eval_loader.fingerprint if eval_loader else None, checkpoint)
+        self.network = build_network(config, mesh)
+        self.base = base_of(config, self.network) if config.model.model_config.pet_config else None
+        self.optimizer = build_optimizer(config, self.network)
+        self.loss_scale = build_loss_scale(config.runner_wrapper.scale_sense)
+        self.learning_rate = build_learning_rate(config, self.plan.total_steps)
+        self.saver = Saver(
+            config,
+            self.network,
+            self.optimizer,
+            self.loss_scale,
+            self.loader.fingerprint,
+            self.base,
+            agree_on_run(mesh, checkpoint_root(config)),
+        )
+        wrapper = config.runner_wrapper
+        self.step_fn = TrainStep(
+            self.network,
+            self.optimizer,
+            self.plan.accumulation,
+            wrapper.max_grad_norm if wrapper.use_clip_grad else None,
+        )
+        self.evaluator = None
+        if eval_loader:
+            self.evaluator = Evaluator(self.network, eval_loader, config.eval_dataset.batch_size)
+        self.samples = build_samples(config, self.network)
+        self.agree = StepAgreement(mesh)
+        self.evaluation: Evaluation | None = None
+        self.resumed_step = self._restore(checkpoint) if checkpoint else None
+
+    def _require_same_files(self, evaluated: str | None, checkpoint: OpenedSource | None) -> None:
+        if self.mesh.world.size == 1:
+            return
+        weights = open_network_weights(self.config) if self.config.load_checkpoint else None
+        facts = {
+            "fingerprint of train_dataset": self.loader.fingerprint,
+            "fingerprint of eval_dataset": evaluated,
+            "fingerprint of load_checkpoint": fingerprint_of(weights) if weights else None,
+            "checkpoint": checkpoint and (checkpoint.folder.name, checkpoint.state),
+        }
+        require_alike(self.mesh.world, facts)
+
+    def _restore(self, checkpoint: OpenedSource) -> int:
+        return restore(
+            checkpoint,
+            self.config,
+            self.network,
+            self.optimizer,
+            self.loss_scale,
+            self.loader.fingerprint,
+            self.base,
+        )
+
+    def run(self) -> TrainResult:
+        """Train from the step of the checkpoint on, or from the first."""
+        step = self.resumed_step or 0
+        self._announce(step)
+        if self.plan.last_step <= step:
+            get_logger().info("nothing to do: step %d of %d is done", step, self.plan.last_step)
+        loss, ended_by = float("nan"), None
+        if self.samples:
+            self.samples.before()
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            writer = stack.enter_context(self._metrics_writer(step))
+            stack.enter_context(self.saver)
+            self.monitor = self._new_monitor()
+            steps = self.plan.micro_batches(self.loader, step)
+            ended_by, _ = self.agree(stop.signal_number, False)
+            while step < self.plan.last_step and ended_by is None:
+                self.monitor.start_step()
+                micro_batches = next(steps)
+                step += 1
+                loss = self._one_step(step, micro_batches, writer)
+                if self._evaluation_due(step):
+                    self._evaluate(step, writer)
+                stop.listen()
+                ended_by, time_to_save = self.agree(stop.signal_number, self.saver.time_is_up())
+                if time_to_save or self.saver.due(step):
+                    self.saver.save(step)
+            if step != self.resumed_step:
+                self.saver.save(step)
+        self.agree.wait()  # who leaves earlier is taken for failed, and the others are ended
+        return self._finish(step, loss, ended_by)
+
+    def _metrics_writer(self, step: int) -> MetricsWriter | NoMetrics:
+        """A run that was killed before its first checkpoint starts again: step 0 keeps no line."""
+        if not self.leads:
+            return NoMetrics()
+        return MetricsWriter(metrics_path(self.config), tensorboard_folder(self.config), step)
+
+    def _one_step(
+        self, step: int, micro_batches: list[Batch], writer: MetricsWriter | NoMetrics
+    ) -> float:
+        rate, scale = self.learning_rate(step - 1), self.loss_scale.value
+        result = self.step_fn(
+            micro_batches, rate, scale, lambda index: self._set_noise_keys(step, index)
+        )
+        self.loss_scale.update(result.skipped)
+        record = self.monitor.record(step, result, rate, scale)
+        metrics = callback(self.config, MetricsWriterSection) or MetricsWriterSection()
+        if metrics.per_layer_steps and step % metrics.per_layer_steps == 0:
+            record |= self.monitor.layer_fields(result)
+        writer.write(record)
+        monitor = callback(self.config, LossMonitorSection) or LossMonitorSection()
+        if step % monitor.per_print_times == 0 or step == self.plan.last_step:
+            get_logger().info(step_line(record, self.plan.last_step))
+        self._stop_if_lost(step, micro_batches)
+        return result.loss
+
+    def _set_noise_keys(self, step: int, micro_batch: int) -> None:
+        """Another noise for each micro batch, the same after a resume and on any layout."""
+        parts = self.mesh.grid.data_parallel
+        number = (step * self.plan.accumulation + micro_batch) * parts + self.mesh.data_index
+        key = float((self.config.seed * 7919 + number) % 100003)
+        if self.config.moe_config.router_jitter > 0:
+            for layer in self.network.model.layers:
+                router = layer.feed_forward.routed_experts.router
+                router.jitter_key.set_data(mindspore.Tensor(key, mindspore.float32))
+        if self.base:
+            set_dropout_keys(self.network, key)
+
+    def _stop_if_lost(self, step: int, micro_batches: list[Batch]) -> None:
+        limit = self.config.runner_wrapper.max_skipped_steps
+        if self.loss_scale.skipped_in_a_row < limit:
+            return
+        where = first_non_finite(self.step_fn, micro_batches)
+        raise NotFiniteError(
+            f"{limit} steps in a row, up to step {step}, had gradients that are not finite "
+            f"(loss scale {self.loss_scale.value:g}); first not finite is {where}. Resume from "
+            "an earlier checkpoint with a lower learning rate, or compute in another dtype"
+        )
+
+    def _evaluation_due(self, step: int) -> bool:
+        if self.evaluator is None:
+            return False
+        by_step, by_epoch = self.config.eval_step_interval, self.config.eval_epoch_interval
+        if by_step > 0 and step % by_step == 0:
+            return True
+        ends_epoch = self.plan.ends_epoch(step)
+        due = by_epoch > 0 and ends_epoch and self.plan.epoch_of(step) % by_epoch == 0
+        return due or step == self.plan.total_steps
+
+    def _evaluate(self, step: int, writer: MetricsWriter | NoMetrics) -> None:
+        self.evaluation = result = self.evaluator()
+        get_logger().info(
+            "eval at step %d: loss %.4f  perplexity %.2f  over %d tokens in %.1f s",
+            step,
+            result.loss,
+            result.perplexity,
+            result.tokens,
+            result.seconds,
+        )
+        writer.write(
+            {
+                "kind": "eval",
+                "step": step,
+                "loss": result.loss,
+                "perplexity": result.perplexity,
+                "tokens": result.tokens,
+                "eval_seconds": result.seconds,
+            }
+        )
+
+    def _new_monitor(self) -> StepMonitor:
+        runner, model = self.config.runner_config, self.config.model.model_config
+        micro_batches = self.plan.accumulation * self.mesh.grid.data_parallel
+        return StepMonitor(
+            model,
+            self.config.context.device_target,
+            runner.batch_size * micro_batches * model.seq_length,
+            self.plan.last_step,
+            runner.peak_tflops,
+            self.mesh.world_size,
+        )
+
+    def _announce(self, step: int) -> None:
+        config, plan = self.config, self.plan
+        if self.leads:
+            with write_aside(Path(config.output_dir) / "config.yaml") as aside:
+                aside.write_text(render_config(config), encoding="utf-8")
+            write_strategy_files(config, self.network)
+        moe = config.moe_config
+        get_logger().info(
+            "%s, %s kernels, %s; aux loss %s, z loss %s",
+            trained_text(self.network),
+            self.network.kernel_name,
+            "dropless" if moe.dropless else f"capacity factor {moe.capacity_factor:g}",
+            f"x {moe.aux_loss_factor:g}" if moe.aux_loss_factor else "off",
+            f"x {moe.z_loss_factor:g}" if moe.z_loss_factor else "off",
+        )
+        get_logger().info(
+            "steps %d to %d of %d, %d an epoch; compiling the graph at the first one",
+            step + 1,
+            plan.last_step,
+            plan.total_steps,
+            plan.steps_per_epoch,
+        )
+
+    def _finish(self, step: int, loss: float, signal_number: int | None) -> TrainResult:
+        root, report = checkpoint_root(self.config), None
+        resume = "the same command with --resume_training True"
+        if signal_number is not None:
+            name = signal.Signals(signal_number).name
+            get_logger().info("stopped by %s after step %d; to go on: %s", name, step, resume)
+        if self.samples and signal_number is None:
+            self.samples.after()
+        section = callback(self.config, ReportSection) or ReportSection()
+        if section.enabled and signal_number is None and self.leads:
+            report = write_report(
+                self.config.output_dir, render_config(self.config), metrics_path(self.config)
+            )
+            get_logger().info("report: %s", report)
+        if step < self.plan.total_steps and signal_number is None:
+            get_logger().info("stopped at step %d as asked; to go on: %s", step, resume)
+        weights = str(root)
+        if self.base:
+            weights = f"{self.config.load_checkpoint} --set adapter={root}"
+            if self.leads:
+                get_logger().info("for peft: %s", save_peft(self.config, root))
+        get_logger().info(
+            "checkpoints: %s; to evaluate: --run_mode eval --load_checkpoint %s", root, weights
+        )
+        return TrainResult(step, loss, self.evaluation, root, report, signal_number)
