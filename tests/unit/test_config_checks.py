@@ -127,10 +127,13 @@ def test_ranks_against_processes(use_parallel, world_size, part):
         check_config(config, world_size=world_size, needs_paths=False)
 
 
-@pytest.mark.parametrize("run_mode", ["train", "predict"])
-def test_as_many_processes_as_ranks_are_accepted(run_mode):
-    config = load_config(BIG, ["use_parallel=True", f"run_mode={run_mode}"])
-    check_config(config, world_size=16, needs_paths=False)
+@pytest.mark.parametrize(
+    ("run_mode", "stages", "world_size"), [("train", 2, 16), ("eval", 2, 16), ("predict", 1, 8)]
+)
+def test_as_many_processes_as_ranks_are_accepted(run_mode, stages, world_size):
+    keys = [f"run_mode={run_mode}", f"parallel_config.pipeline_stage={stages}"]
+    config = load_config(BIG, ["use_parallel=True", *keys])
+    check_config(config, world_size=world_size, needs_paths=False)
 
 
 def test_all_contradictions_come_together():
@@ -215,7 +218,8 @@ _SIZES = st.dictionaries(
 @given(_SIZES, st.sampled_from(["train", "predict"]))
 def test_sizes_are_refused_or_can_be_laid_out(sizes, run_mode):
     """What the checks let through, the layout and the memory plan can split."""
-    overrides = [f"{key}={value}" for key, value in sizes.items()]
+    whole = ["parallel_config.pipeline_stage=1"] if run_mode == "predict" else []
+    overrides = [*whole, *(f"{key}={value}" for key, value in sizes.items())]
     try:
         config = load_config(BIG, [*overrides, f"run_mode={run_mode}"])
         check_config(config, world_size=None, needs_paths=False)
