@@ -3,35 +3,58 @@
 import numpy as np
 from mindspore import Tensor
 
+from mixtral_ms.config.stages import stage_layers
 from mixtral_ms.data.batch import Batch
-from mixtral_ms.model.mixtral import MixtralModel
-from mixtral_ms.train.step import TrainStep
+from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.parallel.connection import gather_objects
+from mixtral_ms.train.micro_batches import segment_tensors
+from mixtral_ms.train.pipeline import Neighbours
+from mixtral_ms.train.step import TrainStep, first_of_ranks
 
 
 def first_non_finite(step: TrainStep, micro_batches: list[Batch]) -> str:
-    """Names the first layer output, or else the first gradient, that is not finite.
+    """Names the first layer output, or else the first gradient, that is not finite on any rank.
 
-    Runs the network once more, layer by layer, with its current weights, over the step's data.
+    Runs the network once more, layer by layer, with its current weights, over the step's data. All
+    ranks must call it.
     """
-    for name, parameter in step.network.parameters_and_names():
-        if not np.isfinite(parameter.asnumpy()).all():
-            return f"the weight {name} itself"
+    network = step.network
+    weight = first_of_ranks(network, _first_weight(network))
+    if weight is not None:
+        return f"the weight {weight} itself"
     for batch in micro_batches:
-        layer = _first_layer(step.network.model, batch)
-        if layer is not None:
-            return f"the output of model.layers.{layer}"
+        found = gather_objects(network.mesh.world, _first_layer(network, batch))
+        layers = [layer for layer in found if layer is not None]
+        if layers:
+            return f"the output of model.layers.{min(layers)}"
     gradient = step.first_non_finite_gradient()
     if gradient is None:
         return "the sum of squares of all gradients (each of them is finite)"
     return f"the gradient of {gradient}"
 
 
-def _first_layer(model: MixtralModel, batch: Batch) -> int | None:
-    """Number of the first layer whose output for a batch is not finite."""
-    input_ids = Tensor(batch.input_ids)
-    x, valid_T = model.tok_embeddings(input_ids), model.valid_tokens(input_ids)
-    for index, layer in enumerate(model.layers):
-        x = layer(x, valid_T, model.cos, model.sin)[0]
-        if not np.isfinite(x.asnumpy()).all():
-            return index
+def _first_weight(network: MixtralForCausalLM) -> str | None:
+    """Name of this rank's first weight that is not finite."""
+    for parameter in network.get_parameters():
+        if not np.isfinite(parameter.asnumpy()).all():
+            return parameter.name
     return None
+
+
+def _first_layer(network: MixtralForCausalLM, batch: Batch) -> int | None:
+    """Number of the stage's first layer whose output for a batch is not finite."""
+    model, mesh = network.model, network.mesh
+    input_ids, segments = Tensor(batch.input_ids), segment_tensors(batch)
+    beside = Neighbours(network, batch)
+    x = beside.input_of_stage()
+    if mesh.stage == 0:
+        x = model.tok_embeddings(input_ids)
+    finite = bool(np.isfinite(x.asnumpy()).all())  # or else an earlier stage names the layer
+    first, valid_T = None, model.valid_tokens(input_ids)
+    numbers = stage_layers(network.config, mesh.grid.pipeline_stage, mesh.stage)
+    for number, layer in zip(numbers, model.layers, strict=True):
+        x = layer(x, valid_T, model.cos, model.sin, *reversed(segments))[0]
+        if finite and not np.isfinite(x.asnumpy()).all():
+            first, finite = number, False
+    beside.pass_on(x)
+    return first

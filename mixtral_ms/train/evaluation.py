@@ -12,8 +12,10 @@ from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.data.batch import Batch
 from mixtral_ms.errors import UserError
 from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.parallel.connection import sum_values
 from mixtral_ms.progress import progress_bar
 from mixtral_ms.train.micro_batches import segment_tensors
+from mixtral_ms.train.pipeline import Neighbours
 from mixtral_ms.train.plan import Loader
 
 
@@ -44,30 +46,40 @@ class Evaluator:
     def __init__(self, network: MixtralForCausalLM, loader: Loader, batch_size: int) -> None:
         self.loader, self.batch_size = loader, batch_size
         config = dropless(network.config)
-        shared = MixtralForCausalLM(config, batch_size=batch_size, share=network)
-        self._loss = _SummedLoss(shared)
+        self._network = MixtralForCausalLM(config, batch_size=batch_size, share=network)
+        self._loss = _SummedLoss(self._network)
         self._loss.set_train(False)
 
     def __call__(self) -> Evaluation:
-        """Evaluate over the whole set.
+        """Evaluate over the whole set; on several ranks all must call, each over its own rows.
 
         Raises:
             UserError: the set holds no supervised token.
         """
         start = time.monotonic()
-        total, tokens = 0.0, 0
+        sums = np.zeros(2)
         with progress_bar(len(self.loader), "evaluating", "batch") as bar:
             for batch in self.loader.batches(0):
-                full = _filled_up(batch, self.batch_size)
-                ids, labels = Tensor(full.input_ids), Tensor(full.labels)
-                total += float(self._loss(ids, labels, *segment_tensors(full)))
-                tokens += batch.supervised_tokens
+                sums += self._loss_of(batch), batch.supervised_tokens
                 bar.update()
+        mesh = self._network.mesh
+        if mesh.tensor_index > 0 or not mesh.is_last_stage:
+            sums[:] = 0.0  # its rows are counted on another rank
+        total, tokens = sum_values(mesh.world, sums)
         if tokens == 0:
             raise UserError("the evaluation data holds no supervised token")
-        loss = total / tokens
+        loss = float(total / tokens)
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        return Evaluation(loss, perplexity, tokens, time.monotonic() - start)
+        return Evaluation(loss, perplexity, int(tokens), time.monotonic() - start)
+
+    def _loss_of(self, batch: Batch) -> float:
+        """Summed cross entropy; 0 before the last stage of a pipeline."""
+        full = _filled_up(batch, self.batch_size)
+        beside = Neighbours(self._network, full)
+        ids, labels = Tensor(full.input_ids), Tensor(full.labels)
+        outputs = self._loss(beside.input_of_stage(), ids, labels, *segment_tensors(full))
+        beside.pass_on(outputs[0])
+        return float(outputs[1])
 
 
 def dropless(config: MixtralConfig) -> MixtralConfig:
@@ -77,18 +89,23 @@ def dropless(config: MixtralConfig) -> MixtralConfig:
 
 
 class _SummedLoss(nn.Cell):
+    """The stage's output and the summed cross entropy."""
+
     def __init__(self, network: MixtralForCausalLM) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
 
     def construct(
         self,
+        hidden_BSD: Tensor,
         input_ids_BS: Tensor,
         labels_BS: Tensor,
         segment_ids_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
-    ) -> Tensor:
-        return self.network.loss_parts(input_ids_BS, labels_BS, segment_ids_BS, positions_BS)[0]
+    ) -> tuple:
+        return self.network.stage_parts(
+            hidden_BSD, input_ids_BS, labels_BS, segment_ids_BS, positions_BS
+        )[:2]
 
 
 def _filled_up(batch: Batch, rows: int) -> Batch:

@@ -43,17 +43,15 @@ class Neighbours:
         empty = ops.zeros(self._shape, self._dtype) if receive else None
         return exchange(pair, sent, empty)
 
-    def pass_on(self, compute: Callable[[Tensor], Tensor]) -> None:
-        """Receive the stage's input unless it is the first, send the output unless it is the last.
+    def input_of_stage(self) -> Tensor:
+        """What the stage before sends; the first stage gets a number that it does not read."""
+        stage = self.mesh.stage
+        return self.meet(stage - 1, None, receive=True) if stage > 0 else _NOTHING
 
-        `compute` maps the one to the other; the first stage gets a number it does not read.
-        """
-        stage, hidden_BSD = self.mesh.stage, _NOTHING
-        if stage > 0:
-            hidden_BSD = self.meet(stage - 1, None, receive=True)
-        hidden_BSD = compute(hidden_BSD)
+    def pass_on(self, hidden_BSD: Tensor) -> None:
+        """Send the stage's output to the next one, if there is one."""
         if not self.mesh.is_last_stage:
-            self.meet(stage + 1, hidden_BSD, receive=False)
+            self.meet(self.mesh.stage + 1, hidden_BSD, receive=False)
 
 
 class PipelineGradients:
@@ -62,7 +60,7 @@ class PipelineGradients:
     def __init__(self, network: MixtralForCausalLM, accumulation: int) -> None:
         self.network, mesh = network, network.mesh
         self._actions = one_forward_one_backward(mesh.stage, mesh.grid.pipeline_stage, accumulation)
-        self._forward = None if mesh.is_last_stage else StageForward(network)
+        self._forward = None if mesh.is_last_stage else _StageForward(network)
         self._backward = _StageBackward(network)
         self._clear = ClearSums(self._backward.sums)
 
@@ -137,7 +135,7 @@ class _Step:
         return Tensor(batch.input_ids), Tensor(batch.labels), *segment_tensors(batch)
 
 
-class StageForward(nn.Cell):
+class _StageForward(nn.Cell):
     """The next stage's input."""
 
     def __init__(self, network: MixtralForCausalLM) -> None:
@@ -152,7 +150,6 @@ class StageForward(nn.Cell):
         segment_ids_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
     ) -> Tensor:
-        """As `MixtralForCausalLM.stage_parts`, of which this is the first."""
         return self.network.stage_parts(
             hidden_BSD, input_ids_BS, labels_BS, segment_ids_BS, positions_BS
         )[0]

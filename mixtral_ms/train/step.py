@@ -114,9 +114,7 @@ class TrainStep:
             if not np.isfinite(gradient.asnumpy()).all():
                 own = name
                 break
-        found = [name for name in gather_objects(self.mesh.world, own) if name is not None]
-        order = list(parameter_shapes(self.network.config) | adapter_shapes(self.network.config))
-        return min(found, key=order.index, default=None)
+        return first_of_ranks(self.network, own)
 
     def _reduce(self, gradients: list[Tensor]) -> list[Tensor]:
         """One by one and in place, so that only one gradient is there twice."""
@@ -145,6 +143,13 @@ class TrainStep:
         if self.max_grad_norm is None or norm <= self.max_grad_norm:
             return 1.0
         return self.max_grad_norm / norm
+
+
+def first_of_ranks(network: MixtralForCausalLM, name: str | None) -> str | None:
+    """Of the parameters that the ranks name the first one in the order of the network."""
+    order = list(parameter_shapes(network.config) | adapter_shapes(network.config))
+    named = [one for one in gather_objects(network.mesh.world, name) if one is not None]
+    return min(named, key=order.index, default=None)
 
 
 class _Totals:
