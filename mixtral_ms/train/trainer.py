@@ -105,7 +105,7 @@ class Trainer:
         """
         prompts = read_prompts(self.config.predict_data) if prompts is None else prompts
         if self._answering is None:
-            self._answering = load_model(self.config)
+            self._answering = load_model(self.config, self.mesh)
         return predict(self._answering, [prompts] if isinstance(prompts, str) else prompts)
 
 
