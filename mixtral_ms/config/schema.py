@@ -138,7 +138,8 @@ class RunConfig:
     """True continues from the newest checkpoint, a name from that one."""
     allow_partial: bool = False
     """Load what fits of load_checkpoint, name the rest in the log and initialise it."""
-    auto_trans_ckpt: bool = inert(False, "each rank always reads its part of any checkpoint")
+    auto_trans_ckpt: bool = False
+    """Either way each rank reads its part of any checkpoint."""
     src_strategy_path_or_dir: str | None = ""
     """Strategy files of load_checkpoint, where they do not lie beside it."""
     load_ckpt_format: Literal["safetensors", "ckpt"] = inert(

@@ -1,5 +1,6 @@
 """From a run's configuration to an engine that is ready to answer."""
 
+import os
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,6 +9,7 @@ from pathlib import Path
 from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.config.resolve import effective_parallel
 from mixtral_ms.config.tokenizer_file import find_tokenizer
 from mixtral_ms.convert.weights import open_weights
 from mixtral_ms.data.tokenizer import Tokenizer
@@ -97,11 +99,11 @@ def load_model(config: RunConfig, mesh: Mesh | None = None) -> LoadedModel:
 
 def _meet(config: RunConfig) -> Mesh:
     """The processes that share the network."""
-    if not config.use_parallel:
+    if "MS_ROLE" not in os.environ:  # no launcher has started this process
         return Mesh()
     from mixtral_ms.parallel.connection import connect  # noqa: PLC0415 - imports MindSpore
 
-    return connect(config.parallel_config)
+    return connect(effective_parallel(config))
 
 
 def open_run_weights(config: RunConfig) -> TensorSource:

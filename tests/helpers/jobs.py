@@ -100,10 +100,10 @@ def run_order(yaml: Path, output: Path, *more: object) -> list[object]:
     return [ROOT / "run_mindformer.py", "--config", yaml, "--output_dir", output, *more]
 
 
-def layout_flags(text: str, rows: int = 2) -> list[str]:
+def layout_flags(text: str, micro_batches: int = 2) -> list[str]:
     """Flags of a layout (`dp=2,mp=2`) on which a step takes so many micro batches in all."""
     grid, zero = parse_grid(text)
-    micro_batches = rows // grid.data_parallel
+    micro_batches //= grid.data_parallel
     sizes = {
         "data_parallel": grid.data_parallel,
         "model_parallel": grid.model_parallel,
@@ -120,10 +120,12 @@ def layout_flags(text: str, rows: int = 2) -> list[str]:
     return [f"--use_parallel={Mesh(grid).world_size > 1}", *flags]
 
 
-def run_layout(folder: Path, yaml: Path, output: Path, layout: str, *more: object) -> str:
+def run_layout(
+    folder: Path, yaml: Path, output: Path, layout: str, *more: object, micro_batches: int = 2
+) -> str:
     """Run a layout to its end, which must be good; returns what the terminal showed."""
     grid, _ = parse_grid(layout)
-    order = run_order(yaml, output, *layout_flags(layout), *more)
+    order = run_order(yaml, output, *layout_flags(layout, micro_batches), *more)
     with Job(folder, order, Mesh(grid).world_size) as job:
         assert job.finish() == 0, job.text
         return job.text
