@@ -13,6 +13,7 @@ from mindspore import Tensor, ops
 
 from mixtral_ms.config.parallel_sections import ParallelConfig
 from mixtral_ms.parallel.mesh import Mesh, ProcessGroup
+from mixtral_ms.parallel.transport import count, is_described
 
 
 def started_processes() -> int:
@@ -34,6 +35,8 @@ def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = N
             them wait for each other.
     """
     if started_processes() == 1:
+        if os.environ.get("MS_ROLE") == "MS_SCHED":
+            raise SystemExit(0)  # a launcher's scheduler runs the program too, to be met by nobody
         return Mesh(grid)
     from mindspore.communication import create_group, init  # noqa: PLC0415 - starts threads
 
@@ -65,6 +68,9 @@ def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = N
 
 def sum_tensor(group: ProcessGroup, tensor: Tensor) -> Tensor:
     """The sum of the ranks' tensors (float16, 32 or 64), the same on all of them."""
+    if is_described(group):
+        count(group, tensor, 2 * (group.size - 1) / group.size)
+        return tensor
     return ops.AllReduce(group=group.name)(tensor) if group.size > 1 else tensor
 
 
@@ -81,6 +87,9 @@ def sum_and_scatter(group: ProcessGroup, tensor: Tensor) -> Tensor:
     MindSpore has no ReduceScatter on the CPU: there the whole sum is made and cut, which sends
     twice as much. The other branch cannot run in CI.
     """
+    if is_described(group):
+        count(group, tensor, (group.size - 1) / group.size)
+        return own_part(group, tensor)
     if group.size > 1 and mindspore.get_context("device_target") != "CPU":
         return ops.ReduceScatter(group=group.name)(tensor)
     return own_part(group, sum_tensor(group, tensor))
@@ -106,6 +115,10 @@ def exchange(pair: ProcessGroup, sent: Tensor | None, empty: Tensor | None) -> T
     Returns:
         What the other rank sent, if `empty` was given.
     """
+    if is_described(pair):
+        if sent is not None:
+            count(pair, sent, 1)
+        return empty
     if mindspore.get_context("device_target") != "CPU":
         return _send_and_receive(pair, sent, empty)
     if sent is None or empty is None:
@@ -140,6 +153,9 @@ def gather_tensors(group: ProcessGroup, tensor: Tensor) -> list[Tensor]:
     """The ranks' tensors of one shape, in the order of ranks."""
     if group.size == 1:
         return [tensor]
+    if is_described(group):
+        count(group, tensor, group.size - 1)
+        return [tensor] * group.size
     from mindspore.mint import distributed  # noqa: PLC0415 - with the connection only
 
     gathered = [ops.zeros_like(tensor) for _ in group.ranks]

@@ -27,19 +27,19 @@ sent_bytes: Counter[str] = Counter()
 
 def all_reduce(group: ProcessGroup) -> nn.Cell:
     """x -> the sum of the ranks' x."""
-    return _CountedSum(group) if _is_described(group) else _AllReduce(group)
+    return _CountedSum(group) if is_described(group) else _AllReduce(group)
 
 
 def all_gather(group: ProcessGroup) -> nn.Cell:
     """x (...) -> (P, ...), the ranks' x in order."""
-    if _is_described(group):
+    if is_described(group):
         return _CountedGather(group)
     return _GatherBySum(group) if _on_cpu() else _AllGather(group)
 
 
 def reduce_scatter(group: ProcessGroup) -> nn.Cell:
     """x (P, ...) -> (...), this rank's part of the sum of the ranks' x."""
-    if _is_described(group):
+    if is_described(group):
         return _CountedScatter(group)
     return _ScatterBySum(group) if _on_cpu() else _ReduceScatter(group)
 
@@ -50,7 +50,7 @@ def all_to_all(group: ProcessGroup, rows_in: int, rows_out: int) -> nn.Cell:
     sent_PP[s, d] rows go from rank s to rank d. x holds those for rank 0 first, then those for rank
     1, ...; so does the result hold those from rank 0 first. What is behind them is undefined.
     """
-    if _is_described(group):
+    if is_described(group):
         return _CountedExchange(group, rows_out)
     if not _on_cpu():
         return _AllToAllV(group, rows_out)
@@ -59,8 +59,14 @@ def all_to_all(group: ProcessGroup, rows_in: int, rows_out: int) -> nn.Cell:
     return _ExchangeByScatter(group, rows_out)
 
 
-def _is_described(group: ProcessGroup) -> bool:
+def is_described(group: ProcessGroup) -> bool:
+    """Whether nobody is there: bytes are counted, and something of the right shape is given."""
     return group.size > 1 and not group.name
+
+
+def count(group: ProcessGroup, tensor: Tensor, times: float) -> None:
+    """Add `times` the bytes of a tensor to what a described rank would have sent."""
+    sent_bytes[group.kind] += times * tensor.size * tensor.itemsize
 
 
 def _on_cpu() -> bool:
@@ -207,39 +213,36 @@ class _Counted(nn.Cell):
     def __init__(self, group: ProcessGroup) -> None:
         super().__init__()
         self.group = group
-
-    def count(self, x: Tensor, times: float) -> None:
-        """Adds `times` the bytes of x."""
-        sent_bytes[self.group.kind] += times * x.size * x.itemsize
+        self.others = (group.size - 1) / group.size
 
 
 class _CountedSum(_Counted):
     def construct(self, x: Tensor) -> Tensor:
-        self.count(x, 2 * (self.group.size - 1) / self.group.size)
+        count(self.group, x, 2 * self.others)
         return x
 
 
 class _CountedGather(_Counted):
     def construct(self, x: Tensor) -> Tensor:
-        self.count(x, self.group.size - 1)
+        count(self.group, x, self.group.size - 1)
         return ops.stack([x] * self.group.size)
 
 
 class _CountedScatter(_Counted):
     def construct(self, x: Tensor) -> Tensor:
-        self.count(x, (self.group.size - 1) / self.group.size)
+        count(self.group, x, self.others)
         return x[self.group.index]
 
 
 class _CountedExchange(_Counted):
-    """As if every rank sent as many rows to every other."""
+    """As if every rank sent as many rows to every other; the way back has as many as came."""
 
     def __init__(self, group: ProcessGroup, rows_out: int) -> None:
         super().__init__(group)
         self.rows_out = rows_out
 
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
-        used = int(ops.sum(sent_PP[self.group.index]))
-        self.count(x_ND[:used] if used else x_ND[:0], (self.group.size - 1) / self.group.size)
-        index = ops.minimum(ops.arange(0, self.rows_out, 1), x_ND.shape[0] - 1)
-        return ops.gather(x_ND, index, 0)
+        used = int(sent_PP[self.group.index].asnumpy().sum())
+        count(self.group, x_ND[0], used * self.others)
+        index_N = np.minimum(np.arange(self.rows_out, dtype=np.int32), x_ND.shape[0] - 1)
+        return ops.gather(x_ND, Tensor(index_N), 0)

@@ -6,15 +6,19 @@ Alone, or on each process of a job:
     bash scripts/msrun_launcher.sh "tests/distributed/worker.py OUT --grid dp=2" 2
 
 Writes OUT/MODEL.rank_R.npz for each of `--models`, with the arrays losses, lm, aux, z, norms and
-tokens (one value a step) and, for each step s and each parameter on the rank, `grad.s.NAME`: the
-gradient that the optimizer gets, after all sums and before clipping. Rows of the data depend on the
-step and on the number of the micro batch: number m * dp + d of one process with accumulation
-dp * a is what data index d sees as its micro batch m of a. So the two must agree.
+tokens (one value a step), with `--evaluate` eval and held_back (loss and tokens after training),
+and for each step s and each parameter on the rank `grad.s.NAME`: the gradient that the optimizer
+gets, after all sums and before clipping.
+
+Rows of the data depend on the step and on the number of the micro batch: number m * dp + d of one
+process with accumulation dp * a is what data index d sees as its micro batch m of a. So the two
+must agree.
 """
 
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import mindspore
@@ -27,6 +31,7 @@ from mixtral_ms.parallel.connection import connect
 from mixtral_ms.parallel.gradients import shard_groups
 from mixtral_ms.parallel.grid_text import parse_grid
 from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.train.evaluation import Evaluator
 from mixtral_ms.train.optimizer import AdamW
 from mixtral_ms.train.step import TrainStep
 
@@ -50,6 +55,10 @@ MODELS = {
     "sdrop": {"moe_config": {**_CAPACITY, "enable_sdrop": True}},
     "kdrop": {"moe_config": {**_CAPACITY, "enable_sdrop": False}, "n_kv_heads": 2},
     "tied": {"moe_config": _EXPERTS, "tie_word_embeddings": True},
+    "lora": {
+        "moe_config": _EXPERTS,
+        "pet_config": {"lora_rank": 4, "lora_dropout": 0.0, "target_modules": ".*|.*router.*"},
+    },
 }
 RATE, EPS, MAX_NORM = 0.01, 1e-2, 1.0
 """A large eps: with a small one Adam turns the rounding of tiny gradients into whole steps."""
@@ -73,6 +82,20 @@ def micro_batch(config: MixtralConfig, step: int, number: int) -> Batch:
     return Batch(ids, labels)
 
 
+class Rows:
+    """The rows of a step as a loader."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """All of them."""
+        return iter(self._batches[start_batch:])
+
+
 def own_batches(config: MixtralConfig, mesh: Mesh, step: int, accumulation: int) -> list[Batch]:
     """This rank's rows and columns of a step."""
     data, parts = mesh.grid.data_parallel, mesh.grid.context_parallel
@@ -81,8 +104,17 @@ def own_batches(config: MixtralConfig, mesh: Mesh, step: int, accumulation: int)
     return [one.columns(mesh.context_index, parts) for one in whole]
 
 
-def run(config: MixtralConfig, mesh: Mesh, *, zero: bool, steps: int, accumulation: int) -> dict:
-    """Train; returns the arrays to write."""
+def run(
+    config: MixtralConfig,
+    mesh: Mesh,
+    *,
+    zero: bool,
+    steps: int,
+    accumulation: int,
+    evaluate: bool,
+    started: Path,
+) -> dict:
+    """Train; returns the arrays to write. The file `started` tells that a step is done."""
     network = MixtralForCausalLM(config, seed=1, mesh=mesh)
     names = [parameter.name for parameter in network.trainable_params()]
     shards = shard_groups(config, mesh, names) if zero else {}
@@ -94,6 +126,7 @@ def run(config: MixtralConfig, mesh: Mesh, *, zero: bool, steps: int, accumulati
         for name, gradient in zip(names, gradients, strict=True):
             arrays[f"grad.{optimizer.updates}.{name}"] = gradient.asnumpy().copy()
         update(gradients, rate, scale)
+        started.touch()
 
     optimizer.update = keep_and_update
     results = [
@@ -104,6 +137,10 @@ def run(config: MixtralConfig, mesh: Mesh, *, zero: bool, steps: int, accumulati
     fields |= {"norms": "grad_norm", "tokens": "tokens", "load": "expert_load"}
     fields |= {"dropped": "drop_percent", "entropy": "router_entropy"}
     arrays |= {key: np.array([one[field] for one in results]) for key, field in fields.items()}
+    if evaluate:
+        held_back = Rows(own_batches(config, mesh, steps, accumulation))
+        evaluation = Evaluator(network, held_back, config.batch_size)()
+        arrays |= {"eval": np.array(evaluation.loss), "held_back": np.array(evaluation.tokens)}
     return arrays
 
 
@@ -116,6 +153,7 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=1, help="micro batches of a rank")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--models", default="dropless", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--evaluate", action="store_true", help="after training")
     parser.add_argument("--changes", default="{}", help="model_config keys, as JSON")
     options = parser.parse_args()
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
@@ -126,8 +164,15 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for model in options.models.split(","):
         config = model_config(model, **json.loads(options.changes))
-        steps, accumulation = options.steps, options.accumulation
-        arrays = run(config, mesh, zero=zero, steps=steps, accumulation=accumulation)
+        arrays = run(
+            config,
+            mesh,
+            zero=zero,
+            steps=options.steps,
+            accumulation=options.accumulation,
+            evaluate=options.evaluate,
+            started=options.out / f"{model}.started",
+        )
         np.savez(options.out / f"{model}.rank_{mesh.rank}.npz", **arrays)
         if mesh.rank == 0:
             print(model, "losses", arrays["losses"], "norms", arrays["norms"], flush=True)
