@@ -1,9 +1,8 @@
 """Training on several processes gives the losses, norms and gradients of one process."""
 
 import pytest
+from distributed.cases import CASES, STEPS, TOLERANCE
 from helpers.distributed import Case, References, largest_errors
-
-TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -11,12 +10,28 @@ def references(tmp_path_factory):
     return References(tmp_path_factory.mktemp("references"))
 
 
-def check(case, folder, references, report_error, steps=5):
-    for model, kinds in largest_errors(case, folder, references, steps).items():
-        for kind, (error, where) in kinds.items():
-            report_error(f"{case.grid_text} {model} {kind} {where}", error, TOLERANCE)
-            assert error <= TOLERANCE, f"{model}, {where}: {error:.1e}"
+@pytest.fixture
+def check(tmp_path, references, report_error):
+    def run(case, steps):
+        for model, kinds in largest_errors(case, tmp_path / "job", references, steps).items():
+            for kind, (error, where) in kinds.items():
+                report_error(f"{case.grid_text} {model} {kind} {where}", error, TOLERANCE)
+                assert error <= TOLERANCE, f"{model}, {where}: {error:.1e}"
+
+    return run
 
 
-def test_two_processes_with_other_rows(tmp_path, references, report_error):
-    check(Case("dp=2", accumulation=2), tmp_path / "job", references, report_error, steps=2)
+def test_other_rows_experts_spread_and_moments_cut(check):
+    check(Case("dp=2,ep=2,zero=1", ("sdrop",), accumulation=2, evaluate=True), steps=2)
+
+
+def test_heads_and_layers_split(check):
+    case = Case("mp=2,pp=2", ("tied",), sequence_parallel=True, accumulation=2, evaluate=True)
+    check(case, steps=2)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", CASES)
+def test_every_layout(name, check):
+    check(CASES[name], STEPS)

@@ -14,11 +14,18 @@ from distributed.worker import model_config
 
 from mixtral_ms.config.parallel_sections import ParallelConfig
 from mixtral_ms.parallel.grid_text import parse_grid
-from mixtral_ms.parallel.layout import MOMENTS, parameter_shapes, placements
+from mixtral_ms.parallel.layout import (
+    MOMENTS,
+    adapter_shapes,
+    parameter_shapes,
+    placements,
+)
+from mixtral_ms.parallel.mesh import Mesh
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "distributed" / "worker.py"
 SCALARS = ("losses", "lm", "aux", "z", "norms", "tokens", "load", "dropped", "entropy")
+EVALUATED = ("eval", "held_back")
 
 
 def start_job(order: str, processes: int, folder: Path, seconds: int = 240) -> None:
@@ -58,6 +65,8 @@ class Case:
     sequence_parallel: bool = False
     accumulation: int = 1
     """Micro batches of a rank, those in the pipeline included."""
+    evaluate: bool = False
+    """Evaluate at the end, too."""
     changes: dict = field(default_factory=dict)
     """Of the model_config."""
 
@@ -74,9 +83,7 @@ class Case:
     @property
     def processes(self) -> int:
         """How many ranks there are."""
-        grid = self.grid
-        stage = grid.data_parallel * grid.model_parallel * grid.context_parallel
-        return stage * grid.pipeline_stage
+        return Mesh(self.grid).world_size
 
     def train(self, folder: Path, steps: int) -> Path:
         """Train; returns the folder with every rank's arrays."""
@@ -84,6 +91,7 @@ class Case:
         order += ["--accumulation", str(self.accumulation), "--models", ",".join(self.models)]
         order += ["--changes", json.dumps(self.changes)]
         order += ["--sequence-parallel"] if self.sequence_parallel else []
+        order += ["--evaluate"] if self.evaluate else []
         folder.mkdir(parents=True)
         start_job(shlex.join(order), self.processes, folder)
         return folder
@@ -104,7 +112,7 @@ class References:
     def arrays(self, case: Case, model: str, steps: int) -> dict[str, np.ndarray]:
         """The arrays of one network of a case, all of which are trained alone."""
         one = case.alone()
-        key = f"{one.accumulation}_{steps}_{json.dumps(one.changes)}"
+        key = f"{one.accumulation}_{steps}_{one.evaluate}_{json.dumps(one.changes)}"
         if f"{model}_{key}" not in self._arrays:
             folder = one.train(self.folder / str(len(self._arrays)), steps)
             for name in one.models:
@@ -136,7 +144,7 @@ def largest_errors(
 def _errors(case: Case, model: str, rank: int, arrays: dict, reference: dict) -> list[tuple]:
     found = [
         ("norm" if key == "norms" else "loss", key, _error(arrays[key], reference[key], ...))
-        for key in SCALARS
+        for key in SCALARS + (EVALUATED if case.evaluate else ())
     ]
     gradients = [key for key in arrays if key.startswith("grad.")]
     regions = _regions(case, model, rank, {key.split(".", 2)[2] for key in gradients})
@@ -149,8 +157,8 @@ def _errors(case: Case, model: str, rank: int, arrays: dict, reference: dict) ->
 def _regions(case: Case, model: str, rank: int, names: set[str]) -> dict[str, tuple[slice, ...]]:
     """What the optimizer of a rank has of each parameter; all of a rank's parameters are there."""
     config, moment = model_config(model, **case.changes), MOMENTS[0]
-    shapes = parameter_shapes(config)
-    stage = rank * case.grid.pipeline_stage // case.processes
+    shapes = adapter_shapes(config) if config.pet_config else parameter_shapes(config)
+    stage = Mesh(case.grid, rank).stage
     placed = placements(config, case.grid, [moment + n for n in shapes], zero=case.zero)
     expected = {name for name in shapes if stage in placed[moment + name]}
     assert names == expected, f"rank {rank} has gradients of other parameters: {names ^ expected}"
