@@ -14,10 +14,11 @@ from mixtral_ms.checkpoint.assemble import is_optimizer_state
 from mixtral_ms.checkpoint.async_writer import CheckpointWriter
 from mixtral_ms.checkpoint.dtypes import cast
 from mixtral_ms.checkpoint.folders import checkpoint_name, list_checkpoints
+from mixtral_ms.checkpoint.manifest import verify_checkpoint
 from mixtral_ms.checkpoint.rank_files import ADAPTER_STEM, MODEL_STEM, OPTIMIZER_STEM
 from mixtral_ms.checkpoint.rank_parts import STRATEGY_FOLDER, SavingRanks
 from mixtral_ms.checkpoint.sharded import OpenedSource, open_source
-from mixtral_ms.checkpoint.store import resolve_checkpoint
+from mixtral_ms.checkpoint.store import find_checkpoint, require_undamaged
 from mixtral_ms.checkpoint.tensors import Region, TensorSource
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.resolve import rows_per_step
@@ -181,6 +182,8 @@ def write_strategy_files(config: RunConfig, network: MixtralForCausalLM) -> None
 def find_resume(config: RunConfig, mesh: Mesh) -> OpenedSource | None:
     """The checkpoint that resume_training asks for; None to start from step 0.
 
+    The first rank chooses; each reads a share of the files to compare them with their hashes.
+
     Raises:
         UserError: it is damaged or does not exist, though its place was named.
     """
@@ -188,7 +191,12 @@ def find_resume(config: RunConfig, mesh: Mesh) -> OpenedSource | None:
         return None
     found = _resume_path(config) if mesh.rank == 0 else None
     path = gather_objects(mesh.world, found and str(found))[0]
-    return open_source(Path(path), verify=False) if path else None  # rank 0 has verified it
+    if path is None:
+        return None
+    own = verify_checkpoint(path, mesh.rank, mesh.world_size)
+    problems = [one for several in gather_objects(mesh.world, own) for one in several]
+    require_undamaged(Path(path), problems)
+    return open_source(Path(path), verify=False)
 
 
 def _resume_path(config: RunConfig) -> Path | None:
@@ -197,7 +205,7 @@ def _resume_path(config: RunConfig) -> Path | None:
     if not config.load_checkpoint and name is None and not list_checkpoints(root):
         get_logger().info("no checkpoint in %s yet: starting from step 0", root)
         return None
-    path = resolve_checkpoint(root, name)
+    path = find_checkpoint(root, name)
     get_logger().info("resuming from %s", path)
     return path
 

@@ -136,3 +136,13 @@ def test_saving_in_the_background(tmp_path):
         writer.close()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["m-step_0000002"]
     assert verify_checkpoint(tmp_path / "m-step_0000002") == []
+
+
+def test_ranks_share_out_the_comparison_with_the_hashes(tmp_path):
+    save(tmp_path, "m", ranks_of("dp=2"))
+    damaged = [tmp_path / "m" / name for name in ("rank_0/optimizer", "rank_1/model")]
+    for path in damaged:
+        path.with_suffix(".safetensors").write_bytes(b"")
+    shares = [verify_checkpoint(tmp_path / "m", part, 3) for part in range(3)]
+    assert sorted(sum(shares, [])) == sorted(verify_checkpoint(tmp_path / "m"))
+    assert sum(1 for share in shares if share) == 2
