@@ -1,9 +1,7 @@
-"""Causal grouped-query attention with rotary embedding: in plain operators, and in C++.
+"""Causal grouped-query attention with rotary embedding: in plain operators, and in C++ or numpy.
 
 Legend: B batch, S sequence, H heads, K kv heads, G heads per kv head, d head_dim, P positions.
 """
-
-from pathlib import Path
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -171,17 +169,17 @@ class PlainRotaryAttention(nn.Cell):
 
 
 class NativeRotaryAttention(nn.Cell):
-    """The same in C++ (float32): scores exist for a block of queries at a time.
+    """The same in C++ or numpy (float32): scores exist for a block of queries at a time.
 
     Args:
-        library: the built kernels.
+        library: where the kernels are.
         seq_length, num_heads, n_kv_heads, head_dim, window: as `CausalAttention`.
         softmax_dtype: float32, whatever is given.
     """
 
     def __init__(  # noqa: PLR0913 - the sizes of attention
         self,
-        library: Path,
+        library: custom.Library,
         seq_length: int,
         num_heads: int,
         n_kv_heads: int,
@@ -216,7 +214,7 @@ class NativeRotaryAttention(nn.Cell):
 
 
 class _NativeAttention(nn.Cell):
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: custom.Library) -> None:
         super().__init__()
         self.forward = custom.attention_forward(library)
         self.backward = custom.attention_backward(library)

@@ -3,8 +3,6 @@
 Legend: T tokens, D hidden, V vocabulary.
 """
 
-from pathlib import Path
-
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
@@ -78,12 +76,14 @@ class LinearCrossEntropy(nn.Cell):
     dead code and pruned.
 
     Args:
-        library: the built C++ kernels; None for plain operators.
+        library: where the kernels are; None for plain operators.
         vocabulary: ranks that have a part each of the weight's rows; the gradient of hidden is then
             partial.
     """
 
-    def __init__(self, library: Path | None = None, vocabulary: ProcessGroup = ALONE) -> None:
+    def __init__(
+        self, library: custom.Library | None = None, vocabulary: ProcessGroup = ALONE
+    ) -> None:
         super().__init__()
         self.with_gradients = _LossAndGradients(library, vocabulary)
 
@@ -93,7 +93,7 @@ class LinearCrossEntropy(nn.Cell):
 
 
 class _LossAndGradients(nn.Cell):
-    def __init__(self, library: Path | None, vocabulary: ProcessGroup) -> None:
+    def __init__(self, library: custom.Library | None, vocabulary: ProcessGroup) -> None:
         super().__init__()
         if vocabulary.size > 1:
             self.loss = SplitSoftmaxCrossEntropy(vocabulary)

@@ -6,8 +6,6 @@ Each cell says how it wants its rows laid out (`layout`, read by model/dispatch.
   padded  each group has C rows, used or not.
 """
 
-from pathlib import Path
-
 from mindspore import Tensor, nn, ops
 
 from mixtral_ms.kernels.elementwise import swiglu
@@ -38,12 +36,12 @@ class PackedExperts(nn.Cell):
     """Experts of any number of rows on the CPU: only used rows are computed.
 
     Args:
-        library: the built C++ kernels, which take float32; None for numpy.
+        library: where the kernels are; the C++ ones take float32.
     """
 
     layout = "packed"
 
-    def __init__(self, library: Path | None = None) -> None:
+    def __init__(self, library: custom.Library = custom.NUMPY) -> None:
         super().__init__()
         self.network = _PackedNetwork(library)
 
@@ -55,7 +53,7 @@ class PackedExperts(nn.Cell):
 
 
 class _PackedNetwork(nn.Cell):
-    def __init__(self, library: Path | None) -> None:
+    def __init__(self, library: custom.Library) -> None:
         super().__init__()
         self.forward = custom.expert_ffn_forward(library)
         self.backward = custom.expert_ffn_backward(library)

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mixtral_ms.kernels.numpy_tasks import empty, matmul, parallel_for
+
 _ROW_BLOCK = 128  # rows whose activations stay in the cache between two products
+_WEIGHT_BLOCK = 512  # rows of a weight gradient per task
 
 
 def forward(
@@ -20,21 +23,29 @@ def forward(
     w2_EDF: np.ndarray,
     sizes_E: np.ndarray,
 ) -> tuple[np.ndarray, ...]:
-    """Returns y (R, D), gate (R, F), up (R, F) in x's dtype; rows past the groups are zero."""
-    y_RD = np.zeros_like(x_RD)
-    gate_RF = np.zeros((len(x_RD), w1_EFD.shape[1]), x_RD.dtype)
-    up_RF = np.zeros_like(gate_RF)
-    with np.errstate(all="ignore"):  # what overflows is infinite, and the overflow check sees it
-        for e, begin, end in groups(sizes_E):
-            w1, w3, w2 = as_float32(w1_EFD[e]), as_float32(w3_EFD[e]), as_float32(w2_EDF[e])
-            for rows in _blocks(begin, end):
-                x = as_float32(x_RD[rows])
-                gate, up = x @ w1.T, x @ w3.T
-                gate_RF[rows], up_RF[rows] = gate, up
-                gate *= sigmoid(gate)
-                gate *= up
-                y_RD[rows] = gate @ w2.T
-    return y_RD, gate_RF, up_RF
+    """Returns y (R, D), gate (R, F), up (R, F) in x's dtype; rows past the groups are zero in y."""
+    dtype = x_RD.dtype
+    x_RD, w1_EFD, w3_EFD, w2_EDF = (as_float32(value) for value in (x_RD, w1_EFD, w3_EFD, w2_EDF))
+    rows, intermediate = len(x_RD), w1_EFD.shape[1]
+    y_RD = empty(*x_RD.shape)
+    gate_RF, up_RF = empty(rows, intermediate), empty(rows, intermediate)
+
+    def block(task: tuple[int, slice]) -> None:
+        e, own = task
+        gate = matmul(x_RD[own], w1_EFD[e].T, gate_RF[own])
+        up = matmul(x_RD[own], w3_EFD[e].T, up_RF[own])
+        act = np.negative(gate, out=np.empty_like(gate))
+        np.exp(act, out=act)
+        act += 1.0
+        np.divide(gate, act, out=act)
+        act *= up
+        matmul(act, w2_EDF[e].T, y_RD[own])
+
+    parallel_for(block, _row_blocks(sizes_E))
+    used = int(sizes_E.sum())
+    for value in (y_RD, gate_RF, up_RF):
+        value[used:] = 0.0
+    return tuple(value.astype(dtype, copy=False) for value in (y_RD, gate_RF, up_RF))
 
 
 def backward(  # noqa: PLR0913, PLR0917 - the operator's inputs
@@ -48,31 +59,54 @@ def backward(  # noqa: PLR0913, PLR0917 - the operator's inputs
     dy_RD: np.ndarray,
 ) -> tuple[np.ndarray, ...]:
     """Returns dx, dw1, dw3, dw2, shaped as x and the weights."""
-    dx_RD = np.zeros_like(x_RD)
-    dw1_EFD, dw3_EFD, dw2_EDF = (np.zeros_like(w) for w in (w1_EFD, w3_EFD, w2_EDF))
-    with np.errstate(all="ignore"):
-        for e, begin, end in groups(sizes_E):
-            w1, w3, w2 = as_float32(w1_EFD[e]), as_float32(w3_EFD[e]), as_float32(w2_EDF[e])
-            x_ND, dy_ND = as_float32(x_RD[begin:end]), as_float32(dy_RD[begin:end])
-            act_NF, d_gate_NF, d_up_NF = np.empty((3, end - begin, w1.shape[0]), np.float32)
-            for rows in _blocks(begin, end):
-                own = slice(rows.start - begin, rows.stop - begin)  # the rows inside the group
-                gate, up = as_float32(gate_RF[rows]), as_float32(up_RF[rows])
-                d_act = dy_ND[own] @ w2
-                slope = sigmoid(gate)
-                silu = gate * slope
-                np.multiply(silu, up, out=act_NF[own])
-                np.multiply(silu, d_act, out=d_up_NF[own])
-                # d silu / d gate = sigmoid + silu (1 - sigmoid)
-                silu *= 1.0 - slope
-                silu += slope
-                silu *= up
-                np.multiply(silu, d_act, out=d_gate_NF[own])
-                dx_RD[rows] = d_gate_NF[own] @ w1 + d_up_NF[own] @ w3
-            dw1_EFD[e] = d_gate_NF.T @ x_ND
-            dw3_EFD[e] = d_up_NF.T @ x_ND
-            dw2_EDF[e] = dy_ND.T @ act_NF
-    return dx_RD, dw1_EFD, dw3_EFD, dw2_EDF
+    dtype = x_RD.dtype
+    x_RD, w1_EFD, w3_EFD, w2_EDF, gate_RF, up_RF, dy_RD = (
+        as_float32(value) for value in (x_RD, w1_EFD, w3_EFD, w2_EDF, gate_RF, up_RF, dy_RD)
+    )
+    dx_RD = empty(*x_RD.shape)
+    act_RF, d_gate_RF, d_up_RF = (empty(*gate_RF.shape) for _ in range(3))
+
+    def block(task: tuple[int, slice]) -> None:
+        e, own = task
+        d_act = matmul(dy_RD[own], w2_EDF[e], np.empty_like(gate_RF[own]))
+        _swiglu_backward(gate_RF[own], up_RF[own], d_act, act_RF[own], d_gate_RF[own], d_up_RF[own])
+        matmul(d_gate_RF[own], w1_EFD[e], dx_RD[own])
+        matmul(d_up_RF[own], w3_EFD[e], dx_RD[own], add=True)
+
+    parallel_for(block, _row_blocks(sizes_E))
+    dx_RD[int(sizes_E.sum()) :] = 0.0
+
+    dw1_EFD, dw3_EFD, dw2_EDF = (empty(*w.shape) for w in (w1_EFD, w3_EFD, w2_EDF))
+
+    def weight_block(task: tuple[int, slice, slice]) -> None:
+        e, group, columns = task
+        matmul(d_gate_RF[group, columns].T, x_RD[group], dw1_EFD[e, columns])
+        matmul(d_up_RF[group, columns].T, x_RD[group], dw3_EFD[e, columns])
+        matmul(dy_RD[group].T, act_RF[group, columns], dw2_EDF[e, :, columns])
+
+    parallel_for(weight_block, _weight_blocks(sizes_E, gate_RF.shape[1]))
+    return tuple(x.astype(dtype, copy=False) for x in (dx_RD, dw1_EFD, dw3_EFD, dw2_EDF))
+
+
+def _swiglu_backward(  # noqa: PLR0913, PLR0917 - three values and three gradients
+    gate: np.ndarray,
+    up: np.ndarray,
+    d_out: np.ndarray,
+    out: np.ndarray,
+    d_gate: np.ndarray,
+    d_up: np.ndarray,
+) -> None:
+    """out = silu(gate) up and the gradients of gate and up; out first holds other values."""
+    slope = sigmoid(gate)
+    silu = np.multiply(gate, slope, out=out)
+    np.multiply(silu, d_out, out=d_up)
+    # d silu / d gate = sigmoid + silu (1 - sigmoid)
+    np.subtract(1.0, slope, out=d_gate)
+    d_gate *= silu
+    d_gate += slope
+    d_gate *= up
+    d_gate *= d_out
+    silu *= up
 
 
 def groups(sizes_E: np.ndarray) -> Iterator[tuple[int, int, int]]:
@@ -84,9 +118,22 @@ def groups(sizes_E: np.ndarray) -> Iterator[tuple[int, int, int]]:
             yield expert, begin, end
 
 
-def _blocks(begin: int, end: int) -> Iterator[slice]:
-    for first in range(begin, end, _ROW_BLOCK):
-        yield slice(first, min(first + _ROW_BLOCK, end))
+def _row_blocks(sizes_E: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """Blocks of equal size, rather than full ones and a small rest, balance the threads."""
+    for expert, begin, end in groups(sizes_E):
+        count = -(-(end - begin) // _ROW_BLOCK)
+        for i in range(count):
+            first, last = ((end - begin) * j // count for j in (i, i + 1))
+            yield expert, slice(begin + first, begin + last)
+
+
+def _weight_blocks(sizes_E: np.ndarray, intermediate: int) -> Iterator[tuple[int, slice, slice]]:
+    """(expert, its rows, some of the columns); a group without rows has an empty product: 0."""
+    end = 0
+    for expert, size in enumerate(sizes_E.tolist()):
+        begin, end = end, end + size
+        for first in range(0, intermediate, _WEIGHT_BLOCK):
+            yield expert, slice(begin, end), slice(first, min(first + _WEIGHT_BLOCK, intermediate))
 
 
 def as_float32(values: np.ndarray) -> np.ndarray:

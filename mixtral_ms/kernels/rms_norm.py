@@ -1,9 +1,7 @@
-"""RMSNorm as cells: plain operators, or one C++ kernel each way.
+"""RMSNorm as cells: plain operators, or one kernel of C++ or numpy each way.
 
 Legend: T tokens, D hidden.
 """
-
-from pathlib import Path
 
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -25,9 +23,9 @@ class PlainRMSNorm(nn.Cell):
 
 
 class NativeRMSNorm(nn.Cell):
-    """The same in C++ (float32): one pass over the data each way."""
+    """The same in C++ or numpy (float32), which keep one value a row."""
 
-    def __init__(self, library: Path, eps: float) -> None:
+    def __init__(self, library: custom.Library, eps: float) -> None:
         super().__init__()
         self.norm = _NativeNorm(library, eps)
 
@@ -39,7 +37,7 @@ class NativeRMSNorm(nn.Cell):
 
 
 class _NativeNorm(nn.Cell):
-    def __init__(self, library: Path, eps: float) -> None:
+    def __init__(self, library: custom.Library, eps: float) -> None:
         super().__init__()
         self.forward = custom.rms_norm_forward(library)
         self.backward = custom.rms_norm_backward(library)

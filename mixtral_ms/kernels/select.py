@@ -12,6 +12,7 @@ from mixtral_ms.kernels.attention import NativeRotaryAttention, PlainRotaryAtten
 from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
 from mixtral_ms.kernels.experts import PackedExperts, PaddedExperts
 from mixtral_ms.kernels.native.build import native_library
+from mixtral_ms.kernels.native.custom import NUMPY
 from mixtral_ms.kernels.rms_norm import NativeRMSNorm, PlainRMSNorm
 from mixtral_ms.kernels.update import CpuUpdate, NativeUpdate, PlainUpdate
 
@@ -35,10 +36,10 @@ def select_kernels(
     """Kernels of a backend.
 
     Args:
-        backend: "cpu" (C++ where it builds, plain operators elsewhere), "reference" (plain
+        backend: "cpu" (C++ where it builds, numpy elsewhere), "reference" (plain
             operators everywhere) or "ascend".
         dropless: whether experts have any number of rows (True) or a fixed capacity.
-        dtype: compute dtype; the C++ kernels take float32.
+        dtype: compute dtype; others than float32 have plain operators.
 
     Raises:
         UserError: an unknown backend.
@@ -55,14 +56,14 @@ def select_kernels(
             ascend.FusedRMSNorm,
             LinearCrossEntropy,
         )
-    library = native_library() if backend == "cpu" and dtype == mstype.float32 else None
-    if library is None:
+    if backend == "reference" or dtype != mstype.float32:
         experts = PackedExperts if dropless else PaddedExperts
         return KernelChoice(
             "plain", experts, PlainRotaryAttention, PlainRMSNorm, LinearCrossEntropy
         )
+    library = native_library() or NUMPY
     return KernelChoice(
-        "C++",
+        "numpy" if library == NUMPY else "C++",
         partial(PackedExperts, library),
         partial(NativeRotaryAttention, library),
         partial(NativeRMSNorm, library),

@@ -11,7 +11,7 @@ from helpers.compare import assert_close
 from mindspore import Tensor
 from mindspore import dtype as mstype
 
-from mixtral_ms.kernels import cross_entropy
+from mixtral_ms.kernels import cross_entropy, select
 from mixtral_ms.kernels.attention import CausalAttention
 from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
 from mixtral_ms.kernels.elementwise import apply_rotary, rms_norm, rotary_tables, swiglu
@@ -51,14 +51,26 @@ def native_kernels():
     if native_library() is None:
         pytest.skip("the C++ kernels do not build here")
     choice = select_kernels("cpu", dropless=True)
-    assert choice.name != "plain"
+    assert choice.name == "C++"
+    return choice
+
+
+def numpy_kernels(device):
+    if device == "Ascend":
+        pytest.skip("numpy's are the CPU's")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "native_library", lambda: None)
+        choice = select_kernels("cpu", dropless=True)
+    assert choice.name == "numpy"
     return choice
 
 
 def kernels_of(name, device):
-    """The choice named plain, or that of the device."""
+    """The choice named plain or numpy, or that of the device."""
     if name == "plain":
         return select_kernels("reference", dropless=True)
+    if name == "numpy":
+        return numpy_kernels(device)
     return select_kernels("ascend", dropless=True) if device == "Ascend" else native_kernels()
 
 
@@ -216,7 +228,7 @@ def test_attention_in_chunks(chunk, window, packed, record_error):
         record_error(what, gradient, value.grad.numpy(), TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["plain", "device"])
+@pytest.mark.parametrize("name", ["plain", "numpy", "device"])
 @pytest.mark.parametrize("sizes", [(6, 2, 150, 8), (2, 2, 7, 4), (5, 1, 65, 12)], ids=str)
 @pytest.mark.parametrize("window", [None, 1, 20], ids=lambda w: f"window {w}")
 @pytest.mark.parametrize("packed", [False, True], ids=["one segment", "packed"])
@@ -273,12 +285,14 @@ def test_rotary_attention(name, sizes, window, packed, device, record_error):
 def cross_entropy_of(name, device):
     if name == "plain":
         return LinearCrossEntropy()
+    if name == "numpy":
+        return numpy_kernels(device).cross_entropy()
     if device == "Ascend":
         return select_kernels("ascend", dropless=True).cross_entropy()
     return native_kernels().cross_entropy()
 
 
-@pytest.mark.parametrize("name", ["plain", "device"])
+@pytest.mark.parametrize("name", ["plain", "numpy", "device"])
 @pytest.mark.parametrize("chunk", [None, 37, 8, 1], ids=lambda c: f"chunk {c}")
 @pytest.mark.parametrize("ignored", ["some", "none", "all"])
 def test_cross_entropy(name, chunk, ignored, device, monkeypatch, record_error):
@@ -309,7 +323,7 @@ def test_cross_entropy(name, chunk, ignored, device, monkeypatch, record_error):
         record_error(what, gradient, value.grad.numpy(), TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["plain", "device"])
+@pytest.mark.parametrize("name", ["plain", "numpy", "device"])
 def test_cross_entropy_of_large_logits(name, device):
     """The largest logit is taken out first: no overflow at any size."""
     cell = cross_entropy_of(name, device)
@@ -319,7 +333,7 @@ def test_cross_entropy_of_large_logits(name, device):
     assert_close(loss.asnumpy(), 600.0, TOLERANCE, "loss")
 
 
-@pytest.mark.parametrize("name", ["plain", "device"])
+@pytest.mark.parametrize("name", ["plain", "numpy", "device"])
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_cross_entropy_lets_an_overflow_through(name, bad, device):
     cell = cross_entropy_of(name, device)
@@ -334,7 +348,7 @@ def test_cross_entropy_lets_an_overflow_through(name, bad, device):
 # elementwise
 
 
-@pytest.mark.parametrize("name", ["plain", "device"])
+@pytest.mark.parametrize("name", ["plain", "numpy", "device"])
 @pytest.mark.parametrize("shape", [(2, 3, 16), (1, 1, 1), (4, 75, 33)], ids=str)
 def test_rms_norm(name, shape, device, record_error):
     x, weight, towards = random(1, *shape) * 5, random(2, shape[-1]), random(3, *shape)

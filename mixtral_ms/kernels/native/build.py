@@ -80,7 +80,7 @@ def built_library() -> Path | None:
 def _unusable(problem: str) -> None:
     if os.environ.get(SWITCH) == "1":
         raise UserError(f"{SWITCH}=1, but the C++ kernels cannot be used: {problem}")
-    get_logger().info("C++ kernels are off, plain MindSpore operators serve: %s", problem)
+    get_logger().info("C++ kernels are off, numpy serves: %s", problem)
 
 
 def _cache_folder() -> Path:

@@ -1,17 +1,38 @@
-"""The C++ kernels as MindSpore operators (`ops.Custom`, AOT); shapes as in the .cpp files."""
+"""The CPU's kernels as MindSpore operators (`ops.Custom`); shapes as in the .cpp files.
 
+Each comes from the built C++ library, or from numpy, which needs no compiler.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from mindspore import ops
 
-from mixtral_ms.kernels import numpy_experts
+from mixtral_ms.kernels import numpy_attention, numpy_elementwise, numpy_experts
+
+NUMPY = "numpy"
+Library = Path | Literal["numpy"]
+
+_NUMPY = {
+    "expert_ffn_forward": numpy_experts.forward,
+    "expert_ffn_backward": numpy_experts.backward,
+    "attention_forward": numpy_attention.forward,
+    "attention_backward": numpy_attention.backward,
+    "rms_norm_forward": numpy_elementwise.rms_norm_forward,
+    "rms_norm_backward": numpy_elementwise.rms_norm_backward,
+    "softmax_cross_entropy": numpy_elementwise.softmax_cross_entropy,
+}
 
 
-def expert_ffn_forward(library: Path | None) -> ops.Custom:
-    """x (R, D), w1, w3 (E, F, D), w2 (E, D, F), sizes (E) -> y (R, D), gate (R, F), up (R, F).
+def _operator(library: Library, name: str, shapes: Callable, dtypes: Callable) -> ops.Custom:
+    if library == NUMPY:
+        return ops.Custom(_NUMPY[name], shapes, dtypes, "pyfunc")
+    return ops.Custom(f"{library}:{name}", shapes, dtypes, "aot")
 
-    Without a library, in numpy.
-    """
+
+def expert_ffn_forward(library: Library) -> ops.Custom:
+    """x (R, D), w1, w3 (E, F, D), w2 (E, D, F), sizes (E) -> y (R, D), gate (R, F), up (R, F)."""
 
     def shapes(x: list, w1: list, _w3: list, _w2: list, _sizes: list) -> tuple:
         return x, [x[0], w1[1]], [x[0], w1[1]]
@@ -19,16 +40,11 @@ def expert_ffn_forward(library: Path | None) -> ops.Custom:
     def dtypes(x: object, *_: object) -> tuple:
         return x, x, x
 
-    if library is None:
-        return ops.Custom(numpy_experts.forward, shapes, dtypes, "pyfunc")
-    return ops.Custom(f"{library}:expert_ffn_forward", shapes, dtypes, "aot")
+    return _operator(library, "expert_ffn_forward", shapes, dtypes)
 
 
-def expert_ffn_backward(library: Path | None) -> ops.Custom:
-    """The inputs of the forward, its gate and up, dy (R, D) -> dx, dw1, dw3, dw2.
-
-    Without a library, in numpy.
-    """
+def expert_ffn_backward(library: Library) -> ops.Custom:
+    """The inputs of the forward, its gate and up, dy (R, D) -> dx, dw1, dw3, dw2."""
 
     def shapes(x: list, w1: list, w3: list, w2: list, *_: list) -> tuple:
         return x, w1, w3, w2
@@ -36,15 +52,14 @@ def expert_ffn_backward(library: Path | None) -> ops.Custom:
     def dtypes(x: object, *_: object) -> tuple:
         return x, x, x, x
 
-    if library is None:
-        return ops.Custom(numpy_experts.backward, shapes, dtypes, "pyfunc")
-    return ops.Custom(f"{library}:expert_ffn_backward", shapes, dtypes, "aot")
+    return _operator(library, "expert_ffn_backward", shapes, dtypes)
 
 
-def attention_forward(library: Path) -> ops.Custom:
+def attention_forward(library: Library) -> ops.Custom:
     """q (B, S, Hd), k, v (B, S, Kd), cos, sin (P, d), positions, segments (B, S), window (1).
 
-    Returns out (B, S, Hd), the log of each row's sum (B, H, S), rotated q and rotated k.
+    Returns out (B, S, Hd), the log of each row's sum (B, H, S), rotated q and rotated k, in the
+    order and scale that the same library's backward reads.
     """
 
     def shapes(q: list, k: list, _v: list, cos: list, *_: list) -> tuple:
@@ -53,10 +68,10 @@ def attention_forward(library: Path) -> ops.Custom:
     def dtypes(q: object, *_: object) -> tuple:
         return q, q, q, q
 
-    return ops.Custom(f"{library}:attention_forward", shapes, dtypes, "aot")
+    return _operator(library, "attention_forward", shapes, dtypes)
 
 
-def attention_backward(library: Path) -> ops.Custom:
+def attention_backward(library: Library) -> ops.Custom:
     """The forward's inputs (q and k rotated), out, log sums, d_out -> dq, dk, dv."""
 
     def shapes(q: list, k: list, v: list, *_: list) -> tuple:
@@ -65,10 +80,10 @@ def attention_backward(library: Path) -> ops.Custom:
     def dtypes(q: object, *_: object) -> tuple:
         return q, q, q
 
-    return ops.Custom(f"{library}:attention_backward", shapes, dtypes, "aot")
+    return _operator(library, "attention_backward", shapes, dtypes)
 
 
-def rms_norm_forward(library: Path) -> ops.Custom:
+def rms_norm_forward(library: Library) -> ops.Custom:
     """x (T, D), weight (D), eps (1) -> y (T, D), inverse root mean square (T)."""
 
     def shapes(x: list, _weight: list, _eps: list) -> tuple:
@@ -77,10 +92,10 @@ def rms_norm_forward(library: Path) -> ops.Custom:
     def dtypes(x: object, *_: object) -> tuple:
         return x, x
 
-    return ops.Custom(f"{library}:rms_norm_forward", shapes, dtypes, "aot")
+    return _operator(library, "rms_norm_forward", shapes, dtypes)
 
 
-def rms_norm_backward(library: Path) -> ops.Custom:
+def rms_norm_backward(library: Library) -> ops.Custom:
     """x (T, D), weight (D), inverse (T), dy (T, D) -> dx (T, D), d_weight (D)."""
 
     def shapes(x: list, weight: list, *_: list) -> tuple:
@@ -89,10 +104,10 @@ def rms_norm_backward(library: Path) -> ops.Custom:
     def dtypes(x: object, *_: object) -> tuple:
         return x, x
 
-    return ops.Custom(f"{library}:rms_norm_backward", shapes, dtypes, "aot")
+    return _operator(library, "rms_norm_backward", shapes, dtypes)
 
 
-def softmax_cross_entropy(library: Path) -> ops.Custom:
+def softmax_cross_entropy(library: Library) -> ops.Custom:
     """logits (T, V), labels (T) int32 -> loss (T), d_logits (T, V)."""
 
     def shapes(logits: list, _labels: list) -> tuple:
@@ -101,7 +116,7 @@ def softmax_cross_entropy(library: Path) -> ops.Custom:
     def dtypes(logits: object, _labels: object) -> tuple:
         return logits, logits
 
-    return ops.Custom(f"{library}:softmax_cross_entropy", shapes, dtypes, "aot")
+    return _operator(library, "softmax_cross_entropy", shapes, dtypes)
 
 
 def adamw(library: Path) -> ops.Custom:
@@ -113,4 +128,4 @@ def adamw(library: Path) -> ops.Custom:
     def dtypes(parameter: object, *_: object) -> object:
         return parameter
 
-    return ops.Custom(f"{library}:adamw", shapes, dtypes, "aot")
+    return _operator(library, "adamw", shapes, dtypes)
