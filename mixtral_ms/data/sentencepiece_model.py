@@ -4,6 +4,7 @@ Read by hand because MindSpore has to be the first to import the protobuf packag
 chooses the implementation its own old generated code needs, and fails to import otherwise.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,8 +76,16 @@ def _read_facts(model: bytes) -> _Facts:
     return facts
 
 
+# As sentencepiece writes nearly all pieces: a short text, a score, and no type, which is normal.
+_USUAL_PIECE = re.compile(rb"\n[\0-\x7f](.*)\x15.{4}", re.DOTALL)
+
+
 def _is_plain_piece(piece: bytes) -> bool:
-    parts = dict(wire_fields(piece))
+    usual = _USUAL_PIECE.fullmatch(piece)
+    if usual and len(usual[1]) == piece[1]:
+        parts = {_PIECE_TEXT: usual[1]}
+    else:
+        parts = dict(wire_fields(piece))
     text = parts.get(_PIECE_TEXT, b"")
     while text.startswith(_SPACE_MARK):
         text = text[len(_SPACE_MARK) :]
