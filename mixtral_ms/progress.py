@@ -4,11 +4,15 @@ import sys
 
 from tqdm import tqdm
 
+from mixtral_ms.log import rank_from_environment
+
 _PLAIN_INTERVAL_S = 10.0
 
 
 def progress_bar(total: float | None, description: str, unit: str, scale: bool = False) -> tqdm:
     """A tqdm bar; without a terminal it prints one line every ten seconds instead.
+
+    Of the processes of a run the first one shows it.
 
     Args:
         total: amount of work in `unit`s, None when unknown.
@@ -25,6 +29,7 @@ def progress_bar(total: float | None, description: str, unit: str, scale: bool =
         mininterval=0.2 if terminal else _PLAIN_INTERVAL_S,
         delay=0 if terminal else 5.0,
         ascii=not terminal,
+        disable=rank_from_environment() > 0,
         file=sys.stderr if terminal else _LineWriter(),
     )
 
