@@ -17,7 +17,7 @@ from mixtral_ms.config.stages import layers_per_stage
 from mixtral_ms.parallel.memory import StageValues, Tensors, dtype_bytes, tokens_per_micro_batch
 
 _GRADIENT_BYTES = 4
-# Collectives of a layer: forward as many as backward, and forward once more where it is recomputed.
+# Collectives of a layer in one pass.
 _REDUCTIONS = 2  # behind attention and behind the experts
 _EXCHANGES = 2  # rows to their experts and back
 
@@ -115,9 +115,13 @@ def _share(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _passes(config: RunConfig) -> int:
-    """Times that a layer's collectives run: forward, backward, forward again."""
-    return 3 if config.recompute_config.recompute else 2
+def passes(config: RunConfig, grid: ParallelConfig, stage: int) -> int:
+    """Times that a layer and its collectives run for one micro batch.
+
+    Forwards and backwards; forwards once more where layers are recomputed, and once more on every
+    stage but the last, which keeps the stage's input only until its gradient comes.
+    """
+    return 2 + config.recompute_config.recompute + (stage < grid.pipeline_stage - 1)
 
 
 def _layers(config: RunConfig, grid: ParallelConfig, stage: int) -> int:
@@ -132,7 +136,7 @@ def _hidden_bytes(config: RunConfig) -> float:
 
 
 def _tensor_parallel(config: RunConfig, grid: ParallelConfig, stage: int) -> float:
-    reductions = _REDUCTIONS * _passes(config) * _layers(config, grid, stage)
+    reductions = _REDUCTIONS * passes(config, grid, stage) * _layers(config, grid, stage)
     if stage == 0 and not grid.vocab_emb_dp:
         reductions += 1  # the embedding's rows
     if stage == grid.pipeline_stage - 1:
@@ -142,7 +146,7 @@ def _tensor_parallel(config: RunConfig, grid: ParallelConfig, stage: int) -> flo
 
 def _expert_parallel(config: RunConfig, grid: ParallelConfig, stage: int) -> float:
     ranks = groups(grid)["expert_parallel"][0].size
-    exchanges = _EXCHANGES * _passes(config) * _layers(config, grid, stage)
+    exchanges = _EXCHANGES * passes(config, grid, stage) * _layers(config, grid, stage)
     return _share(ranks) * exchanges * rows_per_token(config) * _hidden_bytes(config)
 
 
@@ -150,7 +154,12 @@ def _context_parallel(config: RunConfig, grid: ParallelConfig, stage: int) -> fl
     model = config.model.model_config
     key_value = 2 * model.n_kv_heads * model.head_dim / grid.model_parallel
     own = _hidden_bytes(config) * key_value / model.hidden_size
-    return (grid.context_parallel - 1) * own * _passes(config) * _layers(config, grid, stage)
+    return (
+        (grid.context_parallel - 1)
+        * own
+        * passes(config, grid, stage)
+        * _layers(config, grid, stage)
+    )
 
 
 def _pipeline(config: RunConfig, grid: ParallelConfig, stage: int) -> float:

@@ -208,12 +208,13 @@ def _activation_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> in
     layers = layers_per_stage(model, grid.pipeline_stage)[stage]
     fused = config.context.device_target == "Ascend"
     per_layer = tokens * _layer_values_per_token(model, grid, fused=fused) * width
-    # 1F1B: the first stage has as many micro batches under way as there are stages
-    under_way = min(grid.pipeline_stage - stage, max(grid.micro_batch_num, 1))
-    kept = per_layer * layers * under_way
+    layer_input, kept = tokens * _hidden(model, grid) * width, per_layer * layers
     if config.recompute_config.recompute:  # layers' inputs stay, one layer at a time is redone
-        layer_input = tokens * _hidden(model, grid) * width
-        kept = layer_input * (layers * under_way - 1) + per_layer
+        kept = layer_input * (layers - 1) + per_layer
+    # 1F1B: the first stage has as many micro batches under way as there are stages, and keeps of
+    # all but the one that is computed its own input only
+    under_way = min(grid.pipeline_stage - stage, max(grid.micro_batch_num, 1))
+    kept += layer_input * (under_way - 1)
     if stage == grid.pipeline_stage - 1:  # float32 logits and their gradient
         kept += 2 * 4 * tokens * model.vocab_size // grid.model_parallel
     return kept

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from mixtral_ms.config.resolve import rank_count
 from mixtral_ms.config.schema import RunConfig
 from mixtral_ms.config.stages import layers_per_stage
-from mixtral_ms.parallel.communication import Traffic, groups, micro_batches, rows_per_token
+from mixtral_ms.parallel.communication import (
+    Traffic,
+    groups,
+    micro_batches,
+    passes,
+    rows_per_token,
+)
 from mixtral_ms.parallel.memory import PARAMETER_BYTES, RankMemory, tokens_per_micro_batch
 
 # Memory traffic of a weight in one pass of a micro batch: float32 read, a 16 bit copy written and
@@ -99,19 +105,20 @@ def _compute_seconds(
     padded = rows_per_token(config) / model.moe_config.num_experts_chosen
     layers = token_flops["total"] - token_flops["lm_head"]
     layers += token_flops["experts"] * (padded - 1)
-    passes = 2
-    if config.recompute_config.recompute:  # two of six FLOPs once more
-        layers *= 4 / 3
-        passes = 3
     rate = cluster.flops * cluster.efficiency * grid.model_parallel
     tokens = tokens_per_micro_batch(config)
     counts = layers_per_stage(model, grid.pipeline_stage)
-    flops = [layers * count / model.num_layers for count in counts]
+    repeats = [passes(config, grid, stage) for stage in range(len(counts))]
+    # of six FLOPs two are forwards: a pass more than two is a third more
+    flops = [
+        layers * count / model.num_layers * (1 + times) / 3
+        for count, times in zip(counts, repeats, strict=True)
+    ]
     flops[-1] += token_flops["lm_head"]
     moved = [
-        (passes * _BYTES_PER_PASS * rank.parameters + _BYTES_OF_GRADIENT * rank.gradients)
+        (times * _BYTES_PER_PASS * rank.parameters + _BYTES_OF_GRADIENT * rank.gradients)
         / PARAMETER_BYTES
-        for rank in memory
+        for rank, times in zip(memory, repeats, strict=True)
     ]
     return [
         tokens * of_stage / rate + size / cluster.memory_bandwidth
