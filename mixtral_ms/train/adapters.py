@@ -1,14 +1,16 @@
 """What a LoRA run has besides any run: the weights that it is for, and PEFT's files."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
-from mixtral_ms.config import RunConfig
+from mixtral_ms.config import MixtralConfig, RunConfig
 from mixtral_ms.convert.lora import base_record, fingerprint, fingerprint_of, open_adapter
 from mixtral_ms.convert.peft import write_peft
 from mixtral_ms.infer.load import open_run_weights
 from mixtral_ms.model.mixtral import MixtralForCausalLM
-from mixtral_ms.parallel.layout import adapter_shapes
+from mixtral_ms.parallel.layout import adapter_shapes, parameter_shapes
 
 PEFT_FOLDER = "peft"
 
@@ -33,14 +35,17 @@ def save_peft(config: RunConfig, checkpoints: Path) -> Path:
     return folder
 
 
-def trained_text(network: MixtralForCausalLM) -> str:
-    """How many parameters are trained, and of LoRA what is adapted."""
-    trained = sum(p.size for p in network.trainable_params())
-    pet = network.config.pet_config
+def trained_text(config: MixtralConfig) -> str:
+    """How many parameters are trained on all ranks, and of LoRA what is adapted."""
+    pet, weights = config.pet_config, _count(parameter_shapes(config))
     if pet is None:
-        return f"{trained:,} parameters"
-    modules = pet.modules(network.config.num_layers)
+        return f"{weights:,} parameters"
+    modules = pet.modules(config.num_layers)
     kinds = sorted({module.rpartition(".")[2] for module in modules})
     text = ", ".join(kinds).replace("dense", "router")
-    total = sum(p.size for p in network.weights())
-    return f"{total:,} frozen parameters, {trained:,} of LoRA (rank {pet.lora_rank}, {text})"
+    adapters = _count(adapter_shapes(config))
+    return f"{weights:,} frozen parameters, {adapters:,} of LoRA (rank {pet.lora_rank}, {text})"
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())

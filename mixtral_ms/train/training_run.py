@@ -280,7 +280,7 @@ class TrainingRun:
         moe = config.moe_config
         get_logger().info(
             "%s, %s kernels, %s; aux loss %s, z loss %s",
-            trained_text(self.network),
+            trained_text(self.network.config),
             self.network.kernel_name,
             "dropless" if moe.dropless else f"capacity factor {moe.capacity_factor:g}",
             f"x {moe.aux_loss_factor:g}" if moe.aux_loss_factor else "off",
