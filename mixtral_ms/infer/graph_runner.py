@@ -71,15 +71,20 @@ class GraphRunner(Runner):
         """As `Runner.step`."""
         count = len(inputs.starts) - 1
         tokens = len(inputs.token_ids_T)
-        if count == 1 and tokens > 1:
-            hidden_TD = self._run(inputs, slice(0, 1), 1, _rounded(tokens, _FEWEST_TOKENS))
+        if tokens > count:
+            lengths_N = np.diff(inputs.starts)
+            groups = [
+                self._run(inputs, slice(i, i + 1), 1, _rounded(int(length), _FEWEST_TOKENS))
+                if length > 1
+                else self._run(inputs, slice(i, i + 1), ROWS, 1)
+                for i, length in enumerate(lengths_N)
+            ]
         else:
             groups = [
                 self._run(inputs, slice(begin, min(begin + ROWS, count)), ROWS, 1)
                 for begin in range(0, count, ROWS)
             ]
-            hidden_TD = np.concatenate(groups)
-        return self._logits(hidden_TD[inputs.logit_rows_R])
+        return self._logits(np.concatenate(groups)[inputs.logit_rows_R])
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """As `Runner.copy_blocks`."""

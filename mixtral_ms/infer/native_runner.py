@@ -4,7 +4,7 @@ Legend: N sequences, T tokens of a step, R rows of logits, M blocks of a table, 
 L layers, K kv heads, E experts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -71,17 +71,13 @@ class NativeRunner(Runner):
         Raises:
             ValueError: an id, a position, a block or a row that there is none of.
         """
-        arrays = {
-            name: np.ascontiguousarray(getattr(inputs, name), np.int32)
-            for name in ("token_ids_T", "positions_T", "block_tables_NM", "logit_rows_R")
-        }
-        self._check_step(np.asarray(inputs.starts), **arrays)
-        ids_T, positions_T, tables_NM, rows_R = arrays.values()
-        logits_RV = np.empty((len(rows_R), self.config.vocab_size), np.float32)
-        sequences, width = tables_NM.shape
-        pointers = [array.ctypes.data for array in (*arrays.values(), logits_RV)]
-        step = decoder.Step(sequences, len(ids_T), width, len(rows_R), *pointers)
-        self._decoder.step(self._model, step)
+        inputs = StepInput(
+            *[np.ascontiguousarray(value, np.int32) for value in vars(inputs).values()]
+        )
+        self._check_step(inputs)
+        logits_RV = np.empty((len(inputs.logit_rows_R), self.config.vocab_size), np.float32)
+        for part, chosen_R in self._parts(inputs):
+            logits_RV[chosen_R] = self._run(part)
         return logits_RV
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
@@ -91,27 +87,59 @@ class NativeRunner(Runner):
                 raise ValueError(f"no copy from block {source} to {target}: {self._blocks()}")
             self._cache[:, :, target] = self._cache[:, :, source]
 
-    def _check_step(
-        self,
-        starts: np.ndarray,
-        token_ids_T: np.ndarray,
-        positions_T: np.ndarray,
-        block_tables_NM: np.ndarray,
-        logit_rows_R: np.ndarray,
-    ) -> None:
+    def _parts(self, inputs: StepInput) -> Iterator[tuple[StepInput, np.ndarray | slice]]:
+        """Steps that the decoder takes, each with which of the R rows are its own.
+
+        Single tokens go together, and so do long chunks; a short one is summed in another way.
+        """
+        starts = inputs.starts
+        lengths_N = np.diff(starts)
+        alone_N = lengths_N < self._decoder.shared_from
+        if len(lengths_N) == 1 or (lengths_N == 1).all() or not alone_N.any():
+            yield inputs, slice(None)
+            return
+        first = 0
+        while first < len(lengths_N):
+            last = first + 1
+            while last < len(lengths_N) and not alone_N[first] and not alone_N[last]:
+                last += 1
+            begin, end = starts[first], starts[last]
+            chosen_R = (begin <= inputs.logit_rows_R) & (inputs.logit_rows_R < end)
+            yield (
+                StepInput(
+                    inputs.token_ids_T[begin:end],
+                    inputs.positions_T[begin:end],
+                    starts[first : last + 1] - begin,
+                    inputs.block_tables_NM[first:last],
+                    inputs.logit_rows_R[chosen_R] - begin,
+                ),
+                chosen_R,
+            )
+            first = last
+
+    def _run(self, part: StepInput) -> np.ndarray:
+        logits_RV = np.empty((len(part.logit_rows_R), self.config.vocab_size), np.float32)
+        pointers = [array.ctypes.data for array in (*vars(part).values(), logits_RV)]
+        sequences, width = part.block_tables_NM.shape
+        tokens, rows = len(part.token_ids_T), len(part.logit_rows_R)
+        step = decoder.Step(sequences, tokens, width, rows, *pointers)
+        self._decoder.step(self._model, step)
+        return logits_RV
+
+    def _check_step(self, inputs: StepInput) -> None:
         """The decoder writes where these say: what is wrong in them must not reach it."""
+        token_ids_T, positions_T, starts, block_tables_NM, logit_rows_R = vars(inputs).values()
         tokens, sequences = len(token_ids_T), len(starts) - 1
         if block_tables_NM.shape[:-1] != (sequences,) or positions_T.shape != (tokens,):
             raise ValueError(
                 f"{tokens} tokens of {sequences} sequences with positions {positions_T.shape} and "
                 f"block tables {block_tables_NM.shape}"
             )
-        if sequences not in (1, tokens) or starts[0] != 0 or (np.diff(starts) < 1).any():
-            raise ValueError(
-                f"starts {starts.tolist()} of {tokens} tokens: a step is one sequence's tokens, or "
-                "one token of each sequence"
-            )
-        if tokens != starts[-1] or (sequences == 1 and (np.diff(positions_T) != 1).any()):
+        if starts[0] != 0 or starts[-1] != tokens or (np.diff(starts) < 1).any():
+            raise ValueError(f"starts {starts.tolist()} of {tokens} tokens")
+        follows_T = np.ones(tokens, bool)
+        follows_T[starts[:-1]] = False
+        if (np.diff(positions_T)[follows_T[1:]] != 1).any():
             raise ValueError(f"tokens of a sequence at positions {positions_T.tolist()}")
         _check_range("token id", token_ids_T, self.config.vocab_size, "the vocabulary's size")
         _check_range("row of logits", logit_rows_R, tokens, "the number of tokens")

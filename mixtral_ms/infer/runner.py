@@ -31,8 +31,7 @@ class RunnerUnavailableError(RuntimeError):
 class StepInput:
     """Tokens that the network takes in one step.
 
-    A step is either a piece of one sequence's prompt (N = 1) or one token of each of N sequences
-    (T = N).
+    A step is a piece of each of some prompts, or one token of each of N sequences (T = N).
     """
 
     token_ids_T: np.ndarray

@@ -121,6 +121,22 @@ def test_a_row_is_the_same_bits_in_any_batch(runner, count):
     np.testing.assert_array_equal(decode(order), everything[order])
 
 
+def test_pieces_of_prompts_are_the_same_bits_alone_and_together(runner):
+    ids = [ids_of(length, length) for length in (5, 20, 1, 14)]
+    tables = [list(range(5 * i, 5 * i + 5)) for i in range(len(ids))]
+    alone = [runner.step(prompt(*each)) for each in zip(ids, tables, strict=True)]
+    ends = np.cumsum([len(each) for each in ids])
+    together = StepInput(
+        np.concatenate(ids).astype(np.int32),
+        np.concatenate([np.arange(len(each)) for each in ids]).astype(np.int32),
+        np.concatenate([[0], ends]).astype(np.int32),
+        np.array(tables, np.int32),
+        (ends - 1).astype(np.int32)[::-1].copy(),
+    )
+    wanted = np.stack([each[-1] for each in alone[::-1]])
+    np.testing.assert_array_equal(runner.step(together), wanted)
+
+
 def test_what_other_blocks_hold_does_not_matter(runner):
     ids, table = ids_of(6), [20, 21]
     before = runner.step(prompt(ids, table))

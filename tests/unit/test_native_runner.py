@@ -100,6 +100,20 @@ def decode(runner, sequences):
     return runner.step(StepInput(ids, places, starts, tables, rows))
 
 
+def feed_all(runner, sequences, counts):
+    """Logits of the next ids of each, so many of each, in one step."""
+    tables = np.full((len(sequences), max(len(s.table) for s in sequences)), NO_BLOCK, np.int32)
+    places = []
+    for table, sequence, count in zip(tables, sequences, counts, strict=True):
+        table[: len(sequence.table)] = sequence.table
+        places.append(np.arange(sequence.done, sequence.done + count, dtype=np.int32))
+        sequence.done += count
+    ids = np.concatenate([s.ids[p] for s, p in zip(sequences, places, strict=True)])
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    rows = np.arange(len(ids), dtype=np.int32)
+    return runner.step(StepInput(ids, np.concatenate(places), starts, tables, rows))
+
+
 def random_ids(config, length=LENGTH, seed=0):
     return np.random.default_rng(seed).integers(0, config.vocab_size, length).astype(np.int32)
 
@@ -173,6 +187,30 @@ def test_decoding_does_not_depend_on_neighbours(name, dtype):
         together = prefilled()[-count:][::-1]
         got = np.stack([decode(runner, together) for _ in range(6)], 1)
         np.testing.assert_array_equal(got, np.stack(alone[-count:][::-1]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_prompts_that_share_a_step_do_not_depend_on_each_other(name, dtype):
+    config = network_config(name)
+    runner = runner_of(config, random_weights(config, dtype=dtype)[0], 600)
+    lengths = [[40, 12, 3, 90, 1, 17], [13, 60, 25, 1, 1, 50]]  # of two chunks of each
+    ids = [
+        random_ids(config, sum(each), seed=i) for i, each in enumerate(zip(*lengths, strict=True))
+    ]
+    blocks = np.arange(600).reshape(len(ids), -1)
+
+    def sequences():
+        return [Sequence(runner, row, i, blocks[i]) for i, row in enumerate(ids)]
+
+    alone = [
+        [s.feed(n) for n in each]
+        for s, each in zip(sequences(), zip(*lengths, strict=True), strict=True)
+    ]
+    together = sequences()
+    for chunk, each in enumerate(lengths):
+        got = feed_all(runner, together, each)
+        np.testing.assert_array_equal(got, np.concatenate([one[chunk] for one in alone]))
 
 
 def test_a_prompt_does_not_depend_on_its_blocks_or_the_rows_asked_for():
@@ -276,8 +314,17 @@ def valid_step(**changes):
         ({"block_tables_NM": [[8, 9]]}, "block 8 is not between 0 and 7"),
         ({"block_tables_NM": [[1], [2]]}, "block tables"),
         ({"logit_rows_R": [3]}, "row of logits 3"),
-        ({"starts": [0, 2]}, "tokens of a sequence"),
-        ({"starts": [0, 1, 3], "block_tables_NM": [[1], [2]]}, "one token of each sequence"),
+        ({"starts": [0, 2]}, r"starts \[0, 2\] of 3 tokens"),
+        ({"starts": [0, 0, 3], "block_tables_NM": [[1], [2]]}, r"starts \[0, 0, 3\]"),
+        ({"starts": [0, 1, 3], "block_tables_NM": [[1], [NO_BLOCK]]}, "block -1"),
+        (
+            {
+                "positions_T": [0, 0, 2],
+                "starts": [0, 1, 3],
+                "block_tables_NM": [[1], [2]],
+            },
+            "positions",
+        ),
     ],
 )
 def test_a_wrong_step_is_refused(changes, message):

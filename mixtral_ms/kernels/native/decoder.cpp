@@ -47,6 +47,7 @@ struct Activations {
   Buffer projected; // (T, (H + 2 K) d): q, k and v side by side
   Buffer q;         // (T, H head_stride): rotated, scaled, zeros behind head_dim
   Buffer attended;  // (T, H d)
+  Buffer panels;    // of normed or attended
   Buffer cos, sin;  // (T, d / 2)
 
   Activations(const Model& m, int64_t tokens)
@@ -56,6 +57,7 @@ struct Activations {
         projected(tokens * (m.heads + 2 * m.kv_heads) * m.head_dim),
         q(tokens * m.heads * m.head_stride()),
         attended(tokens * m.heads * m.head_dim),
+        panels(round_up(tokens, kPanel) * std::max(m.hidden, m.heads * m.head_dim)),
         cos(tokens * m.head_dim / 2),
         sin(tokens * m.head_dim / 2) {}
 };
@@ -92,8 +94,9 @@ void project(const Model& model, const Layer& layer, const Step& step, Activatio
     int64_t begin, column;
   };
   std::vector<Piece> pieces;
-  const Sum sum = sum_of(step, step.tokens);
-  const int64_t some = rows_per_task(layer.wq, sum);
+  const Rows normed = prepare(own.normed.get(), own.ldn, step.tokens, model.hidden,
+                              sum_of(step), own.panels.get());
+  const int64_t some = rows_per_task(layer.wq, normed.sum);
   int64_t column = 0;
   for (const Matrix* weight : {&layer.wq, &layer.wk, &layer.wv}) {
     for (int64_t r = 0; r < weight->rows; r += some) pieces.push_back({weight, r, column + r});
@@ -101,8 +104,8 @@ void project(const Model& model, const Layer& layer, const Step& step, Activatio
   }
   run_tasks(pieces.size(), [&](int64_t i) {
     const auto [weight, begin, to] = pieces[i];
-    product(*weight, begin, std::min(weight->rows, begin + some), own.normed.get(), own.ldn,
-            step.tokens, own.projected.get() + to, width, sum);
+    product(*weight, begin, std::min(weight->rows, begin + some), normed,
+            own.projected.get() + to, width);
   });
 }
 
@@ -131,14 +134,14 @@ void rotate_and_store(const Model& model, const Step& step, const LayerCache& ca
 // x += attended wo^T
 void add_attention(const Model& model, const Layer& layer, const Step& step, Activations& own) {
   const int64_t D = model.hidden, width = model.heads * model.head_dim;
-  const Sum sum = sum_of(step, step.tokens);
-  const int64_t some = rows_per_task(layer.wo, sum);
+  const Rows attended = prepare(own.attended.get(), width, step.tokens, width,
+                                sum_of(step), own.panels.get());
+  const int64_t some = rows_per_task(layer.wo, attended.sum);
   run_tasks((D + some - 1) / some, [&](int64_t task) {
     const int64_t begin = task * some, count = std::min(D - begin, some);
     thread_local std::vector<float> out;
     out.resize(step.tokens * count);
-    product(layer.wo, begin, begin + count, own.attended.get(), width, step.tokens, out.data(),
-            count, sum);
+    product(layer.wo, begin, begin + count, attended, out.data(), count);
     for (int64_t t = 0; t < step.tokens; ++t)
       for (int64_t i = 0; i < count; ++i)
         own.x.get()[t * D + begin + i] += out[t * count + i];
@@ -157,11 +160,11 @@ void head(const Model& model, const Step& step, Activations& own) {
   for (int64_t r = 0; r < step.logit_rows; ++r)
     rms_norm(own.x.get() + step.rows[r] * model.hidden, model.final_norm, model.hidden, model.eps,
              own.normed.get() + r * own.ldn);
-  const int64_t V = model.vocabulary, some = rows_per_task(model.head, Sum::kFewRows);
+  const Rows normed{own.normed.get(), own.ldn, step.logit_rows, Sum::kFewRows};
+  const int64_t V = model.vocabulary, some = rows_per_task(model.head, normed.sum);
   run_tasks((V + some - 1) / some, [&](int64_t task) {
     const int64_t begin = task * some;
-    product(model.head, begin, std::min(V, begin + some), own.normed.get(), own.ldn,
-            step.logit_rows, step.logits + begin, V, Sum::kFewRows);
+    product(model.head, begin, std::min(V, begin + some), normed, step.logits + begin, V);
   });
 }
 
@@ -198,6 +201,9 @@ void decoder_layout(int64_t* sizes) {
   sizes[2] = sizeof(decoder::Model);
   sizes[3] = sizeof(decoder::Step);
 }
+
+// Chunks of so many tokens may share a step; a shorter one has its own.
+int64_t decoder_shared_from() { return decoder::kManyRowsFrom; }
 
 void decoder_step(const decoder::Model* model, const decoder::Step* step) {
   decoder::run_step(*model, *step);

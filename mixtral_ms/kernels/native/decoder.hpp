@@ -5,6 +5,7 @@
 #pragma once
 #include "decoder_vec.hpp"
 
+#include <algorithm>
 #include <new>
 
 namespace decoder {
@@ -68,13 +69,15 @@ struct Model {
 struct Step {
   int64_t sequences, tokens, table_width, logit_rows;  // N, T, M, R
   const int32_t *token_ids, *positions;  // (T)
+  const int32_t* starts;                 // (N + 1): sequence n has tokens starts[n] : starts[n + 1]
   const int32_t* block_tables;           // (N, M)
   const int32_t* rows;                   // (R)
   float* logits;                         // (R, V)
 
-  // One token of each sequence; otherwise all tokens are of one sequence.
-  bool decodes() const { return tokens == sequences; }
-  int64_t sequence_of(int64_t token) const { return decodes() ? token : 0; }
+  bool decodes() const { return tokens == sequences; }  // one token of each
+  int64_t sequence_of(int64_t token) const {
+    return std::upper_bound(starts, starts + sequences, token) - starts - 1;
+  }
 };
 
 }  // namespace decoder

@@ -61,7 +61,7 @@ class Step(Structure):
         *[(name, c_int64) for name in ("sequences", "tokens", "table_width", "logit_rows")],
         *[
             (name, c_void_p)
-            for name in ("token_ids", "positions", "block_tables", "rows", "logits")
+            for name in ("token_ids", "positions", "starts", "block_tables", "rows", "logits")
         ],
     ]
 
@@ -102,6 +102,9 @@ class Decoder:
         own = [ctypes.sizeof(kind) for kind in (Matrix, Layer, Model, Step)]
         if list(sizes) != own:
             raise RuntimeError(f"decoder.hpp has structures of {list(sizes)} bytes, we of {own}")
+        functions.decoder_shared_from.restype = c_int64
+        self.shared_from = functions.decoder_shared_from()
+        """Tokens of a prompt's chunk from which it may share a step with others."""
         self._step = functions.decoder_step
         self._step.argtypes = [POINTER(Model), POINTER(Step)]
         self._step.restype = None

@@ -111,8 +111,8 @@ void attend_piece(const Model& model, const LayerCache& cache, const int32_t* ta
     const int64_t count = std::min(cache.run(p), piece.end - p);
     const Matrix keys{cache.key(table, piece.kv_head, p), nullptr, nullptr, count, stride,
                       kFloat32};
-    product(keys, 0, count, q, stride, groups, scores.data() + (p - piece.begin), kDecodePiece,
-            Sum::kFewRows);
+    product(keys, 0, count, {q, stride, groups, Sum::kFewRows},
+            scores.data() + (p - piece.begin), kDecodePiece);
     p += count;
   }
   const int64_t positions = piece.end - piece.begin;
@@ -179,7 +179,7 @@ struct PrefillBuffers {
     q.resize(rows * stride);
     keys.resize(kPrefillPiece * stride);
     values.resize(kPrefillPiece * stride);
-    panel.resize(16 * stride);
+    panel.resize(kPanel * stride);
     scores.resize(rows * kPrefillPiece);
     sums.assign(rows * stride, 0.0f);
     peaks.assign(rows, -INFINITY);
@@ -190,10 +190,11 @@ struct PrefillBuffers {
 // scores (rows, kPrefillPiece) = q keys^T
 void score(PrefillBuffers& own, int64_t rows, int64_t count, int64_t stride) {
   std::fill(own.scores.begin(), own.scores.end(), 0.0f);
-  for (int64_t j = 0; j < count; j += 16) {
-    pack_panel(own.keys.data() + j * stride, stride, std::min<int64_t>(16, count - j), stride,
-               own.panel.data());
-    multiply_add(rows, 16, stride, own.q.data(), stride, own.panel.data(), 16,
+  for (int64_t j = 0; j < count; j += kPanel) {
+    const float* keys[kPanel];
+    for (int64_t i = 0; i < kPanel; ++i) keys[i] = own.keys.data() + (j + i) * stride;
+    pack_panel(keys, std::min(kPanel, count - j), stride, own.panel.data());
+    multiply_add(rows, kPanel, stride, own.q.data(), stride, own.panel.data(), kPanel,
                  own.scores.data() + j, kPrefillPiece);
   }
 }
@@ -214,12 +215,26 @@ void soften(PrefillBuffers& own, int64_t r, int64_t low, int64_t high, int64_t w
   for (int64_t i = 0; i < stride; ++i) sums[i] *= shrink;
 }
 
-// Tokens [from, to) of the step, for the G heads of one kv head.
+// Tokens [from, to) of the step, all of one sequence.
+struct Block {
+  int64_t sequence, from, to;
+};
+
+std::vector<Block> blocks_of(const Step& step) {
+  std::vector<Block> blocks;
+  for (int64_t n = 0; n < step.sequences; ++n)
+    for (int64_t from = step.starts[n]; from < step.starts[n + 1]; from += kQueryTokens)
+      blocks.push_back({n, from, std::min<int64_t>(step.starts[n + 1], from + kQueryTokens)});
+  return blocks;
+}
+
+// A block for the G heads of one kv head.
 void attend_block(const Model& model, const Step& step, const LayerCache& cache, const float* q,
-                  int64_t from, int64_t to, int64_t kv_head, float* out) {
+                  const Block& block, int64_t kv_head, float* out) {
+  const auto [sequence, from, to] = block;
   const int64_t groups = model.groups(), stride = model.head_stride(), d = model.head_dim;
   const int64_t rows = (to - from) * groups;
-  const int32_t* table = step.block_tables;
+  const int32_t* table = step.block_tables + sequence * step.table_width;
   thread_local PrefillBuffers own;
   own.resize(rows, stride);
   for (int64_t t = from; t < to; ++t)
@@ -230,7 +245,7 @@ void attend_block(const Model& model, const Step& step, const LayerCache& cache,
   int64_t begin = first_visible(model, step.positions[from]);
   begin -= begin % kPrefillPiece;
   for (int64_t p = begin; p < end; p += kPrefillPiece) {
-    const int64_t count = std::min(kPrefillPiece, end - p), width = round_up(count, 16);
+    const int64_t count = std::min(kPrefillPiece, end - p), width = round_up(count, kPanel);
     const auto key = [&](int64_t at) { return cache.key(table, kv_head, at); };
     const auto value = [&](int64_t at) { return cache.value(table, kv_head, at); };
     gather(cache, p, p + count, stride, key, own.keys.data());
@@ -285,12 +300,12 @@ void attend_decode(const Model& model, const Step& step, const LayerCache& cache
 
 void attend_prefill(const Model& model, const Step& step, const LayerCache& cache, const float* q,
                     float* out) {
-  const int64_t blocks = (step.tokens + kQueryTokens - 1) / kQueryTokens;
+  const auto blocks = blocks_of(step);
+  const int64_t count = blocks.size();
   // The last blocks see most: they come first, so that no thread ends on a long task alone.
-  run_tasks(blocks * model.kv_heads, [&](int64_t task) {
-    const int64_t block = blocks - 1 - task / model.kv_heads;
-    const int64_t from = block * kQueryTokens, to = std::min(step.tokens, from + kQueryTokens);
-    attend_block(model, step, cache, q, from, to, task % model.kv_heads, out);
+  run_tasks(count * model.kv_heads, [&](int64_t task) {
+    attend_block(model, step, cache, q, blocks[count - 1 - task / model.kv_heads],
+                 task % model.kv_heads, out);
   });
 }
 

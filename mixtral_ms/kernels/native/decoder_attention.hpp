@@ -38,7 +38,7 @@ class LayerCache {
 void attend_decode(const Model& model, const Step& step, const LayerCache& cache, const float* q,
                    float* out);
 
-// All tokens of one sequence; shapes as above with T for N.
+// Any number of tokens of each sequence; shapes as above with T for N.
 void attend_prefill(const Model& model, const Step& step, const LayerCache& cache, const float* q,
                     float* out);
 

@@ -1,4 +1,5 @@
-// Legend: T tokens, D hidden, E experts, k experts a token, F intermediate, P = T k assignments.
+// Legend: T tokens, D hidden, E experts, k experts a token, F intermediate, P = T k assignments;
+// C columns of a task.
 #include "decoder_experts.hpp"
 
 #include <algorithm>
@@ -52,8 +53,8 @@ std::vector<Assignment> route(const Model& model, const Layer& layer, const Step
   run_tasks((tokens + kRouterTokens - 1) / kRouterTokens, [&](int64_t task) {
     const int64_t from = task * kRouterTokens, n = std::min(kRouterTokens, tokens - from);
     std::vector<float> logits(n * experts);
-    product(layer.router, 0, experts, normed + from * ldn, ldn, n, logits.data(), experts,
-            Sum::kFewRows);
+    product(layer.router, 0, experts, {normed + from * ldn, ldn, n, Sum::kFewRows},
+            logits.data(), experts);
     for (int64_t t = 0; t < n; ++t)
       choose(model, logits.data() + t * experts, step.positions[from + t], from + t,
              all.data() + (from + t) * k);
@@ -64,19 +65,56 @@ std::vector<Assignment> route(const Model& model, const Layer& layer, const Step
   return all;
 }
 
-// Assignments [begin, begin + rows) go to one expert.
+// Assignments [begin, begin + rows) go to one expert. Its activations start at row `place` of
+// their buffers and take whole panels.
 struct Group {
-  int64_t expert, begin, rows;
+  int64_t expert, begin, rows, place;
 };
 
 std::vector<Group> groups_of(const std::vector<Assignment>& assignments) {
   std::vector<Group> groups;
   for (int64_t p = 0; p < static_cast<int64_t>(assignments.size()); ++p) {
     if (groups.empty() || groups.back().expert != assignments[p].expert)
-      groups.push_back({assignments[p].expert, p, 0});
+      groups.push_back({assignments[p].expert, p, 0, 0});
     ++groups.back().rows;
   }
+  int64_t place = 0;
+  for (Group& group : groups) {
+    group.place = place;
+    place += round_up(group.rows, kPanel);
+  }
   return groups;
+}
+
+// A piece of a group's activations or of its expert's weights.
+struct Piece {
+  const Group* group;
+  int64_t begin, end;
+};
+
+// Pieces [0, size(group)) of every group, `some` long.
+template <class Size>
+std::vector<Piece> cut(const std::vector<Group>& groups, int64_t some, const Size& size) {
+  std::vector<Piece> pieces;
+  for (const Group& group : groups)
+    for (int64_t i = 0; i < size(group); i += some)
+      pieces.push_back({&group, i, std::min(size(group), i + some)});
+  return pieces;
+}
+
+// The rows of `normed` that each group takes, as its products want them.
+void gather(const std::vector<Group>& groups, const std::vector<Assignment>& assignments,
+            const float* normed, int64_t ldn, int64_t D, Sum sum, float* to) {
+  const auto pieces = cut(groups, kPanel, [](const Group& one) { return one.rows; });
+  run_tasks(pieces.size(), [&](int64_t i) {
+    const auto [group, begin, end] = pieces[i];
+    const float* rows[kPanel];
+    for (int64_t r = begin; r < end; ++r)
+      rows[r - begin] = normed + assignments[group->begin + r].token * ldn;
+    float* own = to + (group->place + begin) * D;
+    if (sum == Sum::kManyRows) return pack_panel(rows, end - begin, D, own);
+    for (int64_t r = begin; r < end; ++r) std::copy_n(rows[r - begin], D, own + (r - begin) * D);
+  });
 }
 
 // gate becomes silu(gate) * up; both have room up to a multiple of eight.
@@ -87,69 +125,60 @@ void swiglu(float* gate, const float* up, int64_t count) {
   }
 }
 
-// hidden (rows, F), columns [begin, end) = silu(x w1^T) * (x w3^T)
-void gate_and_up(const Matrix& w1, const Matrix& w3, int64_t begin, int64_t end, const float* x,
-                 int64_t ldx, int64_t rows, float* hidden, int64_t ldh, Sum sum) {
-  const int64_t count = end - begin, ld = round_up(count, kLanes);
+// hidden (n, F), as x is, columns [begin, end) = silu(x w1^T) * (x w3^T)
+void gate_and_up(const Matrix& w1, const Matrix& w3, int64_t begin, int64_t end, const Rows& x,
+                 float* hidden) {
+  const int64_t C = end - begin, F = w1.rows;
+  const int64_t room = round_up(x.count, kPanel) * C;
   thread_local std::vector<float> gate, up;
-  gate.assign(rows * ld, 0.0f);
-  up.assign(rows * ld, 0.0f);
-  product(w1, begin, end, x, ldx, rows, gate.data(), ld, sum);
-  product(w3, begin, end, x, ldx, rows, up.data(), ld, sum);
-  swiglu(gate.data(), up.data(), rows * ld);
-  for (int64_t r = 0; r < rows; ++r)
-    std::copy_n(gate.data() + r * ld, count, hidden + r * ldh + begin);
-}
-
-// One piece of a weight's rows, of one expert.
-struct Task {
-  const Group* group;
-  int64_t begin, end;
-};
-
-std::vector<Task> gate_tasks(const std::vector<Group>& groups, const Matrix& w1,
-                             const Step& step) {
-  std::vector<Task> tasks;
-  for (const Group& group : groups) {
-    const int64_t some = rows_per_task(w1, sum_of(step, group.rows));
-    for (int64_t r = 0; r < w1.rows; r += some)
-      tasks.push_back({&group, r, std::min(w1.rows, r + some)});
+  gate.resize(room);
+  up.resize(room);
+  if (x.sum == Sum::kManyRows) {
+    product_panels(w1, begin, end, x, gate.data());
+    product_panels(w3, begin, end, x, up.data());
+    swiglu(gate.data(), up.data(), room);
+    for (int64_t t = 0; t < x.count; t += kPanel)
+      std::copy_n(gate.data() + t * C, kPanel * C, hidden + t * F + begin * kPanel);
+    return;
   }
-  return tasks;
+  product(w1, begin, end, x, gate.data(), C);
+  product(w3, begin, end, x, up.data(), C);
+  swiglu(gate.data(), up.data(), x.count * C);
+  for (int64_t r = 0; r < x.count; ++r)
+    std::copy_n(gate.data() + r * C, C, hidden + r * F + begin);
 }
 
 }  // namespace
 
 void add_experts(const Model& model, const Layer& layer, const Step& step, const float* normed,
                  int64_t ldn, float* x) {
-  const int64_t D = model.hidden, F = model.intermediate, ldh = round_up(F, 16);
+  const int64_t D = model.hidden, F = model.intermediate;
   const auto assignments = route(model, layer, step, normed, ldn);
   const auto groups = groups_of(assignments);
-  const int64_t P = assignments.size();
-  const Buffer rows(P * ldn), hidden(P * ldh);
-  for (int64_t p = 0; p < P; ++p)
-    std::copy_n(normed + assignments[p].token * ldn, D, rows.get() + p * ldn);
-  const auto tasks = gate_tasks(groups, layer.w1, step);
-  run_tasks(tasks.size(), [&](int64_t i) {
-    const auto [group, begin, end] = tasks[i];
+  const Sum sum = sum_of(step);
+  const int64_t places = groups.back().place + round_up(groups.back().rows, kPanel);
+  const Buffer inputs(places * D), hidden(places * F);
+  gather(groups, assignments, normed, ldn, D, sum, inputs.get());
+  const auto pieces = cut(groups, rows_per_task(layer.w1, sum), [&](const Group&) { return F; });
+  run_tasks(pieces.size(), [&](int64_t i) {
+    const auto [group, begin, end] = pieces[i];
     gate_and_up(layer.w1.of_expert(group->expert), layer.w3.of_expert(group->expert), begin, end,
-                rows.get() + group->begin * ldn, ldn, group->rows,
-                hidden.get() + group->begin * ldh, ldh, sum_of(step, group->rows));
+                {inputs.get() + group->place * D, D, group->rows, sum},
+                hidden.get() + group->place * F);
   });
   // A task owns its columns of x and adds the experts to them in their order.
-  const int64_t some = rows_per_task(layer.w2, sum_of(step, P));
+  const int64_t some = rows_per_task(layer.w2, sum);
   run_tasks((D + some - 1) / some, [&](int64_t task) {
-    const int64_t begin = task * some, count = std::min(D - begin, some);
+    const int64_t begin = task * some, C = std::min(D - begin, some);
     thread_local std::vector<float> out;
     for (const Group& group : groups) {
-      out.resize(group.rows * count);
-      product(layer.w2.of_expert(group.expert), begin, begin + count,
-              hidden.get() + group.begin * ldh, ldh, group.rows, out.data(), count,
-              sum_of(step, group.rows));
+      out.resize(group.rows * C);
+      product(layer.w2.of_expert(group.expert), begin, begin + C,
+              {hidden.get() + group.place * F, F, group.rows, sum}, out.data(), C);
       for (int64_t r = 0; r < group.rows; ++r) {
         const Assignment& one = assignments[group.begin + r];
         float* to = x + one.token * D + begin;
-        for (int64_t i = 0; i < count; ++i) to[i] += one.gate * out[r * count + i];
+        for (int64_t i = 0; i < C; ++i) to[i] += one.gate * out[r * C + i];
       }
     }
   });

@@ -1,8 +1,11 @@
-// Legend: n rows of activations, k their width; R weight rows and N activation rows of one block.
+// Legend: n rows of activations, k their width; R weight rows and N activation rows of one block;
+// M rows and V vectors of one tile.
 #include "decoder_linear.hpp"
 
 #include <algorithm>
 #include <memory>
+
+#include "decoder_pool.hpp"
 
 namespace decoder {
 namespace {
@@ -10,11 +13,8 @@ namespace {
 constexpr int64_t kTaskBytes = 96 << 10;  // of weights: some ten microseconds of streaming
 constexpr int64_t kWideRows = 12;         // weight rows that stay in the nearest cache
 constexpr int64_t kTokenBlock = 64;       // activation rows that stay in the second cache
-constexpr int64_t kPanel = 16;            // columns of the many-row kernel: two vectors
-constexpr int64_t kHeight = 6;            // its rows: twelve sums of the sixteen registers
 constexpr int64_t kDepth = 512;           // deep: starting and ending a tile hardly counts
-constexpr int64_t kPanelsPerTask = 4;
-constexpr int64_t kManyRowsFrom = 12;  // activation rows from which packing the weight pays
+constexpr int64_t kManyRowsPerTask = 48;  // weight rows that stay in the second cache
 
 // Grows and never shrinks; each thread has its own.
 template <int use>
@@ -86,14 +86,21 @@ void dot_tokens(const W* w, int64_t rows, const float* x, int64_t ldx, int64_t n
   }
 }
 
-const float* widened(const float* w, int64_t) { return w; }
+// Rows of a weight, ld apart, as floats; `ld` is then theirs.
+const float* widened(const float* w, int64_t, int64_t, int64_t&) { return w; }
 
 template <class W>
-const float* widened(const W* w, int64_t count) {
-  float* wide = thread_buffer<0>(round_up(count, kLanes));
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(wide + i, load(w + i));
-  if (i < count) store(wide + i, load_some(w + i, count - i));
+const float* widened(const W* w, int64_t rows, int64_t k, int64_t& ld) {
+  float* wide = thread_buffer<0>(round_up(rows * k, kLanes));
+  for (int64_t r = 0; r < rows; ++r) {
+    const W* from = w + r * ld;
+    float* to = wide + r * k;
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes) store(to + i, load(from + i));
+    const Vec rest = i < k ? load_some(from + i, k - i) : Vec{};
+    std::memcpy(to + i, &rest, (k - i) * sizeof(float));
+  }
+  ld = k;
   return wide;
 }
 
@@ -105,7 +112,8 @@ void few_rows(const W* w, int64_t rows, const float* x, int64_t ldx, int64_t n, 
     const int64_t tokens = std::min(kTokenBlock, n - t);
     for (int64_t r = 0; r < rows; r += kWideRows) {
       const int64_t some = std::min(kWideRows, rows - r);
-      dot_tokens(widened(w + r * k, some * k), some, x + t * ldx, ldx, tokens, k,
+      int64_t ld = k;
+      dot_tokens(widened(w + r * k, some, k, ld), some, x + t * ldx, ldx, tokens, k,
                  out + t * ldo + r, ldo);
     }
   }
@@ -113,66 +121,82 @@ void few_rows(const W* w, int64_t rows, const float* x, int64_t ldx, int64_t n, 
 
 // ---- many rows ----
 
-// c (M, 16) += a (M, k) b (k, 16), or = when `fresh`
-template <int M>
+// c (M, 8 V) += a (M, k) b (k, 8 V), or = when `fresh`
+template <int M, int V>
 void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
           int64_t ldc, bool fresh) {
-  Vec left[M], right[M];
-  for (int m = 0; m < M; ++m) {
-    left[m] = fresh ? Vec{} : load(c + m * ldc);
-    right[m] = fresh ? Vec{} : load(c + m * ldc + kLanes);
-  }
+  Vec sums[M][V];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sums[m][v] = fresh ? Vec{} : load(c + m * ldc + v * kLanes);
   for (int64_t i = 0; i < k; ++i) {
-    const Vec b_left = load(b + i * ldb), b_right = load(b + i * ldb + kLanes);
+    Vec values[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) values[v] = load(b + i * ldb + v * kLanes);
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const Vec value = splat(a[m * lda + i]);
-      left[m] = fma(value, b_left, left[m]);
-      right[m] = fma(value, b_right, right[m]);
+      const Vec factor = splat(a[m * lda + i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sums[m][v] = fma(factor, values[v], sums[m][v]);
     }
   }
-  for (int m = 0; m < M; ++m) {
-    store(c + m * ldc, left[m]);
-    store(c + m * ldc + kLanes, right[m]);
-  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(c + m * ldc + v * kLanes, sums[m][v]);
 }
 
+// The same for any number of rows: a tile's twelve sums and its operands fill the registers.
+template <int V>
 void tile_column(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
                  float* c, int64_t ldc, bool fresh) {
+  constexpr int kHeight = 12 / V;
   int64_t i = 0;
-  for (; i + kHeight <= m; i += kHeight)
-    tile<kHeight>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, fresh);
-  a += i * lda;
-  c += i * ldc;
+  const auto take = [&](auto rows) {
+    tile<rows(), V>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, fresh);
+    i += rows();
+  };
+  while (i + kHeight <= m) take(std::integral_constant<int, kHeight>{});
+  if (i + 6 <= m) take(std::integral_constant<int, 6>{});
   switch (m - i) {
-    case 5: return tile<5>(k, a, lda, b, ldb, c, ldc, fresh);
-    case 4: return tile<4>(k, a, lda, b, ldb, c, ldc, fresh);
-    case 3: return tile<3>(k, a, lda, b, ldb, c, ldc, fresh);
-    case 2: return tile<2>(k, a, lda, b, ldb, c, ldc, fresh);
-    case 1: return tile<1>(k, a, lda, b, ldb, c, ldc, fresh);
+    case 5: return take(std::integral_constant<int, 5>{});
+    case 4: return take(std::integral_constant<int, 4>{});
+    case 3: return take(std::integral_constant<int, 3>{});
+    case 2: return take(std::integral_constant<int, 2>{});
+    case 1: return take(std::integral_constant<int, 1>{});
   }
 }
 
+// The weight is read where it lies, one value for a whole panel at a time.
 template <class W>
-void many_rows(const W* w, int64_t rows, const float* x, int64_t ldx, int64_t n, int64_t k,
-               float* out, int64_t ldo) {
-  float* panel = thread_buffer<1>(kPanel * kDepth);
-  float* rest = thread_buffer<2>(n * kPanel);  // of a panel that is not full
+void many_rows(const W* w, int64_t rows, const float* panels, int64_t n, int64_t k, float* out) {
   for (int64_t i = 0; i < k; i += kDepth) {
     const int64_t depth = std::min(kDepth, k - i);
-    for (int64_t r = 0; r < rows; r += kPanel) {
-      const int64_t some = std::min(kPanel, rows - r);
-      pack_panel(w + r * k + i, k, some, depth, panel);
-      if (some == kPanel) {
-        tile_column(n, depth, x + i, ldx, panel, kPanel, out + r, ldo, i == 0);
-        continue;
-      }
-      tile_column(n, depth, x + i, ldx, panel, kPanel, rest, kPanel, true);
-      for (int64_t t = 0; t < n; ++t)
-        for (int64_t j = 0; j < some; ++j) {
-          float& to = out[t * ldo + r + j];
-          to = i == 0 ? rest[t * kPanel + j] : to + rest[t * kPanel + j];
-        }
+    int64_t ld = k;
+    const float* wide = widened(w + i, rows, depth, ld);
+    for (int64_t t = 0; t < n; t += kPanel) {
+      const float* panel = panels + t * k + i * kPanel;
+      const auto column = n - t > kLanes ? tile_column<2> : tile_column<1>;
+      column(rows, depth, wide, ld, panel, kPanel, out + t * rows, kPanel, i == 0);
     }
+  }
+}
+
+// out (n, rows), its rows ldo apart, from panels (rows, kPanel)
+void unpack(const float* panels, int64_t rows, int64_t n, float* out, int64_t ldo) {
+  for (int64_t t = 0; t < n; t += kLanes) {
+    const float* from = panels + t / kPanel * kPanel * rows + t % kPanel;
+    const int64_t some = std::min(kLanes, n - t);
+    int64_t r = 0;
+    for (; r + kLanes <= rows; r += kLanes) {
+      Vec block[kLanes];
+      for (int64_t j = 0; j < kLanes; ++j) block[j] = load(from + (r + j) * kPanel);
+      transpose(block);
+      for (int64_t j = 0; j < some; ++j) store(out + (t + j) * ldo + r, block[j]);
+    }
+    for (; r < rows; ++r)
+      for (int64_t j = 0; j < some; ++j) out[(t + j) * ldo + r] = from[r * kPanel + j];
   }
 }
 
@@ -189,51 +213,84 @@ void scale_and_bias(const Matrix& weight, int64_t begin, int64_t end, int64_t n,
   }
 }
 
-template <class W>
-void product_of(const Matrix& weight, int64_t begin, int64_t end, const float* x, int64_t ldx,
-                int64_t n, float* out, int64_t ldo, Sum sum) {
-  const W* rows = static_cast<const W*>(weight.data) + begin * weight.cols;
-  const auto run = sum == Sum::kFewRows ? few_rows<W> : many_rows<W>;
-  run(rows, end - begin, x, ldx, n, weight.cols, out, ldo);
+void scale_and_bias_panels(const Matrix& weight, int64_t begin, int64_t end, int64_t n,
+                           float* out) {
+  if (weight.scale == nullptr && weight.bias == nullptr) return;
+  for (int64_t t = 0; t < n; t += kPanel)
+    for (int64_t r = begin; r < end; ++r, out += kPanel) {
+      const float scale = weight.scale == nullptr ? 1.0f : weight.scale[r];
+      const float bias = weight.bias == nullptr ? 0.0f : weight.bias[r];
+      for (int64_t j = 0; j < kPanel; ++j) out[j] = out[j] * scale + bias;
+    }
+}
+
+// body(first value of the weight's row `begin`)
+template <class Body>
+void with_type(const Matrix& weight, int64_t begin, const Body& body) {
+  const int64_t offset = begin * weight.cols;
+  switch (weight.type) {
+    case kFloat32: return body(static_cast<const float*>(weight.data) + offset);
+    case kFloat16: return body(static_cast<const Half*>(weight.data) + offset);
+    default: return body(static_cast<const int8_t*>(weight.data) + offset);
+  }
 }
 
 }  // namespace
 
-Sum sum_of(const Step& step, int64_t rows) {
-  return step.decodes() || rows < kManyRowsFrom ? Sum::kFewRows : Sum::kManyRows;
+Rows prepare(const float* x, int64_t ldx, int64_t n, int64_t k, Sum sum, float* room) {
+  if (sum == Sum::kFewRows) return {x, ldx, n, sum};
+  run_tasks((n + kPanel - 1) / kPanel, [&](int64_t task) {
+    const int64_t from = task * kPanel, some = std::min(kPanel, n - from);
+    const float* rows[kPanel];
+    for (int64_t r = 0; r < some; ++r) rows[r] = x + (from + r) * ldx;
+    pack_panel(rows, some, k, room + from * k);
+  });
+  return {room, 0, n, sum};
 }
 
-void product(const Matrix& weight, int64_t begin, int64_t end, const float* x, int64_t ldx,
-             int64_t n, float* out, int64_t ldo, Sum sum) {
-  const auto run = weight.type == kFloat32   ? product_of<float>
-                   : weight.type == kFloat16 ? product_of<Half>
-                                             : product_of<int8_t>;
-  run(weight, begin, end, x, ldx, n, out, ldo, sum);
-  scale_and_bias(weight, begin, end, n, out, ldo);
+void product(const Matrix& weight, int64_t begin, int64_t end, const Rows& x, float* out,
+             int64_t ldo) {
+  if (x.sum == Sum::kManyRows) {
+    float* panels = thread_buffer<1>(round_up(x.count, kPanel) * (end - begin));
+    product_panels(weight, begin, end, x, panels);
+    return unpack(panels, end - begin, x.count, out, ldo);
+  }
+  with_type(weight, begin, [&](const auto* w) {
+    few_rows(w, end - begin, x.data, x.ld, x.count, weight.cols, out, ldo);
+  });
+  scale_and_bias(weight, begin, end, x.count, out, ldo);
+}
+
+void product_panels(const Matrix& weight, int64_t begin, int64_t end, const Rows& x, float* out) {
+  with_type(weight, begin, [&](const auto* w) {
+    many_rows(w, end - begin, x.data, x.count, weight.cols, out);
+  });
+  scale_and_bias_panels(weight, begin, end, x.count, out);
 }
 
 int64_t rows_per_task(const Matrix& weight, Sum sum) {
-  if (sum == Sum::kManyRows) return kPanel * kPanelsPerTask;
+  if (sum == Sum::kManyRows) return kManyRowsPerTask;
   const int64_t bytes = weight.cols * (weight.type == kFloat32 ? 4 : weight.type == kFloat16 ? 2 : 1);
   return std::max<int64_t>(1, kTaskBytes / bytes / (2 * kWideRows)) * 2 * kWideRows;
 }
 
 void multiply_add(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
                   int64_t ldb, float* c, int64_t ldc) {
-  for (int64_t j = 0; j < n; j += kPanel) tile_column(m, k, a, lda, b + j, ldb, c + j, ldc, false);
+  for (int64_t j = 0; j < n; j += kPanel)
+    tile_column<2>(m, k, a, lda, b + j, ldb, c + j, ldc, false);
 }
 
-template <class T>
-void pack_panel(const T* from, int64_t ld, int64_t rows, int64_t k, float* panel) {
+void pack_panel(const float* const* rows, int64_t count, int64_t k, float* panel) {
   for (int64_t half = 0; half < kPanel; half += kLanes) {
-    const T* top = from + half * ld;
-    const int64_t height = std::clamp<int64_t>(rows - half, 0, kLanes);
+    const int64_t height = std::clamp<int64_t>(count - half, 0, kLanes);
+    const float* top[kLanes] = {};
+    std::copy_n(rows + half, height, top);
     int64_t i = 0;
     if (height == kLanes)
       for (; i + kLanes <= k; i += kLanes) {
         Vec block[kLanes];
 #pragma GCC unroll 8
-        for (int64_t r = 0; r < kLanes; ++r) block[r] = load(top + r * ld + i);
+        for (int64_t r = 0; r < kLanes; ++r) block[r] = load(top[r] + i);
         transpose(block);
 #pragma GCC unroll 8
         for (int64_t j = 0; j < kLanes; ++j) store(panel + (i + j) * kPanel + half, block[j]);
@@ -241,16 +298,12 @@ void pack_panel(const T* from, int64_t ld, int64_t rows, int64_t k, float* panel
     for (; i < k; i += kLanes) {
       const int64_t some = std::min(kLanes, k - i);
       Vec block[kLanes] = {};
-      for (int64_t r = 0; r < height; ++r) {
-        const T* p = top + r * ld + i;
-        block[r] = some == kLanes ? load(p) : load_some(p, some);
-      }
+      for (int64_t r = 0; r < height; ++r)
+        block[r] = some == kLanes ? load(top[r] + i) : load_some(top[r] + i, some);
       transpose(block);
       for (int64_t j = 0; j < some; ++j) store(panel + (i + j) * kPanel + half, block[j]);
     }
   }
 }
-
-template void pack_panel(const float*, int64_t, int64_t, int64_t, float*);
 
 }  // namespace decoder
