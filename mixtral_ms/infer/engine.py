@@ -34,6 +34,8 @@ class Engine:
         max_batch_size: most sequences that run at once.
         prefill_chunk: a prompt is taken in pieces of so many tokens, between which the other
             requests go on.
+        prefill_tokens: pieces of several prompts are taken together up to so many tokens, which
+            is faster; what runs already waits for them.
 
     Raises:
         UserError: the tokenizer has ids that the network does not know.
@@ -46,7 +48,8 @@ class Engine:
         config: MixtralConfig,
         *,
         max_batch_size: int = 32,
-        prefill_chunk: int = 256,
+        prefill_chunk: int = 512,
+        prefill_tokens: int = 2048,
     ) -> None:
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(
@@ -54,13 +57,22 @@ class Engine:
                 f"vocab_size {config.vocab_size}: give the tokenizer that the network was "
                 "trained with"
             )
-        for name, value in (("batch size", max_batch_size), ("prefill chunk", prefill_chunk)):
+        for name, value in (
+            ("batch size", max_batch_size),
+            ("prefill chunk", prefill_chunk),
+            ("prefill tokens", prefill_tokens),
+        ):
             if value < 1:
                 raise UserError(f"{name} {value}: must be at least 1")
         self._runner, self._tokenizer, self._config = runner, tokenizer, config
         self._max_batch_size = max_batch_size
         self._scheduler = Scheduler(
-            runner.num_blocks, runner.block_size, max_batch_size, prefill_chunk, config.use_past
+            runner.num_blocks,
+            runner.block_size,
+            max_batch_size,
+            prefill_chunk,
+            prefill_tokens,
+            config.use_past,
         )
         self._requests: dict[int, Request] = {}
         self._followed: dict[int, deque[TokenEvent]] = {}
@@ -102,18 +114,15 @@ class Engine:
         return number
 
     def step(self) -> list[TokenEvent]:
-        """A piece of one prompt, then one token of every request whose prompt is done.
+        """Pieces of some prompts, then one token of every request whose prompt is done.
 
         Returns what happened, in the order of submission within each of the two.
         """
         self._scheduler.admit()
         events = []
-        piece = self._scheduler.next_piece()
-        if piece is not None:
-            events += self._compute([piece])
-        pieces = self._scheduler.next_tokens()
-        if pieces:
-            events += self._compute(pieces)
+        for choose in (self._scheduler.next_pieces, self._scheduler.next_tokens):
+            if pieces := choose():
+                events += self._compute(pieces)
         for event in events:
             if event.request in self._followed:
                 self._followed[event.request].append(event)

@@ -28,17 +28,24 @@ class Scheduler:
         num_blocks, block_size: of the runner's cache.
         max_batch_size: sequences in one decoding step.
         chunk: longest piece of a prompt; pieces begin at multiples of it.
+        prefill_tokens: pieces of several prompts share a step up to so many tokens.
         use_past: False computes every sequence from its start for each token.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, max_batch_size: int, chunk: int, use_past: bool
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_batch_size: int,
+        chunk: int,
+        prefill_tokens: int,
+        use_past: bool,
     ) -> None:
         self.pool = BlockPool(range(num_blocks))
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._block_size, self._max_batch_size = block_size, max_batch_size
-        self._chunk, self._use_past = chunk, use_past
+        self._chunk, self._prefill_tokens, self._use_past = chunk, prefill_tokens, use_past
 
     def add(self, request: Request) -> None:
         """Queue a new request."""
@@ -63,16 +70,22 @@ class Scheduler:
             self.running.append(request)
             self.running.sort(key=lambda one: one.number)
 
-    def next_piece(self) -> Piece | None:
-        """The next piece of the oldest request that still has one."""
-        for request in self.running:
+    def next_pieces(self) -> list[Piece]:
+        """The next piece of each of the oldest requests that have one: the first, and what fits."""
+        pieces: list[Piece] = []
+        left = self._prefill_tokens
+        # Growing stops the youngest at most, never one whose piece is already here.
+        for request in list(self.running):
             sequence = request.sequences[0]
             begin, end = sequence.computed, self._prefill_end(request)
-            if begin < end:
-                grown = self._grow(request, end)
-                end = min(end, begin + self._chunk)
-                return Piece(request, sequence, begin, end) if grown else None
-        return None
+            if begin >= end or request not in self.running:
+                continue
+            size = min(end - begin, self._chunk)
+            if (pieces and size > left) or not self._grow(request, end):
+                break
+            pieces.append(Piece(request, sequence, begin, begin + size))
+            left -= size
+        return pieces
 
     def next_tokens(self) -> list[Piece]:
         """One token of every sequence whose prompt is in the cache."""

@@ -121,6 +121,23 @@ def test_running_requests_go_on_while_a_prompt_is_taken_in():
     assert pieces == [list(range(begin, begin + 5)) for begin in range(0, 25, 5)]
 
 
+def test_prompts_share_a_step_up_to_a_bound():
+    one = engine(prefill_tokens=12)
+    for prompt in ("x" * 6, "yyy", "zz", "u"):
+        one.submit(prompt, params())
+    one.step()
+    one.step()
+    prefills = [i for i in one._runner.steps if len(i.token_ids_T) > len(i.starts) - 1]
+    assert [np.diff(i.starts).tolist() for i in prefills] == [[5, 4, 3], [2, 2]]
+
+
+@pytest.mark.parametrize("bound", [1, 9, 30])
+def test_sharing_a_step_changes_nothing(bound):
+    for blocks in (128, 13):
+        answers = engine(prefill_tokens=bound, num_blocks=blocks).generate(PROMPTS, params())
+        assert [essence(one) for one in answers] == [alone(p, params()) for p in PROMPTS]
+
+
 def test_streaming_equals_generate():
     one = engine()
     for prompt in PROMPTS:
