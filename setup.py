@@ -49,7 +49,7 @@ setup(
         "finetune": [CHAT_TEMPLATES],
         "tensorboard": [TENSORBOARD],
         "parquet": [PARQUET],
-        "mindformers": ["mindformers==1.8.0", "transformers==4.57.1"],
+        "mindformers": [TESTED_MINDSPORE, "mindformers==1.8.0", "transformers==4.57.1"],
         "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
         "eval": ["lm-eval>=0.4.5"],
         "test": [

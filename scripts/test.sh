@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the package with what the tests need into .venv, then lints and tests it.
+# Installs the package with what the tests need, then lints and tests it.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -7,8 +7,8 @@ if [ "${1:-}" = "--help" ] || [ "${1:-}" = "-h" ]; then
   cat <<'HELP'
 usage: bash scripts/test.sh [PYTEST OPTIONS]
 
-Makes .venv when it is missing, installs mixtral-ms[test] into it, checks lint and format with
-ruff, and runs pytest with the options given.
+Makes .venv when it is missing, installs mixtral-ms[test] into it, and mixtral-ms[mindformers] into
+.venv-mindformers; checks lint and format with ruff, and runs pytest with the options given.
 
   bash scripts/test.sh                        everything but the tests marked long
   bash scripts/test.sh --long                 those too
@@ -20,6 +20,8 @@ fi
 source "$ROOT/scripts/venv.sh"
 cd "$ROOT"
 prepare_venv test
+prepare_venv mindformers .venv-mindformers
+export MINDFORMERS_PYTHON
 
 echo "== lint and format"
 "$VENV_PYTHON" -m ruff check .

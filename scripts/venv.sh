@@ -1,7 +1,9 @@
 # Sourced by the other scripts: makes the project's .venv and installs the package into it.
-# Nothing outside .venv changes. Needs the variable ROOT, the project's folder.
+# Nothing outside it changes. Needs the variable ROOT, the project's folder.
 
 VENV_PYTHON="$ROOT/.venv/bin/python"
+# MindFormers pins other versions than the tests need, and so has an environment of its own.
+MINDFORMERS_PYTHON="$ROOT/.venv-mindformers/bin/python"
 
 # A Python that can make the environment: 3.11 is the tested one, the others are tried in turn.
 find_python() {
@@ -18,24 +20,25 @@ find_python() {
   return 2
 }
 
-# prepare_venv EXTRA: .venv with mixtral-ms[EXTRA]; does nothing when it is up to date.
+# prepare_venv EXTRA [FOLDER]: FOLDER (.venv) with mixtral-ms[EXTRA]; does nothing when it is up to
+# date.
 prepare_venv() {
-  local extra=$1 python stamp wanted
-  stamp="$ROOT/.venv/installed-$extra"
-  if ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
+  local extra=$1 folder="$ROOT/${2:-.venv}" python stamp wanted
+  stamp="$folder/installed-$extra"
+  if ! "$folder/bin/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python) || return
-    echo "== making $ROOT/.venv with $("$python" --version)"
-    if ! "$python" -m venv "$ROOT/.venv"; then
+    echo "== making $folder with $("$python" --version)"
+    if ! "$python" -m venv "$folder"; then
       echo "error: '$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
       return 1
     fi
   fi
   wanted=$(cksum <"$ROOT/setup.py")
   if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-    echo "== .venv is up to date"
+    echo "== $folder is up to date"
     return
   fi
-  echo "== installing mixtral-ms[$extra] into .venv: a few minutes, once"
-  "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check -e "$ROOT[$extra]" || return
+  echo "== installing mixtral-ms[$extra] into $folder: a few minutes, once"
+  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -e "$ROOT[$extra]" || return
   echo "$wanted" >"$stamp"
 }

@@ -195,7 +195,7 @@ WRITABLE = ("ours", "gmm", "mindformers_old", "gmm_old", "hf")
 
 NOT_WEIGHTS = (
     r"(adam_[mv]|moment[12]|moments|accu_grads)\..+",
-    r"global_step|epoch_num|step_num|current_step|loss_scale|scale_sense|learning_rate",
+    r"global_step|epoch_num|step_num|current_step|global_batch_size|loss_scale|scale_sense|learning_rate",
     r"beta[12]_power|current_iterator_step|last_overflow_iterator_step",
     r"(.+\.)?rotary_emb\.inv_freq",
 )

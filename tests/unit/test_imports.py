@@ -15,7 +15,7 @@ MOST_LINES = 400
 
 # Highest first; a package may import those further down, packages side by side not each other.
 LAYERS = (
-    ("cli",),
+    ("cli", "integrations"),
     ("train",),
     ("infer", "evaluate"),
     ("convert",),

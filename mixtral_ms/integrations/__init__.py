@@ -1,0 +1,1 @@
+"""Our network inside other systems; nothing else of the package imports these modules."""

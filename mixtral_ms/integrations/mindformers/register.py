@@ -1,0 +1,12 @@
+"""For MindFormers' `--register_path`, which is to name this file's folder.
+
+A YAML with this line needs no other import:
+
+    trainer:
+      auto_register: register.CausalLanguageModelingTrainer
+"""
+
+from mixtral_ms.integrations.mindformers import MixtralConfig, MixtralForCausalLM
+from mixtral_ms.integrations.mindformers.trainers import CausalLanguageModelingTrainer
+
+__all__ = ["CausalLanguageModelingTrainer", "MixtralConfig", "MixtralForCausalLM"]

@@ -1,0 +1,40 @@
+"""MindFormers' trainers, which tell the network how many rows their batches have."""
+
+from typing import Any
+
+from mindformers.tools.register import MindFormerConfig
+from mindformers.trainer import CausalLanguageModelingTrainer as UpstreamCausalTrainer
+from mindformers.trainer import GeneralTaskTrainer as UpstreamGeneralTrainer
+from mindspore import nn
+
+from mixtral_ms.integrations.mindformers.cpu import on_cpu
+from mixtral_ms.integrations.mindformers.network import MixtralForCausalLM
+from mixtral_ms.log import get_logger
+
+
+class _TellsRows:
+    """Mixed into a trainer; a network that is not ours is left alone."""
+
+    def set_network(self, network: nn.Cell, is_train: bool = True) -> None:
+        super().set_network(network, is_train)
+        while not isinstance(network, MixtralForCausalLM) and hasattr(network, "network"):
+            network = network.network  # a cell of MindFormers around it
+        if is_train and isinstance(network, MixtralForCausalLM):
+            network.fit_rows(self.train_dataset.get_batch_size())
+
+    def set_config(self, *args: Any, **kwargs: Any) -> MindFormerConfig:
+        config = super().set_config(*args, **kwargs)
+        if on_cpu() and config.runner_config.sink_mode:
+            # MindSpore feeds no data from a queue there and so takes the steps of a whole epoch
+            # where MindFormers means sink_size: epochs would be run several times.
+            get_logger().info("runner_config.sink_mode True has no effect on CPU")
+            config.runner_config.sink_mode = False
+        return config
+
+
+class CausalLanguageModelingTrainer(_TellsRows, UpstreamCausalTrainer):
+    """`trainer.type: CausalLanguageModelingTrainer`."""
+
+
+class GeneralTaskTrainer(_TellsRows, UpstreamGeneralTrainer):
+    """`trainer.type: GeneralTaskTrainer`."""
