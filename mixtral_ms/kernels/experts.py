@@ -6,7 +6,10 @@ Each cell says how it wants its rows laid out (`layout`, read by model/dispatch.
   padded  each group has C rows, used or not.
 """
 
-from mindspore import Tensor, nn, ops
+from collections.abc import Callable
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
 
 from mixtral_ms.kernels.elementwise import swiglu
 from mixtral_ms.kernels.native import custom
@@ -43,7 +46,21 @@ class PackedExperts(nn.Cell):
 
     def __init__(self, library: custom.Library = custom.NUMPY) -> None:
         super().__init__()
+        self.library = library
         self.network = _PackedNetwork(library)
+
+    def read_in_place(self, w1_EFD: Parameter, w3_EFD: Parameter, w2_EDF: Parameter) -> None:
+        """From now on `construct` is given these float32 parameters, and nothing else, as weights.
+
+        MindSpore gives an operator in numpy a copy of each input and keeps it until the next run:
+        twice all experts. C++ reads in place anyway.
+        """
+        weights = (w1_EFD, w3_EFD, w2_EDF)
+        if self.library == custom.NUMPY:
+            shapes = [list(weight.shape) for weight in weights]
+            self.network = _InPlaceNetwork(
+                lambda: tuple(weight.asnumpy() for weight in weights), shapes
+            )
 
     def construct(
         self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
@@ -77,4 +94,32 @@ class _PackedNetwork(nn.Cell):
         dx, dw1, dw3, dw2 = self.backward(
             x_RD, w1_EFD, w3_EFD, w2_EDF, sizes_E, gate_RF, up_RF, dout[0]
         )
+        return dx, dw1, dw3, dw2, zeros_like(sizes_E)
+
+
+class _InPlaceNetwork(nn.Cell):
+    """As `_PackedNetwork` in numpy; weights are inputs only so that they have a gradient."""
+
+    def __init__(self, read: Callable[[], tuple[np.ndarray, ...]], shapes: list[list[int]]) -> None:
+        super().__init__()
+        self.forward = custom.expert_ffn_forward_in_place(read, shapes)
+        self.backward = custom.expert_ffn_backward_in_place(read, shapes)
+
+    def construct(
+        self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
+    ) -> tuple:
+        return self.forward(x_RD, sizes_E)
+
+    def bprop(  # noqa: PLR0913 - MindSpore's signature: inputs, outputs, their gradients
+        self,
+        x_RD: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor,
+        w2_EDF: Tensor,
+        sizes_E: Tensor,
+        out: tuple,
+        dout: tuple,
+    ) -> tuple:
+        _, gate_RF, up_RF = out
+        dx, dw1, dw3, dw2 = self.backward(x_RD, sizes_E, gate_RF, up_RF, dout[0])
         return dx, dw1, dw3, dw2, zeros_like(sizes_E)

@@ -83,6 +83,10 @@ class RoutedExperts(nn.Cell):
             moe.expert_num // parts, config.hidden_size, config.intermediate_size // width
         )
         self.experts = kernels.experts()
+        if kernels.name == "numpy":
+            self.experts.read_in_place(
+                *(one.weight for one in (self.ffn.w1, self.ffn.w3, self.ffn.w2))
+            )
         capacity = None
         if not moe.dropless:
             capacity = expert_capacity(

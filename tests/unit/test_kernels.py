@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.compare import assert_close
-from mindspore import Tensor
+from mindspore import Parameter, Tensor
 from mindspore import dtype as mstype
 
 from mixtral_ms.kernels import cross_entropy, select
@@ -88,7 +88,7 @@ def experts_of(name, device):
     elif name == "device":
         pytest.skip("that is what native, numpy and padded are on the CPU")
     else:
-        cell = {"numpy": PackedExperts, "padded": PaddedExperts}[name]()
+        cell = PaddedExperts() if name == "padded" else PackedExperts()
     return cell
 
 
@@ -102,7 +102,7 @@ def group_slices(layout, sizes, capacity):
     return [slice(b, b + size) for b, size in zip(begins, sizes, strict=True)], total
 
 
-@pytest.mark.parametrize("name", ["native", "numpy", "padded", "device"])
+@pytest.mark.parametrize("name", ["native", "numpy", "in place", "padded", "device"])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -127,6 +127,8 @@ def test_experts(name, sizes, device, record_error):
     towards = towards * used
     w1, w3 = random(3, experts, intermediate, hidden), random(4, experts, intermediate, hidden)
     w2 = random(5, experts, hidden, intermediate)
+    if name == "in place":
+        cell.read_in_place(*(Parameter(Tensor(value)) for value in (w1, w3, w2)))
     sizes_E = np.array(sizes, np.int32)
     out, grads = gradients_of(cell, [x_RD, w1, w3, w2, sizes_E], towards)
 

@@ -55,6 +55,40 @@ def expert_ffn_backward(library: Library) -> ops.Custom:
     return _operator(library, "expert_ffn_backward", shapes, dtypes)
 
 
+def expert_ffn_forward_in_place(read: Callable, weights: list[list[int]]) -> ops.Custom:
+    """x (R, D), sizes (E) -> as `expert_ffn_forward`, in numpy.
+
+    The operator calls read() for w1, w3 and w2, which have these shapes.
+    """
+
+    def compute(x, sizes):  # noqa: ANN001, ANN202 - MindSpore counts the parameters
+        return numpy_experts.forward(x, *read(), sizes)
+
+    def shapes(x: list, _sizes: list) -> tuple:
+        wide = [x[0], weights[0][1]]
+        return x, wide, wide
+
+    def dtypes(x: object, _sizes: object) -> tuple:
+        return x, x, x
+
+    return ops.Custom(compute, shapes, dtypes, "pyfunc")
+
+
+def expert_ffn_backward_in_place(read: Callable, weights: list[list[int]]) -> ops.Custom:
+    """x, sizes, gate, up, dy -> as `expert_ffn_backward`, in numpy; read and weights as above."""
+
+    def compute(x, sizes, gate, up, dy):  # noqa: ANN001, ANN202, PLR0913
+        return numpy_experts.backward(x, *read(), sizes, gate, up, dy)
+
+    def shapes(x: list, *_: list) -> tuple:
+        return x, *weights
+
+    def dtypes(x: object, *_: object) -> tuple:
+        return x, x, x, x
+
+    return ops.Custom(compute, shapes, dtypes, "pyfunc")
+
+
 def attention_forward(library: Library) -> ops.Custom:
     """q (B, S, Hd), k, v (B, S, Kd), cos, sin (P, d), positions, segments (B, S), window (1).
 
