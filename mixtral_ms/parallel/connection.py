@@ -4,16 +4,20 @@ Collectives inside the compiled network are in collectives.py.
 """
 
 import os
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mindspore
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 from mixtral_ms.config.parallel_sections import ParallelConfig
 from mixtral_ms.parallel.mesh import Mesh, ProcessGroup
 from mixtral_ms.parallel.transport import count, is_described
+
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.1  # seconds
 
 
 def started_processes() -> int:
@@ -24,6 +28,10 @@ def started_processes() -> int:
 def own_rank() -> int:
     """This process's number among them."""
     return int(os.environ.get("RANK_ID", "0")) if started_processes() > 1 else 0
+
+
+_patience: "list[_Patience]" = []
+"""That of this process, once it is connected."""
 
 
 def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = None) -> Mesh:
@@ -51,6 +59,8 @@ def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = N
         return name
 
     mesh = Mesh(grid, own_rank(), make)
+    if on_cpu:
+        _patience.append(_Patience(mesh.world))
     if met:
         met(mesh.world)
     # All groups at once and in one order: members that make their groups in different orders
@@ -66,6 +76,51 @@ def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = N
     return mesh
 
 
+class _Patience:
+    """Waits for all ranks, however long the slowest of them takes.
+
+    MCCL's collectives give up after 30 s, which one rank may need to compile, save or load.
+
+    Args:
+        ranks: all of them, met just now.
+    """
+
+    def __init__(self, ranks: ProcessGroup) -> None:
+        from mindspore.mint.distributed import TCPStore  # noqa: PLC0415 - with the connection only
+
+        host, first = os.environ["MS_SCHED_HOST"], ranks.index == 0
+        with socket.socket() as probe:
+            probe.bind((host if first else "", 0))
+            port = probe.getsockname()[1]
+        port = gather_objects(ranks, port)[0]
+        self._store = TCPStore(host, port, ranks.size, is_master=first)
+        self._ranks, self._waits = ranks.size, 0
+
+    def wait(self) -> None:
+        """Return when every rank waits."""
+        self._waits += 1
+        key, pause = f"wait {self._waits}", _SHORTEST_PAUSE
+        arrived = self._store.add(key, 1)
+        while arrived < self._ranks:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            arrived = self._store.add(key, 0)
+
+
+def wait_for_all() -> None:
+    """Return when every process of the run has come here; nothing where collectives are patient."""
+    for one in _patience:
+        one.wait()
+
+
+def compile_together(mesh: Mesh, graphs: Mapping[nn.Cell, Sequence[Tensor]]) -> None:
+    """Compile graphs with these inputs on all ranks before any of them runs one."""
+    if mesh.connect is not None and mindspore.get_context("mode") == mindspore.GRAPH_MODE:
+        for cell, inputs in graphs.items():
+            cell.compile(*inputs)
+        wait_for_all()
+
+
 def sum_tensor(group: ProcessGroup, tensor: Tensor) -> Tensor:
     """The sum of the ranks' tensors (float16, 32 or 64), the same on all of them."""
     if is_described(group):
@@ -75,9 +130,11 @@ def sum_tensor(group: ProcessGroup, tensor: Tensor) -> Tensor:
 
 
 def sum_values(group: ProcessGroup, values: np.ndarray) -> np.ndarray:
-    """As `sum_tensor`, of numbers of the host, in float64."""
+    """As `sum_tensor`, of numbers of the host, in float64. Of all ranks: waits for the slowest."""
     if group.size == 1:
         return np.asarray(values, np.float64)
+    if group.kind == "world":
+        wait_for_all()
     return sum_tensor(group, Tensor(np.asarray(values, np.float64))).asnumpy()
 
 
@@ -164,9 +221,11 @@ def gather_tensors(group: ProcessGroup, tensor: Tensor) -> list[Tensor]:
 
 
 def gather_objects(group: ProcessGroup, value: Any) -> list[Any]:
-    """The ranks' values (of plain Python types), in the order of ranks."""
+    """The ranks' values (of plain Python types), in order. Of all ranks: waits for the slowest."""
     if group.size == 1:
         return [value]
+    if group.kind == "world":
+        wait_for_all()
     from mindspore.mint import distributed  # noqa: PLC0415 - with the connection only
 
     gathered: list[Any] = [None] * group.size

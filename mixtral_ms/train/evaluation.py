@@ -12,7 +12,7 @@ from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.data.batch import Batch
 from mixtral_ms.errors import UserError
 from mixtral_ms.model.mixtral import MixtralForCausalLM
-from mixtral_ms.parallel.connection import sum_values
+from mixtral_ms.parallel.connection import compile_together, sum_values
 from mixtral_ms.progress import progress_bar
 from mixtral_ms.train.micro_batches import segment_tensors
 from mixtral_ms.train.pipeline import Neighbours
@@ -49,6 +49,7 @@ class Evaluator:
         self._network = MixtralForCausalLM(config, batch_size=batch_size, share=network)
         self._loss = _SummedLoss(self._network)
         self._loss.set_train(False)
+        self._compiled = False
 
     def __call__(self) -> Evaluation:
         """Evaluate over the whole set; on several ranks all must call, each over its own rows.
@@ -76,8 +77,11 @@ class Evaluator:
         """Summed cross entropy; 0 before the last stage of a pipeline."""
         full = _filled_up(batch, self.batch_size)
         beside = Neighbours(self._network, full)
-        ids, labels = Tensor(full.input_ids), Tensor(full.labels)
-        outputs = self._loss(beside.input_of_stage(), ids, labels, *segment_tensors(full))
+        rest = (Tensor(full.input_ids), Tensor(full.labels), *segment_tensors(full))
+        if not self._compiled:
+            compile_together(self._network.mesh, {self._loss: (beside.empty_input(), *rest)})
+            self._compiled = True
+        outputs = self._loss(beside.input_of_stage(), *rest)
         beside.pass_on(outputs[0])
         return float(outputs[1])
 

@@ -12,6 +12,7 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.data.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.parallel.connection import compile_together
 
 
 class MicroBatchGradients:
@@ -23,7 +24,7 @@ class MicroBatchGradients:
     """
 
     def __init__(self, network: MixtralForCausalLM, accumulation: int) -> None:
-        self._clear = None
+        self._clear, self._mesh, self._compiled = None, network.mesh, False
         if accumulation > 1:
             self._gradients = _AccumulateGradients(network)
             self._clear = ClearSums(self._gradients.sums)
@@ -55,7 +56,11 @@ class MicroBatchGradients:
         for index, batch in enumerate(micro_batches):
             before(index)
             ids, labels = Tensor(batch.input_ids), Tensor(batch.labels)
-            parts, gradients = self._gradients(ids, labels, *weights, *segment_tensors(batch))
+            inputs = (ids, labels, *weights, *segment_tensors(batch))
+            if not self._compiled:
+                compile_together(self._mesh, {self._gradients: inputs})
+                self._compiled = True
+            parts, gradients = self._gradients(*inputs)
             outputs.append(parts)
         return outputs, gradients
 

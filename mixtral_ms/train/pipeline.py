@@ -16,7 +16,7 @@ from mindspore import dtype as mstype
 from mixtral_ms.data.batch import Batch
 from mixtral_ms.model.dtypes import compute_type
 from mixtral_ms.model.mixtral import MixtralForCausalLM
-from mixtral_ms.parallel.connection import exchange
+from mixtral_ms.parallel.connection import compile_together, exchange
 from mixtral_ms.parallel.schedule import Compute, Exchange, one_forward_one_backward
 from mixtral_ms.train.micro_batches import ClearSums, gradient_sums, segment_tensors
 
@@ -37,11 +37,19 @@ class Neighbours:
         dtype = compute_type(config.residual_dtype or config.compute_dtype)
         self._shape, self._dtype = (rows, columns, config.hidden_size), dtype
 
+    def empty(self) -> Tensor:
+        """Zeros, as large as what goes from stage to stage."""
+        return ops.zeros(self._shape, self._dtype)
+
     def meet(self, stage: int, sent: Tensor | None, *, receive: bool) -> Tensor | None:
         """Meet a neighbour; returns what it sends."""
         pair = self.mesh.pair(self.mesh.beside(stage))
-        empty = ops.zeros(self._shape, self._dtype) if receive else None
+        empty = self.empty() if receive else None
         return exchange(pair, sent, empty)
+
+    def empty_input(self) -> Tensor:
+        """Zeros in place of what the stage before sends."""
+        return self.empty() if self.mesh.stage > 0 else _NOTHING
 
     def input_of_stage(self) -> Tensor:
         """What the stage before sends; the first stage gets a number that it does not read."""
@@ -62,7 +70,7 @@ class PipelineGradients:
         self._actions = one_forward_one_backward(mesh.stage, mesh.grid.pipeline_stage, accumulation)
         self._forward = None if mesh.is_last_stage else _StageForward(network)
         self._backward = _StageBackward(network)
-        self._clear = ClearSums(self._backward.sums)
+        self._clear, self._compiled = ClearSums(self._backward.sums), False
 
     def __call__(
         self,
@@ -86,6 +94,9 @@ class PipelineGradients:
         self._clear()  # not after the step: the diagnosis of a skipped one reads the sums
         weights = [Tensor(weight, mstype.float32) for weight in (per_token, per_micro)]
         step = _Step(self.network, micro_batches)
+        if not self._compiled:
+            compile_together(self.network.mesh, step.graphs(self._forward, self._backward, weights))
+            self._compiled = True
         for action in self._actions:
             if isinstance(action, Exchange):
                 step.meet(action)
@@ -110,6 +121,18 @@ class _Step:
         self.to_send: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
 
+    def graphs(
+        self, forward: nn.Cell | None, backward: nn.Cell, weights: list[Tensor]
+    ) -> dict[nn.Cell, tuple[Tensor, ...]]:
+        """The stage's graphs, each with inputs of the shapes that it will get."""
+        hidden = self.neighbours.empty_input()
+        dy = _NOTHING if self.neighbours.mesh.is_last_stage else self.neighbours.empty()
+        ids, labels, *segments = self._tensors(self.micro_batches[0])
+        found = {backward: (hidden, dy, ids, labels, *weights, *segments)}
+        if forward is not None:
+            found[forward] = (hidden, ids, labels, *segments)
+        return found
+
     def meet(self, action: Exchange) -> None:
         sent = None if action.send is None else self.to_send.pop(action.send)
         received = self.neighbours.meet(action.stage, sent, receive=action.receive is not None)
@@ -119,19 +142,21 @@ class _Step:
 
     def forward(self, action: Compute, cell: nn.Cell) -> None:
         hidden_BSD = self.inputs.get(action.micro, _NOTHING)
-        self.to_send[action.micro] = cell(hidden_BSD, *self._tensors(action))
+        self.to_send[action.micro] = cell(
+            hidden_BSD, *self._tensors(self.micro_batches[action.micro])
+        )
 
     def backward(self, action: Compute, cell: nn.Cell, weights: list[Tensor]) -> None:
         hidden_BSD = self.inputs.pop(action.micro, _NOTHING)
         dy_BSD = self.gradients.pop(action.micro, _NOTHING)
-        ids, labels, *segments = self._tensors(action)
+        ids, labels, *segments = self._tensors(self.micro_batches[action.micro])
         parts, dx_BSD = cell(hidden_BSD, dy_BSD, ids, labels, *weights, *segments)
         self.outputs.append(parts)
         if self.stage > 0:
             self.to_send[action.micro] = dx_BSD
 
-    def _tensors(self, action: Compute) -> tuple[Tensor, ...]:
-        batch = self.micro_batches[action.micro]
+    @staticmethod
+    def _tensors(batch: Batch) -> tuple[Tensor, ...]:
         return Tensor(batch.input_ids), Tensor(batch.labels), *segment_tensors(batch)
 
 
