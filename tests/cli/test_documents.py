@@ -39,7 +39,7 @@ def commands(path, start):
 
 def arguments(command):
     """A command's flags, its placeholders filled in; the paths need not exist."""
-    filled = command.replace("--config FILE", f"--config {TINY}")
+    filled = re.sub(r"--config (FILE|run\.yaml)", f"--config {TINY}", command)
     for name, path in CONFIGS.items():
         filled = re.sub(rf"\b{name}\b", path, filled)
     return shlex.split(filled)[2:]

@@ -1,5 +1,6 @@
 """Training on several processes gives the losses, norms and gradients of one process."""
 
+import numpy as np
 import pytest
 from distributed.cases import CASES, STEPS, TOLERANCE
 from helpers.distributed import Case, References, largest_errors
@@ -13,10 +14,12 @@ def references(tmp_path_factory):
 @pytest.fixture
 def check(tmp_path, references, report_error):
     def run(case, steps):
-        for model, kinds in largest_errors(case, tmp_path / "job", references, steps).items():
+        folder = tmp_path / "job"
+        for model, kinds in largest_errors(case, folder, references, steps).items():
             for kind, (error, where) in kinds.items():
                 report_error(f"{case.grid_text} {model} {kind} {where}", error, TOLERANCE)
                 assert error <= TOLERANCE, f"{model}, {where}: {error:.1e}"
+        return folder
 
     return run
 
@@ -27,7 +30,11 @@ def test_other_rows_experts_spread_and_moments_cut(check):
 
 def test_heads_and_layers_split(check):
     case = Case("mp=2,pp=2", ("tied",), sequence_parallel=True, accumulation=2, evaluate=True)
-    check(case, steps=2)
+    folder = check(case, steps=2)
+    for rank in range(case.processes):  # each of them names what is wrong on the last stage
+        output, weight = np.load(folder / f"tied.rank_{rank}.npz")["found"]
+        assert output == "the output of model.layers.1"
+        assert weight == "the weight model.layers.1.ffn_norm.weight itself"
 
 
 @pytest.mark.long

@@ -6,9 +6,9 @@ Alone, or on each process of a job:
     bash scripts/msrun_launcher.sh "tests/distributed/worker.py OUT --grid dp=2" 2
 
 Writes OUT/MODEL.rank_R.npz for each of `--models`, with the arrays losses, lm, aux, z, norms and
-tokens (one value a step), with `--evaluate` eval and held_back (loss and tokens after training),
-and for each step s and each parameter on the rank `grad.s.NAME`: the gradient that the optimizer
-gets, after all sums and before clipping.
+tokens (one value a step) and, for each step s and each parameter on the rank, `grad.s.NAME`: the
+gradient that the optimizer gets, after all sums and before clipping. With `--evaluate` also eval
+and held_back (loss and tokens after training) and found (what is said of broken weights).
 
 Rows of the data depend on the step and on the number of the micro batch: number m * dp + d of one
 process with accumulation dp * a is what data index d sees as its micro batch m of a. So the two
@@ -31,6 +31,7 @@ from mixtral_ms.parallel.connection import connect
 from mixtral_ms.parallel.gradients import shard_groups
 from mixtral_ms.parallel.grid_text import parse_grid
 from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.train.diagnosis import first_non_finite
 from mixtral_ms.train.evaluation import Evaluator
 from mixtral_ms.train.optimizer import AdamW
 from mixtral_ms.train.step import TrainStep
@@ -104,6 +105,18 @@ def own_batches(config: MixtralConfig, mesh: Mesh, step: int, accumulation: int)
     return [one.columns(mesh.context_index, parts) for one in whole]
 
 
+def found_when_broken(step_fn: TrainStep, batches: list[Batch]) -> list[str]:
+    """What is said of a last layer whose outputs, then of one whose weights are not finite."""
+    layer = f"model.layers.{step_fn.network.config.num_layers - 1}."
+    broken = [p for p in step_fn.network.get_parameters() if p.name == layer + "ffn_norm.weight"]
+    found = []
+    for factor in (1e38, np.nan):
+        for parameter in broken:
+            parameter.set_data(parameter * factor)
+        found.append(first_non_finite(step_fn, batches))
+    return found
+
+
 def run(
     config: MixtralConfig,
     mesh: Mesh,
@@ -137,10 +150,11 @@ def run(
     fields |= {"norms": "grad_norm", "tokens": "tokens", "load": "expert_load"}
     fields |= {"dropped": "drop_percent", "entropy": "router_entropy"}
     arrays |= {key: np.array([one[field] for one in results]) for key, field in fields.items()}
+    batches = own_batches(config, mesh, steps, accumulation)
     if evaluate:
-        held_back = Rows(own_batches(config, mesh, steps, accumulation))
-        evaluation = Evaluator(network, held_back, config.batch_size)()
+        evaluation = Evaluator(network, Rows(batches), config.batch_size)()
         arrays |= {"eval": np.array(evaluation.loss), "held_back": np.array(evaluation.tokens)}
+        arrays["found"] = np.array(found_when_broken(step_fn, batches))
     return arrays
 
 

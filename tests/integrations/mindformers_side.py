@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mindspore  # before MindFormers: protobuf that others load first ends the interpreter
 import numpy as np
-from helpers.mindformers_env import MOE, NETWORK, NEW_TOKENS, PROMPT, RATE, ROWS
+from helpers.mindformers_sizes import MOE, NETWORK, NEW_TOKENS, PROMPT, RATE, ROWS
 from mindformers import (
     LlamaConfig,
     LlamaForCausalLM,

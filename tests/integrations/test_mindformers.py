@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import yaml
-from helpers.mindformers_env import (
+from helpers.mindformers_env import in_mindformers, mindformers_python, tensors
+from helpers.mindformers_sizes import (
     EVAL_ROWS,
     MOE,
     NETWORK,
@@ -18,9 +19,6 @@ from helpers.mindformers_env import (
     SEQ_LENGTH,
     TRAIN_ROWS,
     VOCAB,
-    in_mindformers,
-    mindformers_python,
-    tensors,
 )
 from helpers.runs import ROOT, metrics_of, run_command, write_records
 from helpers.text import standard_library_text

@@ -34,6 +34,8 @@ def batch_of(config):
 class Gradients:
     """Stands for an optimizer and keeps what it is given."""
 
+    shards = ()
+
     def __init__(self, network):
         self.kernels = AdamW(network.trainable_params()).kernels
 
