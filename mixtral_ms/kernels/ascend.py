@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import GroupedMatmul
 
-from mixtral_ms.kernels.attention import visible
+from mixtral_ms.kernels.attention import AttentionSizes, visible
 from mixtral_ms.kernels.elementwise import apply_rotary, swiglu, tables_at
 
 _COMPRESSED_MASK = 2048  # side of the mask that sparse modes 2 and 4 ask for
@@ -37,28 +37,20 @@ class FlashRotaryAttention(nn.Cell):
     The kernel takes float16 and bfloat16; float32 inputs are computed as bfloat16.
 
     Args:
-        seq_length, num_heads, n_kv_heads, head_dim, window: as `attention.CausalAttention`.
-        softmax_dtype: float32 inside the kernel, whatever is given.
+        sizes: softmax_dtype is float32 inside the kernel, whatever they say.
     """
 
-    def __init__(  # noqa: PLR0913 - the sizes of attention
-        self,
-        seq_length: int,
-        num_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        window: int | None = None,
-        softmax_dtype: mstype.Type = mstype.float32,
-    ) -> None:
+    def __init__(self, sizes: AttentionSizes) -> None:
         super().__init__()
-        self.num_heads, self.n_kv_heads, self.head_dim = num_heads, n_kv_heads, head_dim
-        self.scale = 1.0 / float(np.sqrt(head_dim))
-        self.sparse_mode = _CAUSAL if window is None else _BAND
-        self.pre_tokens = seq_length if window is None else window - 1
+        self.num_heads, self.n_kv_heads = sizes.num_heads, sizes.n_kv_heads
+        self.head_dim = sizes.head_dim
+        self.scale = 1.0 / float(np.sqrt(sizes.head_dim))
+        self.sparse_mode = _CAUSAL if sizes.window is None else _BAND
+        self.pre_tokens = sizes.seq_length if sizes.window is None else sizes.window - 1
         side = np.arange(_COMPRESSED_MASK)
         self.compressed_hidden = Tensor(~visible(side, side, None))
-        rows = np.arange(seq_length)
-        self.hidden_SS = Tensor(~visible(rows, rows, window))
+        rows = np.arange(sizes.seq_length)
+        self.hidden_SS = Tensor(~visible(rows, rows, sizes.window))
 
     def construct(  # noqa: PLR0913 - the inputs of attention
         self,

@@ -3,6 +3,8 @@
 Legend: B batch, S sequence, H heads, K kv heads, G heads per kv head, d head_dim, P positions.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -15,6 +17,31 @@ from mixtral_ms.parallel.primitives import zeros_like
 _MASKED = -3.0e4
 _MIN_CHUNK = 64
 _CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class AttentionSizes:
+    """What an attention's graph depends on.
+
+    Args:
+        seq_length: S, queries of a row.
+        num_heads: H.
+        n_kv_heads: K, a divisor of H.
+        head_dim: d.
+        window: a position sees itself and window - 1 before it; None for all before it.
+        softmax_dtype: dtype of the scores and their softmax, where the kernel has a choice.
+        first: position of the first query among the keys.
+        keys: how many keys there are; None for as many as queries.
+    """
+
+    seq_length: int
+    num_heads: int
+    n_kv_heads: int
+    head_dim: int
+    window: int | None = None
+    softmax_dtype: mstype.Type = mstype.float32
+    first: int = 0
+    keys: int | None = None
 
 
 def visible(query: np.ndarray, key: np.ndarray, window: int | None) -> np.ndarray:
@@ -31,43 +58,25 @@ class CausalAttention(nn.Cell):
     five eighths of the products of a full causal score matrix with the four blocks used here.
 
     Args:
-        seq_length: S, fixed for the compiled graph.
-        num_heads: H.
-        n_kv_heads: K, a divisor of H.
-        head_dim: d.
-        window: a position sees itself and window - 1 before it; None for all before it.
-        softmax_dtype: dtype of the scores and their softmax.
+        sizes: fixed for the compiled graph.
         chunk: queries per block; S gives the plain reference, None a quarter of S.
-        first: position of the first query among the keys.
-        keys: how many keys there are; None for as many as queries.
     """
 
-    def __init__(  # noqa: PLR0913 - the sizes of attention
-        self,
-        seq_length: int,
-        num_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        window: int | None = None,
-        softmax_dtype: mstype.Type = mstype.float32,
-        chunk: int | None = None,
-        *,
-        first: int = 0,
-        keys: int | None = None,
-    ) -> None:
+    def __init__(self, sizes: AttentionSizes, chunk: int | None = None) -> None:
         super().__init__()
-        self.n_kv_heads, self.groups, self.head_dim = n_kv_heads, num_heads // n_kv_heads, head_dim
-        self.seq_length = seq_length
-        self.scale = 1.0 / float(np.sqrt(head_dim))
-        self.softmax_dtype = softmax_dtype
+        self.n_kv_heads, self.groups = sizes.n_kv_heads, sizes.num_heads // sizes.n_kv_heads
+        self.seq_length, self.head_dim = sizes.seq_length, sizes.head_dim
+        self.scale = 1.0 / float(np.sqrt(sizes.head_dim))
+        self.softmax_dtype = sizes.softmax_dtype
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.weighted = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)
-        chunk = chunk or max(_MIN_CHUNK, -(-seq_length // _CHUNKS))
-        self.first, self.spans = first, _spans(seq_length, chunk, window, first)
-        places = np.arange(keys or seq_length)
+        chunk = chunk or max(_MIN_CHUNK, -(-sizes.seq_length // _CHUNKS))
+        self.first, self.spans = sizes.first, _spans(sizes, chunk)
+        keys = np.arange(sizes.keys or sizes.seq_length)
+        queries = keys[sizes.first :]
         masks = [
-            visible(places[first + a : first + b], places[low : first + b], window)
+            visible(queries[a:b], keys[low : sizes.first + b], sizes.window)
             for a, b, low in self.spans
         ]
         self.masks = tuple(
@@ -123,24 +132,14 @@ class CausalAttention(nn.Cell):
 class PlainRotaryAttention(nn.Cell):
     """Rotary embedding and `CausalAttention` on projected queries, keys and values.
 
-    Args:
-        seq_length, num_heads, n_kv_heads, head_dim, window, softmax_dtype: as `CausalAttention`.
+    A subclass may take keys from elsewhere too: `own_positions`, `all_keys` and `all_segments`.
     """
 
-    def __init__(  # noqa: PLR0913 - the sizes of attention
-        self,
-        seq_length: int,
-        num_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        window: int | None = None,
-        softmax_dtype: mstype.Type = mstype.float32,
-    ) -> None:
+    def __init__(self, sizes: AttentionSizes) -> None:
         super().__init__()
-        self.num_heads, self.n_kv_heads, self.head_dim = num_heads, n_kv_heads, head_dim
-        self.attend = CausalAttention(
-            seq_length, num_heads, n_kv_heads, head_dim, window, softmax_dtype
-        )
+        self.num_heads, self.n_kv_heads = sizes.num_heads, sizes.n_kv_heads
+        self.head_dim = sizes.head_dim
+        self.attend = CausalAttention(sizes)
 
     def construct(  # noqa: PLR0913 - the inputs of attention
         self,
@@ -156,12 +155,25 @@ class PlainRotaryAttention(nn.Cell):
 
         Positions index cos and sin, None counts from 0; segments do not see each other.
         """
-        cos, sin = tables_at(cos_Pd, sin_Pd, positions_BS)
+        cos, sin = tables_at(cos_Pd, sin_Pd, self.own_positions(q.shape[0], positions_BS))
         q_BHSd = apply_rotary(self._heads(q, self.num_heads), cos, sin)
-        k_BKSd = apply_rotary(self._heads(k, self.n_kv_heads), cos, sin)
-        v_BKSd = self._heads(v, self.n_kv_heads)
-        out_BHSd = self.attend(q_BHSd, k_BKSd, v_BKSd, segment_ids_BS)
+        k_BKSd = self.all_keys(apply_rotary(self._heads(k, self.n_kv_heads), cos, sin))
+        v_BKSd = self.all_keys(self._heads(v, self.n_kv_heads))
+        key_segment_ids = self.all_segments(segment_ids_BS)
+        out_BHSd = self.attend(q_BHSd, k_BKSd, v_BKSd, segment_ids_BS, key_segment_ids)
         return ops.reshape(ops.transpose(out_BHSd, (0, 2, 1, 3)), q.shape)
+
+    def own_positions(self, batch: int, positions_BS: Tensor | None) -> Tensor | None:
+        """Positions of this cell's queries."""
+        return positions_BS
+
+    def all_keys(self, x_BKSd: Tensor) -> Tensor:
+        """The keys, or the values, of every position that is attended to."""
+        return x_BKSd
+
+    def all_segments(self, segment_ids_BS: Tensor | None) -> Tensor | None:
+        """Segments of those positions."""
+        return segment_ids_BS
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         batch, length, _ = x.shape
@@ -173,24 +185,14 @@ class NativeRotaryAttention(nn.Cell):
 
     Args:
         library: where the kernels are.
-        seq_length, num_heads, n_kv_heads, head_dim, window: as `CausalAttention`.
-        softmax_dtype: float32, whatever is given.
+        sizes: softmax_dtype is float32, whatever they say.
     """
 
-    def __init__(  # noqa: PLR0913 - the sizes of attention
-        self,
-        library: custom.Library,
-        seq_length: int,
-        num_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        window: int | None = None,
-        softmax_dtype: mstype.Type = mstype.float32,
-    ) -> None:
+    def __init__(self, library: custom.Library, sizes: AttentionSizes) -> None:
         super().__init__()
         self.attend = _NativeAttention(library)
-        self.window = Tensor([seq_length if window is None else window], mstype.int32)
-        self.positions_1S = Tensor(np.arange(seq_length, dtype=np.int32)[None])
+        self.window = Tensor([sizes.window or sizes.seq_length], mstype.int32)
+        self.positions_1S = Tensor(np.arange(sizes.seq_length, dtype=np.int32)[None])
 
     def construct(  # noqa: PLR0913 - the inputs of attention
         self,
@@ -263,12 +265,10 @@ class _NativeAttention(nn.Cell):
         return (dq, dk, dv, *[zeros_like(value) for value in constants])
 
 
-def _spans(
-    length: int, chunk: int, window: int | None, first: int
-) -> tuple[tuple[int, int, int], ...]:
+def _spans(sizes: AttentionSizes, chunk: int) -> tuple[tuple[int, int, int], ...]:
     """(first query, end of queries, first key) of each block."""
     spans = []
-    for begin in range(0, length, chunk):
-        low = 0 if window is None else max(0, first + begin - window + 1)
-        spans.append((begin, min(begin + chunk, length), low))
+    for begin in range(0, sizes.seq_length, chunk):
+        low = 0 if sizes.window is None else max(0, sizes.first + begin - sizes.window + 1)
+        spans.append((begin, min(begin + chunk, sizes.seq_length), low))
     return tuple(spans)

@@ -8,7 +8,11 @@ from mindspore import dtype as mstype
 from mindspore import nn
 
 from mixtral_ms.errors import UserError
-from mixtral_ms.kernels.attention import NativeRotaryAttention, PlainRotaryAttention
+from mixtral_ms.kernels.attention import (
+    AttentionSizes,
+    NativeRotaryAttention,
+    PlainRotaryAttention,
+)
 from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
 from mixtral_ms.kernels.experts import PackedExperts, PaddedExperts
 from mixtral_ms.kernels.native.build import native_library
@@ -25,7 +29,7 @@ class KernelChoice:
 
     name: str
     experts: Callable[[], nn.Cell]
-    attention: Callable[..., nn.Cell]
+    attention: Callable[[AttentionSizes], nn.Cell]
     rms_norm: Callable[[float], nn.Cell]
     cross_entropy: Callable[..., nn.Cell]
 

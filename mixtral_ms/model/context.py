@@ -1,95 +1,54 @@
 """Context parallel: a sequence split over ranks, each with neighbouring positions.
 
-Legend: B batch, S positions of this rank, W of the whole sequence, T = B * S tokens, H heads,
-K kv heads, d head_dim, E experts, k experts a token.
+Legend: B batch, S positions of this rank, W of the whole sequence, T = B * S tokens, K kv heads,
+d head_dim, E experts, k experts a token.
 """
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from mixtral_ms.kernels.attention import CausalAttention
-from mixtral_ms.kernels.elementwise import apply_rotary, tables_at
+from mixtral_ms.kernels.attention import AttentionSizes, PlainRotaryAttention
 from mixtral_ms.model.dispatch import Dispatch
 from mixtral_ms.parallel import transport
 from mixtral_ms.parallel.collectives import GatherFromRanks
 from mixtral_ms.parallel.mesh import ProcessGroup
 
 
-def attention_over_ranks(group: ProcessGroup) -> Callable[..., nn.Cell]:
-    """A builder of attention as `KernelChoice.attention` is one."""
-    return partial(ContextAttention, group)
-
-
-class ContextAttention(nn.Cell):
+class ContextAttention(PlainRotaryAttention):
     """Attention of a rank's queries to the keys of all ranks, which are gathered.
 
     Ranks with later positions see more keys, and so have more to do.
 
     Args:
         group: the ranks that split the sequence.
-        seq_length: S.
-        num_heads, n_kv_heads, head_dim, window, softmax_dtype: as `CausalAttention`.
+        sizes: of this rank's part of the sequence.
     """
 
-    def __init__(  # noqa: PLR0913 - the sizes of attention
-        self,
-        group: ProcessGroup,
-        seq_length: int,
-        num_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        window: int | None = None,
-        softmax_dtype: mstype.Type = mstype.float32,
-    ) -> None:
-        super().__init__()
-        self.num_heads, self.n_kv_heads, self.head_dim = num_heads, n_kv_heads, head_dim
-        first = group.index * seq_length
-        self.positions_1S = Tensor(np.arange(first, first + seq_length, dtype=np.int32)[None])
-        self.attend = CausalAttention(
-            seq_length,
-            num_heads,
-            n_kv_heads,
-            head_dim,
-            window,
-            softmax_dtype,
-            first=first,
-            keys=group.size * seq_length,
-        )
-        self.whole = GatherFromRanks(group, 2, partial=True)
+    def __init__(self, group: ProcessGroup, sizes: AttentionSizes) -> None:
+        length = sizes.seq_length
+        first = group.index * length
+        super().__init__(replace(sizes, first=first, keys=group.size * length))
+        self.positions_1S = Tensor(np.arange(first, first + length, dtype=np.int32)[None])
+        self.gather_keys = GatherFromRanks(group, 2, partial=True)
         self.gather_segments = transport.all_gather(group)
 
-    def construct(  # noqa: PLR0913 - the inputs of attention
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cos_Pd: Tensor,
-        sin_Pd: Tensor,
-        positions_BS: Tensor | None = None,
-        segment_ids_BS: Tensor | None = None,
-    ) -> Tensor:
-        """As `attention.PlainRotaryAttention`, all of them this rank's part."""
-        batch, length, width = q.shape
-        if positions_BS is None:
-            positions_BS = ops.tile(self.positions_1S, (batch, 1))
-        cos, sin = tables_at(cos_Pd, sin_Pd, positions_BS)
-        q_BHSd = apply_rotary(self._heads(q, self.num_heads), cos, sin)
-        k_BKWd = self.whole(apply_rotary(self._heads(k, self.n_kv_heads), cos, sin))
-        v_BKWd = self.whole(self._heads(v, self.n_kv_heads))
-        segment_ids_BW = None
-        if segment_ids_BS is not None:
-            parts = self.gather_segments(ops.cast(segment_ids_BS, mstype.float32))
-            segment_ids_BW = ops.cast(ops.cat(ops.unbind(parts), 1), segment_ids_BS.dtype)
-        out_BHSd = self.attend(q_BHSd, k_BKWd, v_BKWd, segment_ids_BS, segment_ids_BW)
-        return ops.reshape(ops.transpose(out_BHSd, (0, 2, 1, 3)), (batch, length, width))
+    def own_positions(self, batch: int, positions_BS: Tensor | None) -> Tensor:
+        """Counted over the whole sequence where none are given."""
+        return ops.tile(self.positions_1S, (batch, 1)) if positions_BS is None else positions_BS
 
-    def _heads(self, x: Tensor, heads: int) -> Tensor:
-        batch, length, _ = x.shape
-        return ops.transpose(ops.reshape(x, (batch, length, heads, self.head_dim)), (0, 2, 1, 3))
+    def all_keys(self, x_BKSd: Tensor) -> Tensor:
+        """(B, K, W, d)."""
+        return self.gather_keys(x_BKSd)
+
+    def all_segments(self, segment_ids_BS: Tensor | None) -> Tensor | None:
+        """(B, W)."""
+        if segment_ids_BS is None:
+            return None
+        parts = self.gather_segments(ops.cast(segment_ids_BS, mstype.float32))
+        return ops.cast(ops.cat(ops.unbind(parts), 1), segment_ids_BS.dtype)
 
 
 class KeepOverRanks(nn.Cell):

@@ -8,8 +8,9 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.kernels.attention import AttentionSizes
 from mixtral_ms.kernels.select import KernelChoice
-from mixtral_ms.model.context import attention_over_ranks
+from mixtral_ms.model.context import ContextAttention
 from mixtral_ms.model.dtypes import compute_type
 from mixtral_ms.model.linear import Linear, empty_parameter
 from mixtral_ms.model.moe import MoEFeedForward
@@ -50,17 +51,18 @@ class Attention(nn.Cell):
         self.wk = Linear(config.hidden_size, keys, bias, dtype)
         self.wv = Linear(config.hidden_size, keys, bias, dtype)
         self.wo = Linear(queries, config.hidden_size, config.attn_proj_has_bias, dtype)
-        build = kernels.attention
-        if mesh.context.size > 1:
-            build = attention_over_ranks(mesh.context)
-        self.attend = build(
+        sizes = AttentionSizes(
             seq_length,
             num_heads,
             n_kv_heads,
             config.head_dim,
-            window=config.sliding_window,
-            softmax_dtype=compute_type(config.softmax_compute_type),
+            config.sliding_window,
+            compute_type(config.softmax_compute_type),
         )
+        if mesh.context.size > 1:
+            self.attend = ContextAttention(mesh.context, sizes)
+        else:
+            self.attend = kernels.attention(sizes)
         self.enter = self.leave = None
         if mesh.tensor.size > 1:
             self.enter = EnterSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)

@@ -4,7 +4,6 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -119,15 +118,7 @@ class Saver:
         self.saved_step, self._saved_at = step, time.monotonic()
         get_logger().info("saved %s", self.writer.root / name)
 
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Return when everything is on disk."""
         self.writer.close()
 

@@ -7,13 +7,11 @@ JSON knows no NaN: such a number is written as the string "nan", "inf" or "-inf"
 `read_metrics` turns it back.
 """
 
-import contextlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mixtral_ms.errors import MissingDependencyError
@@ -86,25 +84,14 @@ class MetricsWriter:
         if self._board is not None:
             self._board.close()
 
-    def __enter__(self) -> "MetricsWriter":
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class NoMetrics(contextlib.nullcontext):
+class NoMetrics:
     """In place of a MetricsWriter where another rank writes."""
 
-    def __init__(self) -> None:
-        super().__init__(self)
-
     def write(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
         """Nothing."""
 
 

@@ -159,8 +159,8 @@ class TrainingRun:
             self.samples.before()
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            writer = stack.enter_context(self._metrics_writer(step))
-            stack.enter_context(self.saver)
+            writer = stack.enter_context(contextlib.closing(self._metrics_writer(step)))
+            stack.enter_context(contextlib.closing(self.saver))
             self.monitor = self._new_monitor()
             steps = self.plan.micro_batches(self.loader, step)
             ended_by, _ = self.agree(stop.signal_number, False)

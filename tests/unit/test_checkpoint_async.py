@@ -1,6 +1,7 @@
 """Saving in the background: snapshots, order, errors."""
 
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from mixtral_ms.checkpoint.store import CheckpointError, load_checkpoint, save_c
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_arrays_and_state_may_change_as_soon_as_save_returns(tmp_path, asynchronous):
     weight, state = np.zeros((200, 1000), np.float32), {"step": 0, "rng": [0]}
-    with CheckpointWriter(tmp_path, None, asynchronous) as writer:
+    with closing(CheckpointWriter(tmp_path, None, asynchronous)) as writer:
         for step in range(5):
             weight[:] = step
             state["step"] = state["rng"][0] = step
@@ -67,5 +68,8 @@ def test_an_error_in_the_background_is_raised_once_by_the_next_call(tmp_path, ca
 
 
 def test_a_bad_state_is_refused_at_once(tmp_path):
-    with CheckpointWriter(tmp_path, None, True) as writer, pytest.raises(ValueError, match="step"):
+    with (
+        closing(CheckpointWriter(tmp_path, None, True)) as writer,
+        pytest.raises(ValueError, match="step"),
+    ):
         writer.save("a", {"model": {}}, {"step": None})

@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor
 from mindspore import dtype as mstype
 
 from mixtral_ms.kernels import cross_entropy, select
-from mixtral_ms.kernels.attention import CausalAttention
+from mixtral_ms.kernels.attention import AttentionSizes, CausalAttention
 from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
 from mixtral_ms.kernels.elementwise import apply_rotary, rms_norm, rotary_tables, swiglu
 from mixtral_ms.kernels.experts import PackedExperts, PaddedExperts
@@ -206,7 +206,7 @@ def visible_pairs(length, window, segments):
 @pytest.mark.parametrize("chunk", [None, 150, 16], ids=lambda c: f"chunk {c}")
 def test_attention_in_chunks(chunk, window, packed, record_error):
     batch, heads, kv_heads, length, dim = 2, 6, 2, 150, 8
-    cell = CausalAttention(length, heads, kv_heads, dim, window=window, chunk=chunk)
+    cell = CausalAttention(AttentionSizes(length, heads, kv_heads, dim, window), chunk)
     q, k, v = (
         random(seed, batch, n, length, dim) * 2
         for seed, n in ((1, heads), (2, kv_heads), (3, kv_heads))
@@ -238,7 +238,7 @@ def test_rotary_attention(name, sizes, window, packed, device, record_error):
     """Projected queries, keys and values in; positions and segments of packed samples."""
     heads, kv_heads, length, dim = sizes
     batch = 2
-    cell = kernels_of(name, device).attention(length, heads, kv_heads, dim, window=window)
+    cell = kernels_of(name, device).attention(AttentionSizes(length, heads, kv_heads, dim, window))
     q, k, v = (random(i, batch, length, n * dim) for i, n in enumerate((heads, kv_heads, kv_heads)))
     towards = random(4, batch, length, heads * dim)
     tables = rotary_tables(length, dim, 1e4)

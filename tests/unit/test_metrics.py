@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import closing
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ def record(step, **more):
 
 
 def write(path, steps, **options):
-    with MetricsWriter(path, **options) as writer:
+    with closing(MetricsWriter(path, **options)) as writer:
         for step in steps:
             writer.write(record(step))
 
@@ -67,7 +68,7 @@ def test_every_tear_of_the_last_line_is_repaired(tmp_path, resume_step):
 @given(st.floats(), st.lists(st.lists(st.floats(), min_size=2, max_size=2), max_size=3))
 def test_every_float_comes_back_bit_for_bit_from_strict_json(tmp_path_factory, loss, load):
     path = tmp_path_factory.mktemp("m") / "metrics.jsonl"
-    with MetricsWriter(path) as writer:
+    with closing(MetricsWriter(path)) as writer:
         writer.write({"kind": "train", "step": 1, "loss": loss, "expert_load": load})
 
     def refuse(name):
@@ -85,7 +86,7 @@ def test_timing_fields_are_separable():
 
 
 def test_tensorboard_gets_every_number_by_layer_and_expert(tmp_path):
-    with MetricsWriter(tmp_path / "m.jsonl", tmp_path / "board") as writer:
+    with closing(MetricsWriter(tmp_path / "m.jsonl", tmp_path / "board")) as writer:
         writer.write(record(7, drop_percent=[1.0], mfu=None))
     (event_file,) = (tmp_path / "board").iterdir()
     content = event_file.read_bytes()

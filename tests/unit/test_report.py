@@ -5,6 +5,7 @@ import io
 import re
 import subprocess
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def eval_record(step, loss):
 
 
 def report(folder, records):
-    with MetricsWriter(folder / "metrics.jsonl") as writer:
+    with closing(MetricsWriter(folder / "metrics.jsonl")) as writer:
         for item in records:
             writer.write(item)
     return write_report(folder, CONFIG).read_text(encoding="utf-8")
