@@ -3,6 +3,9 @@
 The first rank makes the unfinished folder; the others write into it and leave a record of what they
 wrote; the first one waits for all records and finishes the folder. They speak through files alone,
 so that a thread can save while training's collectives go on.
+
+Where hosts share no folder, the first rank of each does that on its own host, and before it
+finishes the folder these ranks show each other all records: every host has the whole manifest.
 """
 
 import hashlib
@@ -22,12 +25,13 @@ from mixtral_ms.checkpoint.tensors import Region, outgoing
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.files import fsync_path, sha256_file, write_aside
 from mixtral_ms.parallel.grid_text import format_grid
+from mixtral_ms.parallel.hosts import Board, Hosts
 from mixtral_ms.parallel.layout import placements
 from mixtral_ms.parallel.mesh import Mesh
 from mixtral_ms.parallel.strategy_file import write_strategies
 
 STRATEGY_FOLDER = "strategy"
-_WAIT_SECONDS = 1800.0  # for the slowest disk; the launcher ends a run with a dead rank long before
+WAIT_SECONDS = 1800.0  # for the slowest disk; the launcher ends a run with a dead rank long before
 _POLL_SECONDS = 0.05
 _NAMES_SHOWN = 5
 
@@ -45,7 +49,21 @@ class SavingRanks:
     """Whether optimizer moments are cut over their replicas."""
     run: str
     """Random text that the processes of this run share."""
-    wait_seconds: float = _WAIT_SECONDS
+    hosts: Hosts | None = None
+    """Where they share no folder; None where they do."""
+    wait_seconds: float = WAIT_SECONDS
+    board: Board | None = None
+    """Of the hosts."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank makes and finishes the folder."""
+        return self.hosts.leads if self.hosts else self.mesh.rank == 0
+
+    @property
+    def here(self) -> tuple[int, ...]:
+        """The ranks that write into the same folder."""
+        return self.hosts.here if self.hosts else tuple(range(self.mesh.world_size))
 
     def folder(self, root: Path, name: str) -> Path:
         """The unfinished folder that all ranks mean, and no earlier run has left."""
@@ -59,7 +77,7 @@ class SavingRanks:
             OSError: the disk is full, or there is no folder after `wait_seconds`.
         """
         new = self.folder(root, name)
-        self._wait(new.is_dir, lambda: f"rank 0 has not made {new}")
+        self._wait(new.is_dir, lambda: f"rank {self.here[0]} has not made {new}")
         files = write_rank_files(new / f"rank_{self.mesh.rank}", tensors)
         fsync_path(new / f"rank_{self.mesh.rank}")
         with write_aside(_record(new, self.mesh.rank)) as aside:
@@ -78,13 +96,22 @@ class SavingRanks:
         Raises:
             OSError: a rank has not written its part after `wait_seconds`.
         """
-        records = [_record(new, rank) for rank in range(1, self.mesh.world_size)]
-        self._wait(lambda: all(one.exists() for one in records), lambda: _missing(records))
-        files = [manifest.files]
-        for record in records:
-            entries = json.loads(record.read_text())
-            files.append({path: file_entry(entry) for path, entry in entries.items()})
+        records = {rank: _record(new, rank) for rank in self.here if rank != self.mesh.rank}
+        self._wait(
+            lambda: all(one.exists() for one in records.values()),
+            lambda: _missing(list(records.values())),
+        )
+        entries = {self.mesh.rank: {path: asdict(one) for path, one in manifest.files.items()}}
+        for rank, record in records.items():
+            entries[rank] = json.loads(record.read_text())
             record.unlink()
+        if self.board:
+            shown = [json.loads(text) for text in self.board.show(json.dumps(entries))]
+            entries = {int(rank): those for one in shown for rank, those in one.items()}
+        files = [
+            {path: file_entry(entry) for path, entry in entries[rank].items()}
+            for rank in range(self.mesh.world_size)
+        ]
         regions, strategies = self._layout(files)
         written = write_strategies(new / STRATEGY_FOLDER, strategies)
         return replace(
@@ -95,6 +122,11 @@ class SavingRanks:
             strategy=format_grid(self.mesh.grid, zero=self.zero),
             layout_sha256=layout_sha256(regions),
         )
+
+    def settled(self) -> None:
+        """Return when the folder is in place on every host: only now may older ones go."""
+        if self.board:
+            self.board.show("")
 
     def _layout(
         self, files: list[dict[str, FileEntry]]

@@ -40,7 +40,6 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.files import fsync_path
 from mixtral_ms.log import get_logger
 
-_RANK_FOLDER = "rank_0"
 _OVERHEAD_BYTES = 1 << 20  # headers, manifest and the file system's own blocks
 _PROBLEMS_SHOWN = 5
 
@@ -119,15 +118,17 @@ def save_checkpoint(
         raise ValueError(f"keep_max is {keep_max}; it must be at least 1, or None to keep all")
     state_text = state_bytes(state)
     try:
-        if ranks is not None and ranks.mesh.rank:
+        if ranks is not None and not ranks.leads:
             ranks.write_part(root, name, tensors)
             return root / name
         root.mkdir(parents=True, exist_ok=True)
         with store_lock(root) as held:
             if held:
                 clean_leftovers(root)
-            _require_space(root, tensors, ranks.mesh.world_size if ranks else 1)
+            _require_space(root, tensors, len(ranks.here) if ranks else 1)
             _write_and_rename(root, name, tensors, state_text, ranks)
+            if ranks:
+                ranks.settled()
             point_latest(root, name)
             if keep_max is not None:
                 prune(root, name, keep_max)
@@ -175,7 +176,7 @@ def _write_and_rename(
 ) -> None:
     new = ranks.folder(root, name) if ranks else unfinished_path(root, name, "new")
     try:
-        files = write_rank_files(new / _RANK_FOLDER, tensors)
+        files = write_rank_files(new / f"rank_{ranks.mesh.rank if ranks else 0}", tensors)
         manifest = Manifest(1, hashlib.sha256(state_text).hexdigest(), files)
         (new / STATE).write_bytes(state_text)
         write_manifest(new, ranks.complete(new, manifest) if ranks else manifest)

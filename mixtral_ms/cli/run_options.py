@@ -66,6 +66,13 @@ FLAGS: tuple[Flag, ...] = (
     flag("resume_training", "resume_training", str, "True, False or a checkpoint's name"),
     flag("auto_trans_ckpt", "auto_trans_ckpt", bool, "split or merge weights to the ranks"),
     flag(
+        "no_shared_storage",
+        "no_shared_storage",
+        bool,
+        "each host keeps its own ranks' part of checkpoints",
+        also=("no-shared-storage",),
+    ),
+    flag(
         "src_strategy_path_or_dir",
         "src_strategy_path_or_dir",
         str,

@@ -140,6 +140,8 @@ class RunConfig:
     """Load what fits of load_checkpoint, name the rest in the log and initialise it."""
     auto_trans_ckpt: bool = False
     """Either way each rank reads its part of any checkpoint."""
+    no_shared_storage: bool = False
+    """output_dir is not one folder for all hosts: each keeps its own ranks' part of checkpoints."""
     src_strategy_path_or_dir: str | None = ""
     """Strategy files of load_checkpoint, where they do not lie beside it."""
     load_ckpt_format: Literal["safetensors", "ckpt"] = inert(

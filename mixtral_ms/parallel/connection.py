@@ -3,10 +3,12 @@
 Collectives inside the compiled network are in collectives.py.
 """
 
+import atexit
 import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import mindspore
@@ -14,10 +16,12 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mixtral_ms.config.parallel_sections import ParallelConfig
+from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.mesh import Mesh, ProcessGroup
 from mixtral_ms.parallel.transport import count, is_described
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.1  # seconds
+_LAUNCHER_SECONDS = 10.0  # until the launcher would have ended this process, were it its host
 
 
 def started_processes() -> int:
@@ -86,25 +90,44 @@ class _Patience:
     """
 
     def __init__(self, ranks: ProcessGroup) -> None:
-        from mindspore.mint.distributed import TCPStore  # noqa: PLC0415 - with the connection only
-
-        host, first = os.environ["MS_SCHED_HOST"], ranks.index == 0
-        with socket.socket() as probe:
-            probe.bind((host if first else "", 0))
-            port = probe.getsockname()[1]
-        port = gather_objects(ranks, port)[0]
-        self._store = TCPStore(host, port, ranks.size, is_master=first)
+        self._store = open_store(ranks)
         self._ranks, self._waits = ranks.size, 0
+        atexit.register(self._store.add, "left", 1)
 
     def wait(self) -> None:
-        """Return when every rank waits."""
+        """Return when every rank waits.
+
+        Raises:
+            UserError: one of them has ended. (MindSpore ends all when one is killed.)
+        """
         self._waits += 1
         key, pause = f"wait {self._waits}", _SHORTEST_PAUSE
         arrived = self._store.add(key, 1)
         while arrived < self._ranks:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+            left = self._store.add("left", 0)  # asked for first: they may leave once all are here
             arrived = self._store.add(key, 0)
+            if left and arrived < self._ranks:
+                time.sleep(_LAUNCHER_SECONDS)
+                raise UserError("a process on another host has ended: what it said is there")
+
+
+def open_store(ranks: ProcessGroup, patience: timedelta = timedelta(minutes=5)) -> Any:
+    """Texts and counters that all ranks see (TCPStore), held by the first. All must open it.
+
+    Args:
+        ranks: all of them.
+        patience: how long to wait for a text that nobody has set.
+    """
+    from mindspore.mint.distributed import TCPStore  # noqa: PLC0415 - with the connection only
+
+    host, first = os.environ["MS_SCHED_HOST"], ranks.index == 0
+    with socket.socket() as probe:
+        probe.bind((host if first else "", 0))
+        port = probe.getsockname()[1]
+    port = gather_objects(ranks, port)[0]
+    return TCPStore(host, port, ranks.size, is_master=first, timeout=patience)
 
 
 def wait_for_all() -> None:

@@ -8,6 +8,7 @@ import signal
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mixtral_ms.config.render import render_config
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
 from mixtral_ms.parallel.connection import gather_objects, sum_values
+from mixtral_ms.parallel.hosts import Hosts
 from mixtral_ms.parallel.mesh import Mesh, ProcessGroup
 
 _OWN_KEYS = frozenset({"context.device_id"})
@@ -74,32 +76,55 @@ def _difference_text(
     )
 
 
-def agree_on_run(mesh: Mesh, folder: Path) -> str:
-    """A random text that all ranks of this run share; `folder` must be one folder for all of them.
+@dataclass(frozen=True)
+class Storage:
+    """Where the ranks of a run write their checkpoints."""
+
+    run: str = ""
+    """Random text that they share."""
+    hosts: Hosts | None = None
+    """Where they share no folder."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes what a folder needs once; of a run with hosts only."""
+        return self.hosts is not None and self.hosts.leads
+
+
+def agree_on_storage(mesh: Mesh, folder: Path, *, shared: bool) -> Storage:
+    """Find out which ranks see the same `folder`.
+
+    Args:
+        mesh: this rank among them.
+        folder: of the run's checkpoints, which must be one for all ranks if it is `shared`.
+        shared: not no_shared_storage.
 
     Raises:
-        UserError: a rank does not see what rank 0 has written there.
+        UserError: a rank does not see what rank 0 has written to a folder that is to be shared.
     """
     if mesh.world.size == 1:
-        return ""
+        return Storage()
     run = gather_objects(mesh.world, uuid.uuid4().hex)[0]
-    probe = folder / f".{run}.shared"
-    if mesh.rank == 0:
-        with write_aside(probe) as aside:
-            aside.write_text("")
-    gather_objects(mesh.world, None)  # from here on it is there
-    end = time.monotonic() + _SHARED_SECONDS
-    while not (seen := probe.exists()) and time.monotonic() < end:
+    probes = [folder / f".{run}.rank_{rank}" for rank in range(mesh.world.size)]
+    own = probes[mesh.rank]
+    with write_aside(own) as aside:
+        aside.write_text("")
+    gather_objects(mesh.world, None)  # from here on they are there
+    end = time.monotonic() + (_SHARED_SECONDS if shared else 0.0)
+    while not all(one.exists() for one in probes) and time.monotonic() < end:
         time.sleep(0.1)
-    blind = [rank for rank, found in enumerate(gather_objects(mesh.world, seen)) if not found]
-    if mesh.rank == 0:
-        probe.unlink()
+    seen = gather_objects(mesh.world, [one.exists() for one in probes])
+    own.unlink()
+    if not shared:
+        return Storage(run, Hosts(mesh.world, tuple(those.index(True) for those in seen)))
+    blind = [rank for rank, those in enumerate(seen) if not those[0]]
     if blind:
         raise UserError(
             f"rank {blind[0]} does not see what rank 0 writes to {folder}: the checkpoints of all "
-            "ranks go into one folder; set --output_dir to one that all hosts share"
+            "ranks go into one folder; set --output_dir to one that all hosts share, or give "
+            "--no-shared-storage, and each host keeps the part of its own ranks"
         )
-    return run
+    return Storage(run)
 
 
 class StepAgreement:

@@ -21,7 +21,8 @@ from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.gradients import shard_groups
 from mixtral_ms.parallel.mesh import Mesh
-from mixtral_ms.train.checkpointing import is_zero, load_parameters
+from mixtral_ms.train.checkpointing import is_zero
+from mixtral_ms.train.loading import load_parameters
 from mixtral_ms.train.metrics import METRICS_FILE
 from mixtral_ms.train.optimizer import AdamW
 from mixtral_ms.train.samples import Samples

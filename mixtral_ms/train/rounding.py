@@ -6,7 +6,7 @@ from mindspore import Tensor
 from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.infer.weights import WeightDtype, load_weights
 from mixtral_ms.model.mixtral import MixtralForCausalLM
-from mixtral_ms.train.checkpointing import own_regions
+from mixtral_ms.train.loading import own_regions
 
 
 def round_weights(

@@ -16,7 +16,7 @@ from mixtral_ms.infer.predict import predict
 from mixtral_ms.infer.prompts import read_prompts
 from mixtral_ms.log import get_logger
 from mixtral_ms.parallel.connection import connect, started_processes
-from mixtral_ms.train.agreement import configuration_facts, require_alike
+from mixtral_ms.train.agreement import agree_on_storage, configuration_facts, require_alike
 from mixtral_ms.train.build import (
     build_loader,
     build_network,
@@ -24,8 +24,9 @@ from mixtral_ms.train.build import (
     set_up_device,
     without_adapters,
 )
-from mixtral_ms.train.checkpointing import checkpoint_root, find_resume
+from mixtral_ms.train.checkpointing import checkpoint_root
 from mixtral_ms.train.evaluation import Evaluation, Evaluator
+from mixtral_ms.train.resuming import find_resume
 from mixtral_ms.train.rounding import round_weights
 from mixtral_ms.train.training_run import TrainingRun, TrainResult
 
@@ -59,11 +60,14 @@ class Trainer:
             UserError: the data or checkpoint does not fit, or output_dir holds another run.
             NotFiniteError: too many steps in a row had gradients that are not finite.
         """
-        checkpoint = find_resume(self.config, self.mesh)
-        if not self.config.resume_training:
-            _require_fresh(self.config)
-        _require_weights(self.config, checkpoint is not None)
-        return TrainingRun(self.config, self.mesh, checkpoint).run()
+        config, mesh = self.config, self.mesh
+        root = checkpoint_root(config)
+        storage = agree_on_storage(mesh, root, shared=not config.no_shared_storage)
+        checkpoint = find_resume(config, mesh, storage)
+        if not config.resume_training:
+            _require_fresh(config)
+        _require_weights(config, checkpoint is not None)
+        return TrainingRun(config, mesh, storage, checkpoint).run()
 
     def evaluate(self) -> Evaluation:
         """Loss and perplexity over the whole of eval_dataset.

@@ -25,7 +25,7 @@ from mixtral_ms.log import get_logger
 from mixtral_ms.model.lora import set_dropout_keys
 from mixtral_ms.parallel.mesh import Mesh
 from mixtral_ms.train.adapters import base_of, save_peft, trained_text
-from mixtral_ms.train.agreement import StepAgreement, agree_on_run, require_alike
+from mixtral_ms.train.agreement import StepAgreement, Storage, require_alike
 from mixtral_ms.train.build import (
     build_learning_rate,
     build_loader,
@@ -37,7 +37,7 @@ from mixtral_ms.train.build import (
     open_network_weights,
     tensorboard_folder,
 )
-from mixtral_ms.train.checkpointing import Saver, checkpoint_root, restore, write_strategy_files
+from mixtral_ms.train.checkpointing import Saver, checkpoint_root, write_strategy_files
 from mixtral_ms.train.diagnosis import first_non_finite
 from mixtral_ms.train.evaluation import Evaluation, Evaluator
 from mixtral_ms.train.loss_scale import build_loss_scale
@@ -45,6 +45,7 @@ from mixtral_ms.train.metrics import MetricsWriter, NoMetrics
 from mixtral_ms.train.monitor import StepMonitor, step_line
 from mixtral_ms.train.plan import make_plan
 from mixtral_ms.train.report import write_report
+from mixtral_ms.train.resuming import restore
 from mixtral_ms.train.step import TrainStep
 from mixtral_ms.train.stop_request import StopRequest
 
@@ -87,8 +88,11 @@ class TrainingRun:
         UserError: data, weights or checkpoint do not fit, or are others on another rank.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, checkpoint: OpenedSource | None) -> None:
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, storage: Storage, checkpoint: OpenedSource | None
+    ) -> None:
         self.config, self.mesh, self.leads = config, mesh, mesh.rank == 0
+        self.storage = storage
         self.loader = build_loader(config, config.train_dataset, mesh, training=True)
         data_dir = config.train_dataset.data_loader.dataset_dir
         self.plan = make_plan(config.runner_config, len(self.loader), data_dir, mesh.grid)
@@ -108,7 +112,7 @@ class TrainingRun:
             self.loss_scale,
             self.loader.fingerprint,
             self.base,
-            agree_on_run(mesh, checkpoint_root(config)),
+            storage,
         )
         wrapper = config.runner_wrapper
         self.step_fn = TrainStep(
@@ -276,6 +280,7 @@ class TrainingRun:
         if self.leads:
             with write_aside(Path(config.output_dir) / "config.yaml") as aside:
                 aside.write_text(render_config(config), encoding="utf-8")
+        if self.leads or self.storage.leads:
             write_strategy_files(config, self.network)
         moe = config.moe_config
         get_logger().info(
@@ -313,7 +318,7 @@ class TrainingRun:
         weights = str(root)
         if self.base:
             weights = f"{self.config.load_checkpoint} --set adapter={root}"
-            if self.leads:
+            if self.leads and not self.storage.hosts:
                 get_logger().info("for peft: %s", save_peft(self.config, root))
         get_logger().info(
             "checkpoints: %s; to evaluate: --run_mode eval --load_checkpoint %s", root, weights

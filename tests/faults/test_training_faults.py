@@ -25,8 +25,9 @@ from mixtral_ms import Trainer, load_config
 from mixtral_ms.checkpoint.store import load_checkpoint, resolve_checkpoint, save_checkpoint
 from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.train.agreement import Storage
 from mixtral_ms.train.build import build_network
-from mixtral_ms.train.checkpointing import find_resume
+from mixtral_ms.train.resuming import find_resume
 from mixtral_ms.train.training_run import NotFiniteError
 
 START_SECONDS = 120
@@ -188,7 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_good_one_offered(folder, s
     assert f"--load_checkpoint {stopped / 'checkpoint' / older}" in message
     advice = message.split("--load_checkpoint ")[1].split()[0]
     given = resume(folder, stopped, f"load_checkpoint={advice}")
-    assert find_resume(given, Mesh()).folder.name == older
+    assert find_resume(given, Mesh(), Storage()).folder.name == older
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from mixtral_ms.parallel.mesh import Mesh
 from mixtral_ms.train import agreement
 from mixtral_ms.train.agreement import (
     StepAgreement,
-    agree_on_run,
+    Storage,
+    agree_on_storage,
     configuration_facts,
     require_alike,
 )
@@ -62,7 +63,8 @@ def test_a_rank_that_differs_is_named(others, theirs, said):
 
 def test_one_process_agrees_with_itself(tmp_path):
     require_alike(Mesh().world, {"a": 1})
-    assert agree_on_run(Mesh(), tmp_path / "none") == "" and not (tmp_path / "none").exists()
+    folder = tmp_path / "none"
+    assert agree_on_storage(Mesh(), folder, shared=True) == Storage() and not folder.exists()
     agree = StepAgreement(Mesh())
     agree.wait()
     assert agree(None, False) == (None, False)

@@ -21,9 +21,10 @@ from mixtral_ms import Trainer, load_config
 from mixtral_ms.checkpoint.store import load_checkpoint, save_checkpoint
 from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.train.agreement import Storage
 from mixtral_ms.train.build import build_network
-from mixtral_ms.train.checkpointing import find_resume
 from mixtral_ms.train.metrics import read_metrics
+from mixtral_ms.train.resuming import find_resume
 
 pytestmark = pytest.mark.usefixtures("graph")
 STEPS = 8
@@ -178,7 +179,7 @@ def test_a_run_that_began_with_weights_resumes_from_its_own_checkpoints(finished
     resume, output = finished
     weights = tmp_path / "weights"
     shutil.copytree(whole / "checkpoint" / "mixtral-step_0000006", weights / "base")
-    found = find_resume(resume(f"load_checkpoint={weights / 'base'}"), Mesh())
+    found = find_resume(resume(f"load_checkpoint={weights / 'base'}"), Mesh(), Storage())
     assert found.folder == output / "checkpoint" / "mixtral-step_0000008"
 
 
@@ -190,14 +191,17 @@ def test_an_older_checkpoint_can_be_named(finished, form):
         "name": f"resume_training={name}",
         "path": f"load_checkpoint={output / 'checkpoint' / name}",
     }[form]
-    assert find_resume(resume(chosen), Mesh()).folder.name == name
+    assert find_resume(resume(chosen), Mesh(), Storage()).folder.name == name
 
 
 def test_another_runs_checkpoint_can_be_continued_in_a_new_folder(whole, folder):
     config = config_of(
         folder, "new", "resume_training=True", f"load_checkpoint={whole / 'checkpoint'}"
     )
-    assert find_resume(config, Mesh()).folder == whole / "checkpoint" / "mixtral-step_0000008"
+    assert (
+        find_resume(config, Mesh(), Storage()).folder
+        == whole / "checkpoint" / "mixtral-step_0000008"
+    )
 
 
 def test_weights_of_a_checkpoint_start_a_new_run(whole, folder):
