@@ -111,10 +111,10 @@ def verify_checkpoint(path: str | Path, part: int = 0, parts: int = 1) -> list[s
     problems: list[str] = []
     for name, entry in list(manifest.files.items())[part::parts]:
         problems += verify_file(folder / name, entry, name)
-    return problems if part else problems + _other_problems(folder, manifest)
+    return problems if part else problems + other_problems(folder, manifest)
 
 
-def _other_problems(folder: Path, manifest: Manifest) -> list[str]:
+def other_problems(folder: Path, manifest: Manifest) -> list[str]:
     """What is wrong with files that hold no tensors, and with those that nobody knows."""
     problems = _state_problems(folder, manifest)
     for name, digest in manifest.others.items():

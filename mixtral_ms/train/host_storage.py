@@ -13,7 +13,13 @@ from mixtral_ms.checkpoint.host_files import (
     open_own_part,
     verify_held,
 )
-from mixtral_ms.checkpoint.manifest import MANIFEST, DamagedManifestError, Manifest, read_manifest
+from mixtral_ms.checkpoint.manifest import (
+    MANIFEST,
+    DamagedManifestError,
+    Manifest,
+    other_problems,
+    read_manifest,
+)
 from mixtral_ms.checkpoint.sharded import OpenedSource, open_source
 from mixtral_ms.checkpoint.store import require_undamaged
 from mixtral_ms.errors import UserError
@@ -48,7 +54,10 @@ def open_on_all_hosts(root: Path, name: str | None, hosts: Hosts, strategy: str)
     held = held_files(path, manifest)
     ranks = hosts.here
     share = held[ranks.index(hosts.world.index) :: len(ranks)]
-    _require_undamaged(hosts, path, verify_held(path, manifest, share))
+    problems = verify_held(path, manifest, share)
+    if hosts.leads:
+        problems += other_problems(path, manifest)
+    _require_undamaged(hosts, path, problems)
     own = files_of_rank(manifest, hosts.world.index)
     suffices = manifest.strategy == strategy and bool(own) and set(own) <= set(held)
     if all(gather_objects(hosts.world, suffices)):

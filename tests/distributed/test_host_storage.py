@@ -123,3 +123,6 @@ def test_damage_and_absence_are_named(folder, stopped):
     file.unlink()
     with pytest.raises(AssertionError, match="rank_1/model.safetensors is on no host"):
         train(folder, hosts, "dp=2,zero=1", "--resume_training=True")
+    (file.parents[1] / "state.json").write_text("{}")
+    with pytest.raises(AssertionError, match="state.json was changed"):
+        train(folder, hosts, "dp=2,zero=1", "--resume_training=True")
