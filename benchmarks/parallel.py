@@ -8,7 +8,7 @@ called, by a process that stands for one rank and has nobody to talk to.
 
 example:
   python benchmarks/parallel.py --steps 5
-  python benchmarks/parallel.py --layouts dp=1 dp=2,zero=1 --steps 3
+  python benchmarks/parallel.py --layouts dp=1 dp=2,zero=1 --hidden_size 512 --steps 3
 """
 
 import argparse
@@ -38,7 +38,7 @@ YAML = ROOT / "research/mixtral_tiny/pretrain_mixtral-tiny.yaml"
 SIZES = {
     "model.model_config.seq_length": 128,
     "model.model_config.vocab_size": 8192,
-    "model.model_config.hidden_size": 256,
+    "model.model_config.hidden_size": 256,  # --hidden_size, and experts twice as wide
     "model.model_config.intermediate_size": 512,
     "model.model_config.num_layers": 4,
     "model.model_config.num_heads": 8,
@@ -76,9 +76,12 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default 5)")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, help="as in dp=2,mp=2,zero=1")
+    parser.add_argument("--hidden_size", type=int, default=256, help="256; experts twice as wide")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--describe", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    SIZES["model.model_config.hidden_size"] = args.hidden_size
+    SIZES["model.model_config.intermediate_size"] = 2 * args.hidden_size
     if args.worker:
         train(args.worker[0], Path(args.worker[1]), args.steps)
     elif args.describe:
@@ -106,7 +109,8 @@ def compare(layouts: list[str], steps: int) -> None:
 
 def print_bytes(layout: str) -> None:
     """The rows of one layout."""
-    order = [sys.executable, __file__, "--describe", layout]
+    hidden = str(SIZES["model.model_config.hidden_size"])
+    order = [sys.executable, __file__, "--describe", layout, "--hidden_size", hidden]
     done = subprocess.run(order, check=True, capture_output=True, text=True, timeout=SECONDS)
     counted = json.loads(done.stdout.splitlines()[-1])
     plan = traffic_plan(config_of(layout))[0]
@@ -143,7 +147,9 @@ def run_job(layout: str, steps: int) -> list[dict]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
         probe.close()
+        hidden = SIZES["model.model_config.hidden_size"]
         order = f"{Path(__file__)} --worker {layout} {folder} --steps {steps}"
+        order += f" --hidden_size {hidden}"
         launcher = str(ROOT / "scripts/msrun_launcher.sh")
         place = [str(processes), port, f"{folder}/logs", "False", "120"]
         environment = {**os.environ, "PYTHON": sys.executable, "MSRUN_TIME_LIMIT": str(SECONDS)}
