@@ -145,7 +145,7 @@ def compile_together(mesh: Mesh, graphs: Mapping[nn.Cell, Sequence[Tensor]]) -> 
 
 
 def sum_tensor(group: ProcessGroup, tensor: Tensor) -> Tensor:
-    """The sum of the ranks' tensors (float16, 32 or 64), the same on all of them."""
+    """The sum of the ranks' tensors (float16 or 32), the same on all of them."""
     if is_described(group):
         count(group, tensor, 2 * (group.size - 1) / group.size)
         return tensor
@@ -158,7 +158,31 @@ def sum_values(group: ProcessGroup, values: np.ndarray) -> np.ndarray:
         return np.asarray(values, np.float64)
     if group.kind == "world":
         wait_for_all()
-    return sum_tensor(group, Tensor(np.asarray(values, np.float64))).asnumpy()
+    values = np.asarray(values, np.float64)
+    slots = np.zeros((group.size, 4, values.size), np.float32)
+    slots[group.index] = float32_parts(values.reshape(-1))
+    parts = sum_tensor(group, Tensor(slots)).asnumpy()
+    return sum(map(float64_of, parts)).reshape(values.shape)
+
+
+def float64_of(parts: np.ndarray) -> np.ndarray:
+    """The values that `float32_parts` took apart."""
+    return np.ldexp(parts[:3].astype(np.float64).sum(0), parts[3].astype(np.int32))
+
+
+def float32_parts(values: np.ndarray) -> np.ndarray:
+    """float64 values as three float32 that add up to the mantissa exactly, and the exponent.
+
+    MCCL of MindSpore 2.10, and HCCL, sum no float64.
+    """
+    rest, exponent = np.frexp(values)
+    parts = np.zeros((4, values.size), np.float32)
+    parts[3] = exponent
+    for part in parts[:3]:
+        part[:] = rest
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            rest = np.where(np.isfinite(part), rest - part, 0.0)
+    return parts
 
 
 def sum_and_scatter(group: ProcessGroup, tensor: Tensor) -> Tensor:
