@@ -8,10 +8,11 @@ Each cell says how it wants its rows laid out (`layout`, read by model/dispatch.
 
 from collections.abc import Callable
 
-import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from mixtral_ms.kernels import numpy_experts
 from mixtral_ms.kernels.elementwise import swiglu
+from mixtral_ms.kernels.kept import Kept
 from mixtral_ms.kernels.native import custom
 from mixtral_ms.parallel.primitives import zeros_like
 
@@ -49,18 +50,26 @@ class PackedExperts(nn.Cell):
         self.library = library
         self.network = _PackedNetwork(library)
 
-    def read_in_place(self, w1_EFD: Parameter, w3_EFD: Parameter, w2_EDF: Parameter) -> None:
+    def read_in_place(self, weights: Callable[[], tuple[Parameter, ...]]) -> None:
         """From now on `construct` is given these float32 parameters, and nothing else, as weights.
 
         MindSpore gives an operator in numpy a copy of each input and keeps it until the next run:
         twice all experts. C++ reads in place anyway.
+
+        Args:
+            weights: gives w1, w3 and w2, whose place other parameters may take meanwhile.
         """
-        weights = (w1_EFD, w3_EFD, w2_EDF)
         if self.library == custom.NUMPY:
-            shapes = [list(weight.shape) for weight in weights]
-            self.network = _InPlaceNetwork(
-                lambda: tuple(weight.asnumpy() for weight in weights), shapes
-            )
+            self.network = _InPlaceNetwork(weights)
+
+    def keep_in(self, kept: Kept) -> None:
+        """Have one place for what the backward reads, in common with other layers.
+
+        For layers that are to be recomputed: only one at a time keeps something then, and backward
+        computes it again. MindSpore itself recomputes no operator whose backward is given.
+        """
+        if isinstance(self.network, _InPlaceNetwork):
+            self.network.kernel.kept = kept
 
     def construct(
         self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
@@ -100,10 +109,14 @@ class _PackedNetwork(nn.Cell):
 class _InPlaceNetwork(nn.Cell):
     """As `_PackedNetwork` in numpy; weights are inputs only so that they have a gradient."""
 
-    def __init__(self, read: Callable[[], tuple[np.ndarray, ...]], shapes: list[list[int]]) -> None:
+    def __init__(self, weights: Callable[[], tuple[Parameter, ...]]) -> None:
         super().__init__()
-        self.forward = custom.expert_ffn_forward_in_place(read, shapes)
-        self.backward = custom.expert_ffn_backward_in_place(read, shapes)
+        self.kernel = numpy_experts.InPlaceExperts(
+            lambda: tuple(weight.asnumpy() for weight in weights()), lambda: self.training
+        )
+        self.forward, self.backward = custom.expert_ffn_in_place(
+            self.kernel, [list(weight.shape) for weight in weights()]
+        )
 
     def construct(
         self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
@@ -120,6 +133,5 @@ class _InPlaceNetwork(nn.Cell):
         out: tuple,
         dout: tuple,
     ) -> tuple:
-        _, gate_RF, up_RF = out
-        dx, dw1, dw3, dw2 = self.backward(x_RD, sizes_E, gate_RF, up_RF, dout[0])
+        dx, dw1, dw3, dw2 = self.backward(x_RD, sizes_E, out[1], dout[0])
         return dx, dw1, dw3, dw2, zeros_like(sizes_E)

@@ -6,14 +6,44 @@ only when they run, for which MindSpore itself would pad them and gather a weigh
 Legend: R rows sorted by expert, D hidden, F intermediate, E experts, N rows of one group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from mixtral_ms.kernels.kept import NO_TICKET, Kept
 from mixtral_ms.kernels.numpy_tasks import empty, matmul, parallel_for
 
 _ROW_BLOCK = 128  # rows whose activations stay in the cache between two products
 _WEIGHT_BLOCK = 512  # rows of a weight gradient per task
+
+
+class InPlaceExperts:
+    """`forward` and `backward` on weights where they lie, in float32; gate and up stay here.
+
+    Args:
+        read: gives w1, w3 and w2.
+        keeping: whether a forward is to keep gate and up; a backward computes what was not kept.
+    """
+
+    def __init__(
+        self, read: Callable[[], tuple[np.ndarray, ...]], keeping: Callable[[], bool]
+    ) -> None:
+        self.read, self.keeping, self.kept = read, keeping, Kept()
+
+    def forward(self, x_RD: np.ndarray, sizes_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns y (R, D) and the backward's ticket (1)."""
+        self.kept.drop()
+        y_RD, *inner = forward(x_RD, *self.read(), sizes_E)
+        return y_RD, self.kept.keep(*inner) if self.keeping() else NO_TICKET
+
+    def backward(
+        self, x_RD: np.ndarray, sizes_E: np.ndarray, ticket: np.ndarray, dy_RD: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """Returns dx, dw1, dw3, dw2, shaped as x and the weights."""
+        weights, inner = self.read(), self.kept.take(ticket)
+        if inner is None:
+            _, *inner = forward(x_RD, *weights, sizes_E)
+        return backward(x_RD, *weights, sizes_E, *inner, dy_RD)
 
 
 def forward(

@@ -13,6 +13,8 @@ from mindspore import dtype as mstype
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.config.stages import stage_layers
 from mixtral_ms.kernels.elementwise import rotary_tables
+from mixtral_ms.kernels.experts import PackedExperts
+from mixtral_ms.kernels.kept import Kept
 from mixtral_ms.kernels.select import KernelChoice, select_kernels
 from mixtral_ms.model.dtypes import compute_type
 from mixtral_ms.model.initialize import initialize
@@ -308,8 +310,12 @@ class MixtralForCausalLM(nn.Cell):
 
     def recompute_layers(self) -> None:
         """Keep only each layer's input for the backward pass and compute the rest again."""
+        kept = Kept()
         for layer in self.model.layers:
             layer.recompute()
+            experts = layer.feed_forward.routed_experts.experts
+            if isinstance(experts, PackedExperts):
+                experts.keep_in(kept)
 
 
 def _global_name(path: str, first_layer: int) -> str:

@@ -6,7 +6,7 @@ Legend: B batch, S sequence, T tokens, D hidden, F intermediate, E experts, k ex
 from functools import partial
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.expert_ranks import expert_matrix
@@ -43,6 +43,10 @@ class ExpertWeights(nn.Cell):
         self.w1 = ExpertWeight(experts, intermediate, hidden)
         self.w2 = ExpertWeight(experts, hidden, intermediate)
         self.w3 = ExpertWeight(experts, intermediate, hidden)
+
+    def weights(self) -> tuple[Parameter, ...]:
+        """w1, w3 and w2."""
+        return self.w1.weight, self.w3.weight, self.w2.weight
 
     def adapters(self) -> tuple[Tensor, ...]:
         """A (E, r, in) and B (E, out, r) of w1, w3 and w2, of those that LoRA adapts."""
@@ -84,9 +88,7 @@ class RoutedExperts(nn.Cell):
         )
         self.experts = kernels.experts()
         if kernels.name == "numpy":
-            self.experts.read_in_place(
-                *(one.weight for one in (self.ffn.w1, self.ffn.w3, self.ffn.w2))
-            )
+            self.experts.read_in_place(self.ffn.weights)
         capacity = None
         if not moe.dropless:
             capacity = expert_capacity(

@@ -128,7 +128,8 @@ def test_experts(name, sizes, device, record_error):
     w1, w3 = random(3, experts, intermediate, hidden), random(4, experts, intermediate, hidden)
     w2 = random(5, experts, hidden, intermediate)
     if name == "in place":
-        cell.read_in_place(*(Parameter(Tensor(value)) for value in (w1, w3, w2)))
+        weights = tuple(Parameter(Tensor(value)) for value in (w1, w3, w2))
+        cell.read_in_place(lambda: weights)
     sizes_E = np.array(sizes, np.int32)
     out, grads = gradients_of(cell, [x_RD, w1, w3, w2, sizes_E], towards)
 

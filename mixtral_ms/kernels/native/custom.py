@@ -1,12 +1,15 @@
 """The CPU's kernels as MindSpore operators (`ops.Custom`); shapes as in the .cpp files.
 
-Each comes from the built C++ library, or from numpy, which needs no compiler.
+Each comes from the built C++ library, or from numpy, which needs no compiler. MindSpore never lets
+go of a function that it has made an operator of: what holds weights is behind a weak reference.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
+from weakref import WeakMethod
 
+from mindspore import dtype as mstype
 from mindspore import ops
 
 from mixtral_ms.kernels import numpy_attention, numpy_elementwise, numpy_experts
@@ -55,38 +58,32 @@ def expert_ffn_backward(library: Library) -> ops.Custom:
     return _operator(library, "expert_ffn_backward", shapes, dtypes)
 
 
-def expert_ffn_forward_in_place(read: Callable, weights: list[list[int]]) -> ops.Custom:
-    """x (R, D), sizes (E) -> as `expert_ffn_forward`, in numpy.
+def expert_ffn_in_place(
+    kernel: numpy_experts.InPlaceExperts, weights: list[list[int]]
+) -> tuple[ops.Custom, ops.Custom]:
+    """Its forward, x (R, D), sizes (E) -> y, ticket (1), and its backward.
 
-    The operator calls read() for w1, w3 and w2, which have these shapes.
+    The backward has x, sizes, ticket, dy -> dx, dw1, dw3, dw2; `weights` are the shapes of w1, w3
+    and w2.
     """
+    run_forward, run_backward = WeakMethod(kernel.forward), WeakMethod(kernel.backward)
 
-    def compute(x, sizes):  # noqa: ANN001, ANN202 - MindSpore counts the parameters
-        return numpy_experts.forward(x, *read(), sizes)
+    def forward(x, sizes):  # noqa: ANN001, ANN202 - MindSpore counts the parameters
+        return run_forward()(x, sizes)
 
-    def shapes(x: list, _sizes: list) -> tuple:
-        wide = [x[0], weights[0][1]]
-        return x, wide, wide
+    def backward(x, sizes, ticket, dy):  # noqa: ANN001, ANN202
+        return run_backward()(x, sizes, ticket, dy)
 
-    def dtypes(x: object, _sizes: object) -> tuple:
-        return x, x, x
-
-    return ops.Custom(compute, shapes, dtypes, "pyfunc")
-
-
-def expert_ffn_backward_in_place(read: Callable, weights: list[list[int]]) -> ops.Custom:
-    """x, sizes, gate, up, dy -> as `expert_ffn_backward`, in numpy; read and weights as above."""
-
-    def compute(x, sizes, gate, up, dy):  # noqa: ANN001, ANN202, PLR0913
-        return numpy_experts.backward(x, *read(), sizes, gate, up, dy)
-
-    def shapes(x: list, *_: list) -> tuple:
+    def x_and_weights(x: list, *_: list) -> tuple:
         return x, *weights
 
     def dtypes(x: object, *_: object) -> tuple:
         return x, x, x, x
 
-    return ops.Custom(compute, shapes, dtypes, "pyfunc")
+    return (
+        ops.Custom(forward, lambda x, _: (x, [1]), lambda x, _: (x, mstype.int32), "pyfunc"),
+        ops.Custom(backward, x_and_weights, dtypes, "pyfunc"),
+    )
 
 
 def attention_forward(library: Library) -> ops.Custom:
