@@ -3,9 +3,12 @@
 Legend: T tokens, D hidden, V vocabulary.
 """
 
-from mindspore import Tensor, nn, ops
+from collections.abc import Callable
+
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from mixtral_ms.kernels import numpy_cross_entropy
 from mixtral_ms.kernels.native import custom
 from mixtral_ms.parallel import transport
 from mixtral_ms.parallel.mesh import ALONE, ProcessGroup
@@ -87,6 +90,17 @@ class LinearCrossEntropy(nn.Cell):
         super().__init__()
         self.with_gradients = _LossAndGradients(library, vocabulary)
 
+    def read_in_place(self, weight: Callable[[], Parameter]) -> None:
+        """From now on `construct` is given this float32 parameter, and nothing else, as weight.
+
+        For one process on the CPU. One operator in numpy then makes the loss and the gradients:
+        MindSpore would copy each chunk of logits into such an operator and out of it.
+
+        Args:
+            weight: gives the parameter, whose place another one may take meanwhile.
+        """
+        self.with_gradients = _InPlaceLoss(weight)
+
     def construct(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
         """Returns the summed loss, a float32 scalar; negative labels are left out."""
         return self.with_gradients(hidden_TD, weight_VD, labels_T)[0]
@@ -134,3 +148,26 @@ class _LossAndGradients(nn.Cell):
             ops.cast(d_weight * scale, weight_VD.dtype),
             zeros_like(labels_T),
         )
+
+
+class _InPlaceLoss(nn.Cell):
+    """In numpy; the weight is an input only so that it has a gradient."""
+
+    def __init__(self, weight: Callable[[], Parameter]) -> None:
+        super().__init__()
+        self.kernel = numpy_cross_entropy.InPlaceCrossEntropy(
+            lambda: weight().asnumpy(), lambda: self.training
+        )
+        shape = list(weight().shape)
+        self.forward, self.backward = custom.cross_entropy_in_place(self.kernel, shape)
+
+    def construct(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> tuple:
+        loss, ticket = self.forward(hidden_TD, labels_T)
+        return ops.reshape(loss, ()), ticket
+
+    def bprop(
+        self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, out: tuple, dout: tuple
+    ) -> tuple:
+        factor = ops.reshape(dout[0], (1,))
+        d_hidden, d_weight = self.backward(hidden_TD, labels_T, out[1], factor)
+        return d_hidden, d_weight, zeros_like(labels_T)

@@ -10,8 +10,9 @@ from helpers.tiny import random_ids, shifted, tiny_config
 from mindspore import Tensor
 
 from mixtral_ms.data.batch import Batch
-from mixtral_ms.kernels import numpy_experts, select
+from mixtral_ms.kernels import numpy_cross_entropy, numpy_experts, select
 from mixtral_ms.kernels.kept import NO_TICKET, Kept
+from mixtral_ms.kernels.numpy_cross_entropy import InPlaceCrossEntropy
 from mixtral_ms.kernels.numpy_experts import InPlaceExperts
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.micro_batches import MicroBatchGradients
@@ -44,6 +45,8 @@ def computed(monkeypatch):
         monkeypatch.setattr(module, name, run)
 
     counted(numpy_experts, "forward")
+    counted(numpy_cross_entropy, "loss")
+    counted(numpy_cross_entropy, "loss_and_gradients")
     return calls
 
 
@@ -73,7 +76,14 @@ def experts(keeping):
     return InPlaceExperts(lambda: weights, lambda: keeping), inputs
 
 
-@pytest.mark.parametrize("kernel_of", [experts])
+def cross_entropy(keeping):
+    weight = random(1, 70, 6)
+    labels = np.arange(9, dtype=np.int32) * 8 - 1
+    inputs = [((random(i, 9, 6), labels), np.array([1.0 + i], np.float32)) for i in (4, 5)]
+    return InPlaceCrossEntropy(lambda: weight, lambda: keeping), inputs
+
+
+@pytest.mark.parametrize("kernel_of", [experts, cross_entropy])
 def test_the_last_forward_is_not_computed_again(kernel_of, computed):
     kernel, [(inputs, towards), _] = kernel_of(keeping=True)
     _, ticket = kernel.forward(*inputs)
@@ -82,7 +92,7 @@ def test_the_last_forward_is_not_computed_again(kernel_of, computed):
     assert len(computed) == 1
 
 
-@pytest.mark.parametrize("kernel_of", [experts])
+@pytest.mark.parametrize("kernel_of", [experts, cross_entropy])
 def test_a_backward_is_that_of_its_own_forward(kernel_of):
     """Whatever ran since, and however often it is asked for: what is gone is computed again."""
     expected = []
@@ -163,6 +173,8 @@ def test_training(  # noqa: PLR0913, PLR0917
     once = len(batches) * config.num_layers
     # Recomputed, all layers but the last, whose backward comes right after its forward.
     assert computed.count("forward") == (2 * once - len(batches) if recompute else once)
+    assert computed.count("loss_and_gradients") == len(batches)
+    assert "loss" not in computed
 
 
 @pytest.mark.parametrize("mode", ["GRAPH", "PYNATIVE"])
@@ -172,7 +184,7 @@ def test_without_training_nothing_is_kept(mode, graph, without_compiler, compute
     network.set_train(False)
     batch = batch_of(1)
     network(Tensor(batch.input_ids), Tensor(batch.labels))
-    assert computed == ["forward", "forward"]
+    assert computed == ["forward", "forward", "loss"]
     for layer in network.model.layers:
         kept = layer.feed_forward.routed_experts.experts.network.kernel.kept
         assert not kept._arrays
@@ -195,3 +207,8 @@ def test_a_network_ends_with_its_last_reference(pynative, without_compiler):
     del network
     gc.collect()
     assert weight() is None
+
+
+def test_a_label_outside_the_vocabulary_is_refused():
+    with pytest.raises(IndexError, match="label 5 in a vocabulary of 5"):
+        numpy_cross_entropy.loss(random(1, 2, 3), random(2, 5, 3), np.array([5, -1], np.int32))

@@ -8,70 +8,27 @@ import numpy as np
 import pytest
 import torch
 from helpers.compare import assert_close
+from helpers.kernels import (
+    gradients_of,
+    kernels_of,
+    leaf,
+    native_kernels,
+    numpy_kernels,
+    random,
+)
 from mindspore import Parameter, Tensor
 from mindspore import dtype as mstype
 
-from mixtral_ms.kernels import cross_entropy, select
+from mixtral_ms.kernels import cross_entropy, numpy_cross_entropy
 from mixtral_ms.kernels.attention import AttentionSizes, CausalAttention
 from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
 from mixtral_ms.kernels.elementwise import apply_rotary, rms_norm, rotary_tables, swiglu
 from mixtral_ms.kernels.experts import PackedExperts, PaddedExperts
-from mixtral_ms.kernels.native.build import native_library
 from mixtral_ms.kernels.select import select_kernels
 
 pytestmark = pytest.mark.usefixtures("pynative")
 
 TOLERANCE = 1e-5
-
-
-def random(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def leaf(value):
-    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
-
-
-def gradients_of(cell, inputs, towards):
-    """Output of the cell, and the gradients of sum(output * towards) by `inputs`' tensors."""
-
-    def objective(*tensors):
-        out = cell(*tensors)
-        return (out * Tensor(towards)).sum(), out
-
-    tensors = [Tensor(value) for value in inputs]
-    # a single gradient comes without its tuple
-    positions = tuple(i for i, value in enumerate(inputs) if value.dtype == np.float32)
-    (_, out), grads = mindspore.value_and_grad(objective, positions, None, has_aux=True)(*tensors)
-    grads = grads if len(positions) > 1 else (grads,)
-    return out.asnumpy(), [gradient.asnumpy() for gradient in grads]
-
-
-def native_kernels():
-    if native_library() is None:
-        pytest.skip("the C++ kernels do not build here")
-    choice = select_kernels("cpu", dropless=True)
-    assert choice.name == "C++"
-    return choice
-
-
-def numpy_kernels(device):
-    if device == "Ascend":
-        pytest.skip("numpy's are the CPU's")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "native_library", lambda: None)
-        choice = select_kernels("cpu", dropless=True)
-    assert choice.name == "numpy"
-    return choice
-
-
-def kernels_of(name, device):
-    """The choice named plain or numpy, or that of the device."""
-    if name == "plain":
-        return select_kernels("reference", dropless=True)
-    if name == "numpy":
-        return numpy_kernels(device)
-    return select_kernels("ascend", dropless=True) if device == "Ascend" else native_kernels()
 
 
 # experts
@@ -285,25 +242,38 @@ def test_rotary_attention(name, sizes, window, packed, device, record_error):
 # cross entropy
 
 
-def cross_entropy_of(name, device):
+CROSS_ENTROPIES = ["plain", "numpy", "in place", "device"]
+
+
+def cross_entropy_of(name, device, weight_VD):
     if name == "plain":
         return LinearCrossEntropy()
-    if name == "numpy":
-        return numpy_kernels(device).cross_entropy()
+    if name in ("numpy", "in place"):
+        cell = numpy_kernels(device).cross_entropy()
+        if name == "in place":
+            weight = Parameter(Tensor(weight_VD))
+            cell.read_in_place(lambda: weight)
+        return cell
     if device == "Ascend":
         return select_kernels("ascend", dropless=True).cross_entropy()
     return native_kernels().cross_entropy()
 
 
-@pytest.mark.parametrize("name", ["plain", "numpy", "device"])
-@pytest.mark.parametrize("chunk", [None, 37, 8, 1], ids=lambda c: f"chunk {c}")
+@pytest.mark.parametrize("name", CROSS_ENTROPIES)
+@pytest.mark.parametrize(
+    "chunk, columns",
+    [(None, None), (37, 53), (8, 10), (1, 1)],
+    ids=str,
+)
 @pytest.mark.parametrize("ignored", ["some", "none", "all"])
-def test_cross_entropy(name, chunk, ignored, device, monkeypatch, record_error):
+def test_cross_entropy(name, chunk, columns, ignored, device, monkeypatch, record_error):
     tokens, hidden, vocabulary = 37, 6, 53
     if chunk is not None:
-        monkeypatch.setattr(cross_entropy, "_CHUNK_VALUES", chunk * vocabulary)
-    cell = cross_entropy_of(name, device)
+        for module in (cross_entropy, numpy_cross_entropy):
+            monkeypatch.setattr(module, "_CHUNK_VALUES", chunk * vocabulary)
+        monkeypatch.setattr(numpy_cross_entropy, "_COLUMNS", columns)
     hidden_TD, weight_VD = random(1, tokens, hidden), random(2, vocabulary, hidden) * 3
+    cell = cross_entropy_of(name, device, weight_VD)
     labels_T = np.random.default_rng(3).integers(0, vocabulary, tokens).astype(np.int32)
     labels_T[:2] = 0, vocabulary - 1
     if ignored == "some":
@@ -326,24 +296,24 @@ def test_cross_entropy(name, chunk, ignored, device, monkeypatch, record_error):
         record_error(what, gradient, value.grad.numpy(), TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["plain", "numpy", "device"])
+@pytest.mark.parametrize("name", CROSS_ENTROPIES)
 def test_cross_entropy_of_large_logits(name, device):
     """The largest logit is taken out first: no overflow at any size."""
-    cell = cross_entropy_of(name, device)
     hidden_TD = np.array([[300.0], [-300.0]], np.float32)
     weight_VD = np.array([[1.0], [-1.0], [0.5]], np.float32)
+    cell = cross_entropy_of(name, device, weight_VD)
     loss = cell(Tensor(hidden_TD), Tensor(weight_VD), Tensor([1, 1], mindspore.int32))
     assert_close(loss.asnumpy(), 600.0, TOLERANCE, "loss")
 
 
-@pytest.mark.parametrize("name", ["plain", "numpy", "device"])
+@pytest.mark.parametrize("name", CROSS_ENTROPIES)
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_cross_entropy_lets_an_overflow_through(name, bad, device):
-    cell = cross_entropy_of(name, device)
-    hidden_TD = random(1, 3, 4)
+    hidden_TD, weight_VD = random(1, 3, 4), random(2, 5, 4)
     hidden_TD[1, 2] = bad
+    cell = cross_entropy_of(name, device, weight_VD)
     labels = np.array([0, 1, 2], np.int32)
-    out, grads = gradients_of(cell, [hidden_TD, random(2, 5, 4), labels], np.float32(1))
+    out, grads = gradients_of(cell, [hidden_TD, weight_VD, labels], np.float32(1))
     assert not np.isfinite(out)
     assert not np.isfinite(grads[1]).all()
 

@@ -12,7 +12,12 @@ from weakref import WeakMethod
 from mindspore import dtype as mstype
 from mindspore import ops
 
-from mixtral_ms.kernels import numpy_attention, numpy_elementwise, numpy_experts
+from mixtral_ms.kernels import (
+    numpy_attention,
+    numpy_cross_entropy,
+    numpy_elementwise,
+    numpy_experts,
+)
 
 NUMPY = "numpy"
 Library = Path | Literal["numpy"]
@@ -148,6 +153,33 @@ def softmax_cross_entropy(library: Library) -> ops.Custom:
         return logits, logits
 
     return _operator(library, "softmax_cross_entropy", shapes, dtypes)
+
+
+def cross_entropy_in_place(
+    kernel: numpy_cross_entropy.InPlaceCrossEntropy, weight: list[int]
+) -> tuple[ops.Custom, ops.Custom]:
+    """Its forward, hidden (T, D), labels (T) int32 -> summed loss, ticket (1 each), and backward.
+
+    The backward has hidden, labels, ticket, factor (1) -> d_hidden, d_weight of shape `weight`.
+    """
+    run_forward, run_backward = WeakMethod(kernel.forward), WeakMethod(kernel.backward)
+
+    def forward(hidden, labels):  # noqa: ANN001, ANN202
+        return run_forward()(hidden, labels)
+
+    def backward(hidden, labels, ticket, factor):  # noqa: ANN001, ANN202
+        return run_backward()(hidden, labels, ticket, factor)
+
+    def hidden_and_weight(hidden: list, *_: list) -> tuple:
+        return hidden, weight
+
+    def dtypes(hidden: object, *_: object) -> tuple:
+        return hidden, hidden
+
+    return (
+        ops.Custom(forward, lambda *_: ([1], [1]), lambda x, _: (x, mstype.int32), "pyfunc"),
+        ops.Custom(backward, hidden_and_weight, dtypes, "pyfunc"),
+    )
 
 
 def adamw(library: Path) -> ops.Custom:
