@@ -24,12 +24,8 @@ class MicroBatchGradients:
     """
 
     def __init__(self, network: MixtralForCausalLM, accumulation: int) -> None:
-        self._clear, self._mesh, self._compiled = None, network.mesh, False
-        if accumulation > 1:
-            self._gradients = _AccumulateGradients(network)
-            self._clear = ClearSums(self._gradients.sums)
-        else:
-            self._gradients = _Gradients(network)
+        self._gradients = _Gradients(network, add=accumulation > 1)
+        self._sums, self._mesh, self._compiled = self._gradients.sums, network.mesh, False
 
     def __call__(
         self,
@@ -49,8 +45,8 @@ class MicroBatchGradients:
         Returns:
             For each micro batch what `loss_parts` gives, and the gradients' sums over all of them.
         """
-        if self._clear:
-            self._clear()  # not after the step: the diagnosis of a skipped one reads the sums
+        if self._sums:
+            self._sums.clear()  # not after the step: the diagnosis of a skipped one reads the sums
         outputs, gradients = [], ()
         weights = [Tensor(weight, mstype.float32) for weight in (per_token, per_micro)]
         for index, batch in enumerate(micro_batches):
@@ -62,7 +58,7 @@ class MicroBatchGradients:
                 self._compiled = True
             parts, gradients = self._gradients(*inputs)
             outputs.append(parts)
-        return outputs, gradients
+        return outputs, tuple(self._sums.values) if self._sums else gradients
 
 
 def segment_tensors(batch: Batch) -> tuple[Tensor, ...]:
@@ -94,11 +90,12 @@ class _Objective(nn.Cell):
 
 
 class _Gradients(nn.Cell):
-    """Loss parts and gradients of one micro batch."""
+    """Loss parts of one micro batch, and its gradients where they are not added to sums."""
 
-    def __init__(self, network: MixtralForCausalLM) -> None:
+    def __init__(self, network: MixtralForCausalLM, *, add: bool) -> None:
         super().__init__(auto_prefix=False)
         self.weights = ParameterTuple(network.trainable_params())
+        self.sums = GradientSums(self.weights) if add else None
         self.differentiate = mindspore.value_and_grad(
             _Objective(network), None, self.weights, has_aux=True
         )
@@ -115,57 +112,40 @@ class _Gradients(nn.Cell):
         outputs, gradients = self.differentiate(
             input_ids_BS, labels_BS, per_token, per_micro, segment_ids_BS, positions_BS
         )
-        return outputs[1:], gradients
+        if self.sums is None:
+            return outputs[1:], gradients
+        self.sums(gradients)
+        return outputs[1:], ()
 
 
-class _AccumulateGradients(_Gradients):
-    """As `_Gradients`, adding to one sum per parameter."""
+class GradientSums(nn.Cell):
+    """For each parameter the sum of its gradients, to be added to inside a graph."""
 
-    def __init__(self, network: MixtralForCausalLM) -> None:
-        super().__init__(network)
-        self.sums = gradient_sums(self.weights)
-
-    def construct(
-        self,
-        input_ids_BS: Tensor,
-        labels_BS: Tensor,
-        per_token: Tensor,
-        per_micro: Tensor,
-        segment_ids_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> tuple:
-        outputs, gradients = self.differentiate(
-            input_ids_BS, labels_BS, per_token, per_micro, segment_ids_BS, positions_BS
-        )
-        sums = ()
-        for i in range(len(self.sums)):
-            sums += (ops.assign_add(self.sums[i], gradients[i]),)
-        return outputs[1:], sums
-
-
-def gradient_sums(weights: ParameterTuple) -> ParameterTuple:
-    """For each parameter a sum of its gradients."""
-    return ParameterTuple(
-        [
-            Parameter(
-                Tensor.from_numpy(np.zeros(p.shape, np.float32)),
-                f"grad_sum.{p.name}",
-                requires_grad=False,
-            )
-            for p in weights
-        ]
-    )
-
-
-class ClearSums(nn.Cell):
-    """Sets sums of gradients back to zero."""
-
-    def __init__(self, sums: ParameterTuple) -> None:
+    def __init__(self, weights: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
-        self.sums = sums
+        self.values = ParameterTuple(
+            [
+                Parameter(
+                    Tensor.from_numpy(np.zeros(p.shape, np.float32)),
+                    f"grad_sum.{p.name}",
+                    requires_grad=False,
+                )
+                for p in weights
+            ]
+        )
 
-    def construct(self) -> bool:
-        """Clear all of them."""
-        for value in self.sums:
+    def clear(self) -> None:
+        """Set all of them to zero."""
+        for value in self.values:
             ops.assign(value, ops.zeros_like(value))
+
+    def construct(self, gradients: tuple) -> bool:
+        """Add those of one micro batch, which need no memory behind that.
+
+        The last layers' come first, as they do from the backward pass: in another order each would
+        wait for those before it, and all of them stand beside the sums.
+        """
+        count = len(self.values)
+        for i in range(count):
+            ops.assign_add(self.values[count - 1 - i], gradients[count - 1 - i])
         return True

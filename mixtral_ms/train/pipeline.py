@@ -18,7 +18,7 @@ from mixtral_ms.model.dtypes import compute_type
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.connection import compile_together, exchange
 from mixtral_ms.parallel.schedule import Compute, Exchange, one_forward_one_backward
-from mixtral_ms.train.micro_batches import ClearSums, gradient_sums, segment_tensors
+from mixtral_ms.train.micro_batches import GradientSums, segment_tensors
 
 
 class Neighbours:
@@ -70,7 +70,7 @@ class PipelineGradients:
         self._actions = one_forward_one_backward(mesh.stage, mesh.grid.pipeline_stage, accumulation)
         self._forward = None if mesh.is_last_stage else _StageForward(network)
         self._backward = _StageBackward(network)
-        self._clear, self._compiled = ClearSums(self._backward.sums), False
+        self._sums, self._compiled = self._backward.sums, False
 
     def __call__(
         self,
@@ -91,7 +91,7 @@ class PipelineGradients:
             For each micro batch what `loss_parts` gives, of this stage's layers, and the sums of
             the gradients of this stage's parameters.
         """
-        self._clear()  # not after the step: the diagnosis of a skipped one reads the sums
+        self._sums.clear()  # not after the step: the diagnosis of a skipped one reads the sums
         weights = [Tensor(weight, mstype.float32) for weight in (per_token, per_micro)]
         step = _Step(self.network, micro_batches)
         if not self._compiled:
@@ -106,7 +106,7 @@ class PipelineGradients:
             elif self._forward:
                 before(action.micro)
                 step.forward(action, self._forward)
-        return step.outputs, tuple(self._backward.sums)
+        return step.outputs, tuple(self._sums.values)
 
 
 class _Step:
@@ -214,7 +214,7 @@ class _StageBackward(nn.Cell):
     def __init__(self, network: MixtralForCausalLM) -> None:
         super().__init__(auto_prefix=False)
         self.weights = ParameterTuple(network.trainable_params())
-        self.sums = gradient_sums(self.weights)
+        self.sums = GradientSums(self.weights)
         self.begins = network.mesh.stage == 0
         self.differentiate = mindspore.value_and_grad(
             _StageObjective(network), None if self.begins else 0, self.weights, has_aux=True
@@ -244,8 +244,7 @@ class _StageBackward(nn.Cell):
         dx_BSD = hidden_BSD
         if not self.begins:
             dx_BSD, gradients = gradients
-        for i in range(len(self.sums)):
-            ops.assign_add(self.sums[i], gradients[i])
+        self.sums(gradients)
         return outputs[1:], dx_BSD
 
 

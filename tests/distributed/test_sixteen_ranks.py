@@ -8,6 +8,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 YAML = ROOT / "research/mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
 STEPS, SEQ_LENGTH, VOCAB, ROWS = 3, 32, 128, 8
+SECONDS = 600
 SIZES = {
     "model.model_config.seq_length": SEQ_LENGTH,
     "model.model_config.vocab_size": VOCAB,
@@ -40,8 +41,8 @@ def test_sixteen_ranks_train_as_one(tmp_path):
     common = ["--train_data", tmp_path / "rows.mindrecord", "--device_target", "CPU"]
     common += flags(SIZES)
     order = run_order(YAML, tmp_path / "together", *common, *flags(GRID, "parallel_config."))
-    with Job(tmp_path, order, 16) as job:
-        assert job.finish(600) == 0, job.text
+    with Job(tmp_path, order, 16, SECONDS) as job:
+        assert job.finish(SECONDS + 60) == 0, job.text
     alone = run_order(YAML, tmp_path / "alone", *common, "--use_parallel", "False")
     done = run_command(*alone[1:])
     assert done.returncode == 0, done.stderr

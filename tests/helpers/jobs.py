@@ -25,13 +25,16 @@ class Job:
         folder: where it runs; logs go to `folder/logs`.
         order: program and arguments.
         processes: how many.
+        seconds: after which it is ended.
     """
 
-    def __init__(self, folder: Path, order: list[object], processes: int) -> None:
+    def __init__(
+        self, folder: Path, order: list[object], processes: int, seconds: int = SECONDS
+    ) -> None:
         self.folder = folder
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         self.output = folder / "logs" / "terminal"
-        environment = {**os.environ, "PYTHON": sys.executable, "MSRUN_TIME_LIMIT": str(SECONDS)}
+        environment = {**os.environ, "PYTHON": sys.executable, "MSRUN_TIME_LIMIT": str(seconds)}
         environment |= {"OMP_NUM_THREADS": "1"}
         launcher = str(ROOT / "scripts" / "msrun_launcher.sh")
         place = [str(free_port()), str(folder / "logs"), "False", "90"]
