@@ -14,7 +14,7 @@ from mixtral_ms.kernels.kept import NO_TICKET, Kept
 from mixtral_ms.kernels.numpy_tasks import empty, matmul, parallel_for
 
 _ROW_BLOCK = 128  # rows whose activations stay in the cache between two products
-_WEIGHT_BLOCK = 512  # rows of a weight gradient per task
+_WEIGHT_BLOCK = 1024  # columns of F per task: narrower products are a third slower
 
 
 class InPlaceExperts:
@@ -159,11 +159,12 @@ def _row_blocks(sizes_E: np.ndarray) -> Iterator[tuple[int, slice]]:
 
 def _weight_blocks(sizes_E: np.ndarray, intermediate: int) -> Iterator[tuple[int, slice, slice]]:
     """(expert, its rows, some of the columns); a group without rows has an empty product: 0."""
-    end = 0
+    end, count = 0, -(-intermediate // _WEIGHT_BLOCK)
     for expert, size in enumerate(sizes_E.tolist()):
         begin, end = end, end + size
-        for first in range(0, intermediate, _WEIGHT_BLOCK):
-            yield expert, slice(begin, end), slice(first, min(first + _WEIGHT_BLOCK, intermediate))
+        for i in range(count):
+            first, last = (intermediate * j // count for j in (i, i + 1))
+            yield expert, slice(begin, end), slice(first, last)
 
 
 def as_float32(values: np.ndarray) -> np.ndarray:
