@@ -200,9 +200,12 @@ def sum_and_scatter(group: ProcessGroup, tensor: Tensor) -> Tensor:
 
 
 def own_part(group: ProcessGroup, tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor whose axis 0 is cut over the ranks of a group."""
+    """This rank's part of a tensor whose axis 0 is cut over the ranks of a group.
+
+    A copy: a view would hold the whole tensor, and operators that write in place miss its memory.
+    """
     rows = tensor.shape[0] // group.size
-    return tensor[group.index * rows : (group.index + 1) * rows]
+    return tensor[group.index * rows : (group.index + 1) * rows].copy()
 
 
 def exchange(pair: ProcessGroup, sent: Tensor | None, empty: Tensor | None) -> Tensor | None:

@@ -63,8 +63,7 @@ class AdamW:
         ):
             decayed = decay if parameter.ndim > 1 else 0.0
             group = self.shards.get(parameter.name)
-            # A copy: kernels that write in place do not reach the memory behind a view.
-            own = parameter if group is None else Parameter(own_part(group, parameter).copy())
+            own = parameter if group is None else Parameter(own_part(group, parameter))
             self.kernels.adamw(own, (first, second), gradient, (*rates, decayed, scale))
             if group is not None:
                 ops.assign(parameter, ops.concat(gather_tensors(group, own)))

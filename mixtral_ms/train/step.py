@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Parameter, Tensor, ops
 
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.config.stages import stage_layers
@@ -119,7 +119,11 @@ class TrainStep:
     def _reduce(self, gradients: list[Tensor]) -> list[Tensor]:
         """One by one and in place, so that only one gradient is there twice."""
         for index, rule in enumerate(self._rules.values()):
-            gradients[index] = rule.reduce(gradients[index])
+            own, reduced = gradients[index], rule.reduce(gradients[index])
+            if reduced is not own and isinstance(own, Parameter) and own.shape == reduced.shape:
+                ops.assign(own, reduced)  # sums of micro batches stay where they are
+            else:
+                gradients[index] = reduced
         return gradients
 
     def _counted_squares(self, gradients: list[Tensor]) -> float:
