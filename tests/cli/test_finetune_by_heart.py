@@ -39,7 +39,7 @@ PET = {
     "target_modules: '.*w[qkvo]|.*w[123]'}"
 }
 WAYS = {
-    "full": {"runner_config.epochs": 20, "lr_schedule.learning_rate": 2e-3},
+    "full": {"runner_config.epochs": 30, "lr_schedule.learning_rate": 2e-3},
     "lora": {"runner_config.epochs": 60, "lr_schedule.learning_rate": 5e-3, **PET},
 }
 """What to set to train all weights, and adapters alone."""
