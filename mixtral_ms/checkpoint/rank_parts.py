@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,10 +26,12 @@ from mixtral_ms.checkpoint.tensors import Region, outgoing
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.files import fsync_path, sha256_file, write_aside
 from mixtral_ms.parallel.grid_text import format_grid
-from mixtral_ms.parallel.hosts import Board, Hosts
 from mixtral_ms.parallel.layout import placements
 from mixtral_ms.parallel.mesh import Mesh
 from mixtral_ms.parallel.strategy_file import write_strategies
+
+if TYPE_CHECKING:  # it imports MindSpore, which reading a checkpoint does without
+    from mixtral_ms.parallel.hosts import Board, Hosts
 
 STRATEGY_FOLDER = "strategy"
 WAIT_SECONDS = 1800.0  # for the slowest disk; the launcher ends a run with a dead rank long before
@@ -49,10 +52,10 @@ class SavingRanks:
     """Whether optimizer moments are cut over their replicas."""
     run: str
     """Random text that the processes of this run share."""
-    hosts: Hosts | None = None
+    hosts: "Hosts | None" = None
     """Where they share no folder; None where they do."""
     wait_seconds: float = WAIT_SECONDS
-    board: Board | None = None
+    board: "Board | None" = None
     """Of the hosts."""
 
     @property

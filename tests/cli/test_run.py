@@ -156,6 +156,7 @@ VALUES = {
     "load_ckpt_format": ("ckpt", "ckpt"),
     "resume_training": ("True", True),
     "auto_trans_ckpt": ("True", True),
+    "no_shared_storage": ("True", True),
     "src_strategy_path_or_dir": ("s", "s"),
     "strategy_load_checkpoint": ("t", "t"),
     "transform_process_num": ("3", 3),
