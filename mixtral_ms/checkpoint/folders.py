@@ -131,7 +131,8 @@ def read_latest(root: Path) -> str | None:
 def list_checkpoints(root: str | Path) -> list[Path]:
     """Checkpoints in `root` by step, oldest first; the step is the state's, not the file's age.
 
-    Contents are not verified; a folder without a manifest or a readable state is left out.
+    Contents are not verified; a folder without a manifest or a state is left out. Of a damaged
+    state the folder's name tells the step, so that the damage is found and not passed over.
     """
     root = Path(root)
     if not root.is_dir():
@@ -147,8 +148,11 @@ def _step_of(path: Path) -> int | None:
         return None
     try:
         return int(json.loads((path / STATE).read_bytes())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError:
         return None
+    except (ValueError, KeyError, TypeError):
+        parsed = parse_checkpoint_name(path.name)
+        return parsed[1] if parsed else None
 
 
 def prune(root: Path, name: str, keep_max: int) -> None:

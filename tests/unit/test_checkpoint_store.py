@@ -132,6 +132,15 @@ def test_order_is_by_the_states_step_and_latest_is_the_last_saved(tmp_path):
     assert resolve_checkpoint(tmp_path).name == "d"
 
 
+def test_a_damaged_state_is_found_and_not_passed_over(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    newest = tmp_path / checkpoint_name("m", 2)
+    (newest / "state.json").write_text("{}")
+    assert list_checkpoints(tmp_path)[-1] == newest
+    assert "state.json was changed" in verify_checkpoint(newest)[0]
+
+
 def test_keep_max_removes_the_oldest_of_the_same_prefix_only(tmp_path):
     save(tmp_path, 1, prefix="other")
     for step in (1, 2, 3, 4):
