@@ -34,7 +34,9 @@ def set_up_device(config: RunConfig) -> None:
     context = config.context
     mindspore.set_context(mode=context.mode)
     if context.device_target == "CPU":
-        mindspore.set_device("CPU")
+        # where operators have run already, MindSpore refuses to be told even what it has
+        if mindspore.get_context("device_target") != "CPU":
+            mindspore.set_device("CPU")
         if config.runner_config.sink_mode:
             get_logger().info("runner_config.sink_mode True has no effect on CPU")
     else:
