@@ -1,13 +1,12 @@
 """A checkpoint of which this host holds some ranks' files only."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mixtral_ms.checkpoint.assemble import Strategies, open_ranks, places_of
-from mixtral_ms.checkpoint.manifest import STATE, Manifest, verify_file
+from mixtral_ms.checkpoint.manifest import STATE, Manifest
 from mixtral_ms.checkpoint.rank_parts import STRATEGY_FOLDER
 from mixtral_ms.checkpoint.sharded import OpenedSource
 from mixtral_ms.checkpoint.tensors import Region, TensorInfo, TensorSource
@@ -23,11 +22,6 @@ def held_files(path: Path, manifest: Manifest) -> list[str]:
 def files_of_rank(manifest: Manifest, rank: int) -> list[str]:
     """Names of a rank's files of tensors."""
     return [name for name in manifest.files if name.startswith(f"rank_{rank}/")]
-
-
-def verify_held(path: Path, manifest: Manifest, names: Sequence[str]) -> list[str]:
-    """What is wrong with these files; see `verify_checkpoint`."""
-    return [text for name in names for text in verify_file(path / name, manifest.files[name], name)]
 
 
 def open_own_part(path: Path, manifest: Manifest, rank: int) -> OpenedSource:

@@ -9,6 +9,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,17 @@ def verify_checkpoint(path: str | Path, part: int = 0, parts: int = 1) -> list[s
         manifest = read_manifest(folder)
     except DamagedManifestError as error:
         return [str(error)]
-    problems: list[str] = []
-    for name, entry in list(manifest.files.items())[part::parts]:
-        problems += verify_file(folder / name, entry, name)
+    problems = verify_files(folder, manifest, list(manifest.files)[part::parts])
     return problems if part else problems + other_problems(folder, manifest)
+
+
+def verify_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """What is wrong with these of a checkpoint's files of tensors."""
+    return [
+        problem
+        for name in names
+        for problem in verify_file(folder / name, manifest.files[name], name)
+    ]
 
 
 def other_problems(folder: Path, manifest: Manifest) -> list[str]:

@@ -31,7 +31,7 @@ from mixtral_ms.parallel.mesh import Mesh
 from mixtral_ms.parallel.strategy_file import write_strategies
 
 if TYPE_CHECKING:  # it imports MindSpore, which reading a checkpoint does without
-    from mixtral_ms.parallel.hosts import Board, Hosts
+    from mixtral_ms.parallel.hosts import Board
 
 STRATEGY_FOLDER = "strategy"
 WAIT_SECONDS = 1800.0  # for the slowest disk; the launcher ends a run with a dead rank long before
@@ -52,21 +52,19 @@ class SavingRanks:
     """Whether optimizer moments are cut over their replicas."""
     run: str
     """Random text that the processes of this run share."""
-    hosts: "Hosts | None" = None
-    """Where they share no folder; None where they do."""
-    wait_seconds: float = WAIT_SECONDS
     board: "Board | None" = None
-    """Of the hosts."""
+    """Of their hosts, where these share no folder."""
+    wait_seconds: float = WAIT_SECONDS
 
     @property
     def leads(self) -> bool:
         """Whether this rank makes and finishes the folder."""
-        return self.hosts.leads if self.hosts else self.mesh.rank == 0
+        return self.board.hosts.leads if self.board else self.mesh.rank == 0
 
     @property
     def here(self) -> tuple[int, ...]:
         """The ranks that write into the same folder."""
-        return self.hosts.here if self.hosts else tuple(range(self.mesh.world_size))
+        return self.board.hosts.here if self.board else tuple(range(self.mesh.world_size))
 
     def folder(self, root: Path, name: str) -> Path:
         """The unfinished folder that all ranks mean, and no earlier run has left."""

@@ -49,7 +49,7 @@ class Board:
     """
 
     def __init__(self, hosts: Hosts, wait_seconds: float) -> None:
-        self._rank = hosts.world.index
+        self.hosts, self._rank = hosts, hosts.world.index
         self._leaders = sorted(set(hosts.leaders))
         self._wait_seconds, self._round = wait_seconds, 0
         self._store = open_store(hosts.world, timedelta(seconds=wait_seconds))

@@ -131,7 +131,7 @@ def saving_ranks(
     if mesh.world_size == 1:
         return None
     board = Board(hosts, WAIT_SECONDS) if hosts else None
-    return SavingRanks(network.config, mesh, zero, storage.run, hosts=hosts, board=board)
+    return SavingRanks(network.config, mesh, zero, storage.run, board)
 
 
 def data_state(config: RunConfig, fingerprint: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from mixtral_ms.checkpoint.host_files import (
     files_of_rank,
     held_files,
     open_own_part,
-    verify_held,
 )
 from mixtral_ms.checkpoint.manifest import (
     MANIFEST,
@@ -19,6 +18,7 @@ from mixtral_ms.checkpoint.manifest import (
     Manifest,
     other_problems,
     read_manifest,
+    verify_files,
 )
 from mixtral_ms.checkpoint.sharded import OpenedSource, open_source
 from mixtral_ms.checkpoint.store import require_undamaged
@@ -27,6 +27,7 @@ from mixtral_ms.files import write_aside
 from mixtral_ms.log import get_logger
 from mixtral_ms.parallel.connection import gather_objects
 from mixtral_ms.parallel.hosts import Hosts, broadcast_bytes
+from mixtral_ms.parallel.mesh import ProcessGroup
 from mixtral_ms.progress import progress_bar
 
 _CHUNK_BYTES = 8 << 20
@@ -54,10 +55,10 @@ def open_on_all_hosts(root: Path, name: str | None, hosts: Hosts, strategy: str)
     held = held_files(path, manifest)
     ranks = hosts.here
     share = held[ranks.index(hosts.world.index) :: len(ranks)]
-    problems = verify_held(path, manifest, share)
+    problems = verify_files(path, manifest, share)
     if hosts.leads:
         problems += other_problems(path, manifest)
-    _require_undamaged(hosts, path, problems)
+    require_undamaged_everywhere(hosts.world, path, problems)
     own = files_of_rank(manifest, hosts.world.index)
     suffices = manifest.strategy == strategy and bool(own) and set(own) <= set(held)
     if all(gather_objects(hosts.world, suffices)):
@@ -96,14 +97,15 @@ def _same_manifest(path: Path, hosts: Hosts) -> Manifest:
         manifest, problems = read_manifest(path), []
     except DamagedManifestError as error:
         manifest, problems = None, [str(error)]
-    _require_undamaged(hosts, path, problems)
+    require_undamaged_everywhere(hosts.world, path, problems)
     if len(set(gather_objects(hosts.world, repr(manifest)))) > 1:
         raise UserError(f"{path} is another checkpoint on another host: their manifests differ")
     return manifest
 
 
-def _require_undamaged(hosts: Hosts, path: Path, problems: Sequence[str]) -> None:
-    everywhere = gather_objects(hosts.world, list(problems))
+def require_undamaged_everywhere(world: ProcessGroup, path: Path, problems: list[str]) -> None:
+    """Raises UserError on all ranks where any of them has found problems. All must ask."""
+    everywhere = gather_objects(world, problems)
     require_undamaged(path, [one for several in everywhere for one in several])
 
 
@@ -114,8 +116,8 @@ def _complete(path: Path, manifest: Manifest, hosts: Hosts, held: Sequence[str])
         name: [rank for rank in sorted(set(hosts.leaders)) if name in everywhere[rank]]
         for name in manifest.files
     }
-    _require_undamaged(
-        hosts, path, [f"{name} is on no host" for name, ranks in owners.items() if not ranks]
+    require_undamaged_everywhere(
+        hosts.world, path, [f"{name} is on no host" for name, ranks in owners.items() if not ranks]
     )
     lacking = [name for name, ranks in owners.items() if len(ranks) < len(set(hosts.leaders))]
     total = sum(manifest.files[name].size for name in lacking)
@@ -124,7 +126,7 @@ def _complete(path: Path, manifest: Manifest, hosts: Hosts, held: Sequence[str])
             wanted = hosts.leads and name not in held
             _receive(path / name, manifest.files[name].size, owners[name][0], hosts, wanted, bar)
     received = [name for name in lacking if name not in held] if hosts.leads else []
-    _require_undamaged(hosts, path, verify_held(path, manifest, received))
+    require_undamaged_everywhere(hosts.world, path, verify_files(path, manifest, received))
 
 
 def _receive(file: Path, size: int, source: int, hosts: Hosts, wanted: bool, bar: tqdm) -> None:

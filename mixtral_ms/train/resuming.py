@@ -8,7 +8,7 @@ from mixtral_ms.checkpoint.assemble import is_optimizer_state
 from mixtral_ms.checkpoint.folders import list_checkpoints
 from mixtral_ms.checkpoint.manifest import verify_checkpoint
 from mixtral_ms.checkpoint.sharded import OpenedSource, open_source
-from mixtral_ms.checkpoint.store import find_checkpoint, require_undamaged
+from mixtral_ms.checkpoint.store import find_checkpoint
 from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config import RunConfig
 from mixtral_ms.convert.lora import require_base
@@ -18,15 +18,11 @@ from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.connection import gather_objects
 from mixtral_ms.parallel.grid_text import format_grid
 from mixtral_ms.parallel.hosts import Hosts
-from mixtral_ms.parallel.layout import (
-    LORA_A,
-    LORA_B,
-    MOMENTS,
-)
+from mixtral_ms.parallel.layout import LORA_A, LORA_B, MOMENTS
 from mixtral_ms.parallel.mesh import Mesh
 from mixtral_ms.train.agreement import Storage
 from mixtral_ms.train.checkpointing import checkpoint_root, data_state, is_zero
-from mixtral_ms.train.host_storage import open_on_all_hosts
+from mixtral_ms.train.host_storage import open_on_all_hosts, require_undamaged_everywhere
 from mixtral_ms.train.loading import OwnTensors, load_parameters
 from mixtral_ms.train.loss_scale import LossScale
 from mixtral_ms.train.optimizer import AdamW
@@ -52,15 +48,13 @@ def find_resume(config: RunConfig, mesh: Mesh, storage: Storage) -> OpenedSource
     if path is None:
         return None
     own = verify_checkpoint(path, mesh.rank, mesh.world_size)
-    problems = [one for several in gather_objects(mesh.world, own) for one in several]
-    require_undamaged(Path(path), problems)
+    require_undamaged_everywhere(mesh.world, Path(path), own)
     return open_source(Path(path), verify=False)
 
 
 def _resume_on_hosts(config: RunConfig, mesh: Mesh, hosts: Hosts) -> OpenedSource | None:
     name, root = _resume_name(config), _resume_root(config)
-    nothing = not config.load_checkpoint and name is None and not list_checkpoints(root)
-    if all(gather_objects(mesh.world, nothing)):
+    if all(gather_objects(mesh.world, _nothing_yet(config, root))):
         get_logger().info("no checkpoint in %s on any host: starting from step 0", root)
         return None
     strategy = format_grid(mesh.grid, zero=is_zero(config))
@@ -71,9 +65,15 @@ def _resume_name(config: RunConfig) -> str | None:
     return config.resume_training if isinstance(config.resume_training, str) else None
 
 
+def _nothing_yet(config: RunConfig, root: Path) -> bool:
+    """Whether the run may start from step 0: nothing is there, and nothing was named."""
+    named = config.load_checkpoint or _resume_name(config)
+    return not named and not list_checkpoints(root)
+
+
 def _resume_path(config: RunConfig) -> Path | None:
     name, root = _resume_name(config), _resume_root(config)
-    if not config.load_checkpoint and name is None and not list_checkpoints(root):
+    if _nothing_yet(config, root):
         get_logger().info("no checkpoint in %s yet: starting from step 0", root)
         return None
     path = find_checkpoint(root, name)
