@@ -156,8 +156,9 @@ class PermuteTokens(nn.Cell):
         tokens, hidden = x_TD.shape
         d_AD = ops.gather(dout, ops.reshape(row_Tk, (tokens * self.top_k,)), 0)
         d_TkD = ops.reshape(d_AD, (tokens, self.top_k, hidden))
-        # where, not a product: what a dropped assignment's row holds is not its own.
-        d_TkD = ops.where(ops.expand_dims(kept_Tk, 2), d_TkD, zeros_like(d_TkD))
+        # Not a product: what a dropped assignment's row holds is not its own.
+        dropped_Tk = ops.logical_not(kept_Tk)
+        d_TkD = ops.masked_fill(d_TkD, _along(dropped_Tk, 2, d_TkD), 0.0)
         return (
             ops.sum(d_TkD, 1),
             zeros_like(assignment_R),
@@ -177,7 +178,8 @@ class CombineTokens(nn.Cell):
         self, y_RD: Tensor, gates_Tk: Tensor, assignment_R: Tensor, row_Tk: Tensor
     ) -> Tensor:
         """Returns (T, D)."""
-        return ops.sum(self._picked(y_RD, row_Tk) * ops.expand_dims(gates_Tk, 2), 1)
+        y_TkD = self._picked(y_RD, row_Tk)
+        return ops.sum(y_TkD * _along(gates_Tk, 2, y_TkD), 1)
 
     def _picked(self, y_RD: Tensor, row_Tk: Tensor) -> Tensor:
         tokens = row_Tk.shape[0]
@@ -198,6 +200,17 @@ class CombineTokens(nn.Cell):
         index_R = ops.maximum(assignment_R, Tensor(0, mstype.int32))
         gates_A = ops.reshape(gates_Tk, (gates_Tk.shape[0] * self.top_k,))
         gate_R = ops.gather(gates_A, index_R, 0) * ops.cast(filled_R, gates_Tk.dtype)
-        d_y_RD = ops.gather(dout, index_R // self.top_k, 0) * ops.expand_dims(gate_R, 1)
-        d_gates_Tk = ops.sum(self._picked(y_RD, row_Tk) * ops.expand_dims(dout, 1), 2)
+        dout_RD = ops.gather(dout, index_R // self.top_k, 0)
+        d_y_RD = dout_RD * _along(gate_R, 1, dout_RD)
+        y_TkD = self._picked(y_RD, row_Tk)
+        d_gates_Tk = ops.sum(y_TkD * _along(dout, 1, y_TkD), 2)
         return d_y_RD, d_gates_Tk, zeros_like(assignment_R), zeros_like(row_Tk)
+
+
+def _along(x: Tensor, axis: int, like: Tensor) -> Tensor:
+    """x repeated along a new axis, to the shape of `like`.
+
+    Products and the like broadcast by themselves too, but their CPU kernels then keep, for good,
+    two or three lists of indices with 8 bytes for each value of the result.
+    """
+    return ops.broadcast_to(ops.expand_dims(x, axis), like.shape)
