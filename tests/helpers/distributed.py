@@ -93,7 +93,8 @@ class Case:
         order += ["--sequence-parallel"] if self.sequence_parallel else []
         order += ["--evaluate"] if self.evaluate else []
         folder.mkdir(parents=True)
-        start_job(shlex.join(order), self.processes, folder)
+        # every process compiles its graphs, and few cores serve them all
+        start_job(shlex.join(order), self.processes, folder, 120 * (1 + self.processes))
         return folder
 
     def alone(self) -> "Case":
