@@ -33,6 +33,11 @@ def effective_parallel(config: RunConfig) -> ParallelConfig:
     return config.parallel_config if config.use_parallel else ParallelConfig()
 
 
+def is_zero(config: RunConfig) -> bool:
+    """Whether the optimizer's moments are cut over replicas."""
+    return config.use_parallel and config.parallel.enable_parallel_optimizer
+
+
 def rank_count(config: RunConfig) -> int:
     """How many processes the run needs."""
     grid = effective_parallel(config)

@@ -11,10 +11,16 @@ from dataclasses import dataclass, fields
 
 from mixtral_ms.config.expert_ranks import expert_matrix
 from mixtral_ms.config.parallel_sections import ParallelConfig
-from mixtral_ms.config.resolve import effective_parallel
+from mixtral_ms.config.resolve import effective_parallel, is_zero
 from mixtral_ms.config.schema import RunConfig
 from mixtral_ms.config.stages import layers_per_stage
-from mixtral_ms.parallel.memory import StageValues, Tensors, dtype_bytes, tokens_per_micro_batch
+from mixtral_ms.parallel.memory import (
+    StageValues,
+    Tensors,
+    dtype_bytes,
+    micro_batches,
+    tokens_per_micro_batch,
+)
 
 _GRADIENT_BYTES = 4
 # Collectives of a layer in one pass.
@@ -73,13 +79,6 @@ def groups(grid: ParallelConfig) -> dict[str, tuple[Group, ...]]:
     }
 
 
-def micro_batches(config: RunConfig) -> int:
-    """Micro batches that a rank sees in one step."""
-    grid = effective_parallel(config)
-    in_pipeline = grid.micro_batch_num if grid.pipeline_stage > 1 else 1
-    return in_pipeline * config.runner_config.gradient_accumulation_steps
-
-
 def traffic_plan(config: RunConfig, tensors: Tensors | None = None) -> list[Traffic]:
     """What a rank of each pipeline stage sends in one optimizer step.
 
@@ -89,7 +88,7 @@ def traffic_plan(config: RunConfig, tensors: Tensors | None = None) -> list[Traf
     """
     grid = effective_parallel(config)
     tensors = tensors or Tensors(config.model.model_config)
-    values = tensors.on_stages(grid, zero=False)
+    values = tensors.on_stages(grid, zero=is_zero(config))
     return [
         Traffic(
             tensor_parallel=_tensor_parallel(config, grid, stage),
@@ -173,7 +172,9 @@ def _data_parallel(
 ) -> float:
     replicas, copies = (group.size for group in groups(grid)["data_parallel"])
     shared = _share(replicas) * values.trained + _share(copies) * values.trained_experts
-    return 2 * _GRADIENT_BYTES * shared + _tied_embedding(config, grid, stage)
+    # a reduce-scatter and a gather send as much as an all-reduce
+    sent = 2 * shared + values.gathered
+    return _GRADIENT_BYTES * sent + _tied_embedding(config, grid, stage)
 
 
 def _tied_embedding(config: RunConfig, grid: ParallelConfig, stage: int) -> float:

@@ -11,11 +11,12 @@ import math
 import re
 from collections import Counter
 from dataclasses import astuple, dataclass, replace
+from typing import NamedTuple
 
 from mixtral_ms.config.expert_ranks import expert_matrix
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.config.parallel_sections import ParallelConfig
-from mixtral_ms.config.resolve import effective_parallel
+from mixtral_ms.config.resolve import effective_parallel, is_zero, pipeline_micro_batches
 from mixtral_ms.config.schema import RunConfig
 from mixtral_ms.config.stages import layers_per_stage
 from mixtral_ms.parallel.layout import (
@@ -64,6 +65,11 @@ class StageValues:
     """Of the experts' parameters that are trained."""
     moments: int
     """Of both optimizer moments."""
+    cut: int
+    """Of one of the moments, of those tensors whose moments are cut over replicas."""
+    gathered: int
+    """Outside the experts, of tensors that tensor-parallel ranks hold too and whose moments are
+    therefore cut over more ranks than sum their gradients: what the other ranks update."""
 
 
 class Tensors:
@@ -81,7 +87,7 @@ class Tensors:
         kinds: dict[str, str] = {}
         self._alike = {name: kinds.setdefault(_kind(name), name) for name in self._shapes}
         self._counted: dict[int, list[Counter[str]]] = {}
-        self._sized: dict[tuple, dict[str, tuple[int, int]]] = {}
+        self._sized: dict[tuple, dict[str, _Sizes]] = {}
 
     def on_stages(self, grid: ParallelConfig, *, zero: bool) -> list[StageValues]:
         """How many values a rank of each stage holds.
@@ -109,31 +115,45 @@ class Tensors:
             self._counted[stages] = counted
         return self._counted[stages]
 
-    def _sizes(self, grid: ParallelConfig, *, zero: bool) -> dict[str, tuple[int, int]]:
-        """Values of each kind of tensor and of its two moments on a rank."""
+    def _sizes(self, grid: ParallelConfig, *, zero: bool) -> dict[str, "_Sizes"]:
+        """What a rank holds of each kind of tensor."""
         first, _ = MOMENTS  # both are cut alike
         names = dict.fromkeys(self._alike.values())
         placed = placements(self.model, grid, [first + name for name in names], zero=zero)
         sizes = {}
         for name in names:
-            shape = self._shapes[name]
-            moment = math.prod(placed[first + name][0].local_shape(shape))
-            sizes[name] = (math.prod(local_shape(name, shape, grid)), 2 * moment)
+            shape, place = self._shapes[name], placed[first + name][0]
+            moment = math.prod(place.local_shape(shape))
+            values = math.prod(local_shape(name, shape, grid))
+            wider = place.shards > grid.data_parallel * grid.context_parallel
+            gathered = values - moment if wider else 0
+            sizes[name] = _Sizes(values, moment, moment if place.shards > 1 else 0, gathered)
         return sizes
 
-    def _sum(self, counted: Counter[str], sizes: dict[str, tuple[int, int]]) -> StageValues:
-        parameters = trained = trained_experts = moments = 0
+    def _sum(self, counted: Counter[str], sizes: dict[str, "_Sizes"]) -> StageValues:
+        parameters = trained = trained_experts = moments = cut = gathered = 0
         for name, count in counted.items():
-            values, of_moments = sizes[name]
-            parameters += count * values
+            one = sizes[name]
+            parameters += count * one.values
             if name not in self._trained:
                 continue
-            moments += count * of_moments
+            moments += 2 * count * one.moment
+            cut += count * one.cut
             if rule_of(name).expert_axis is None:
-                trained += count * values
+                trained += count * one.values
+                gathered += count * one.gathered
             else:
-                trained_experts += count * values
-        return StageValues(parameters, trained, trained_experts, moments)
+                trained_experts += count * one.values
+        return StageValues(parameters, trained, trained_experts, moments, cut, gathered)
+
+
+class _Sizes(NamedTuple):
+    """How many values of one tensor a rank holds, of one of its moments, and see `StageValues`."""
+
+    values: int
+    moment: int
+    cut: int
+    gathered: int
 
 
 def _kind(name: str) -> str:
@@ -154,11 +174,10 @@ def memory_plan(config: RunConfig, tensors: Tensors | None = None) -> list[RankM
         tensors: those of its network, where many plans are made of it.
     """
     grid = effective_parallel(config)
-    zero = config.use_parallel and config.parallel.enable_parallel_optimizer
     tensors = tensors or Tensors(config.model.model_config)
     return [
         _stage_memory(config, grid, stage, values)
-        for stage, values in enumerate(tensors.on_stages(grid, zero=zero))
+        for stage, values in enumerate(tensors.on_stages(grid, zero=is_zero(config)))
     ]
 
 
@@ -187,11 +206,13 @@ def _stage_memory(
 ) -> RankMemory:
     training = config.run_mode in ("train", "finetune")
     trained = values.trained + values.trained_experts
+    # The parts that cut moments are of stand beside the sums of several micro batches.
+    parts = values.cut if micro_batches(config) > 1 else 0
     return RankMemory(
         stage=stage,
         ranks=grid.data_parallel * grid.model_parallel * grid.context_parallel,
         parameters=PARAMETER_BYTES * values.parameters,
-        gradients=PARAMETER_BYTES * trained if training else 0,
+        gradients=PARAMETER_BYTES * (trained + parts) if training else 0,
         optimizer=PARAMETER_BYTES * values.moments if training else 0,
         activations=(
             _activation_bytes(config, grid, stage)
@@ -262,3 +283,9 @@ def tokens_per_micro_batch(config: RunConfig) -> int:
     rows = config.runner_config.batch_size or 1
     grid = effective_parallel(config)
     return rows * config.model.model_config.seq_length // grid.context_parallel
+
+
+def micro_batches(config: RunConfig) -> int:
+    """Micro batches that a rank sees in one step."""
+    in_pipeline = pipeline_micro_batches(effective_parallel(config))
+    return in_pipeline * config.runner_config.gradient_accumulation_steps

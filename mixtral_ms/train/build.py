@@ -9,6 +9,7 @@ import mindspore
 from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.data_sections import DatasetSection
+from mixtral_ms.config.resolve import is_zero
 from mixtral_ms.config.training_sections import (
     MetricsWriterSection,
     SampleMonitorSection,
@@ -21,7 +22,6 @@ from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.gradients import shard_groups
 from mixtral_ms.parallel.mesh import Mesh
-from mixtral_ms.train.checkpointing import is_zero
 from mixtral_ms.train.loading import load_parameters
 from mixtral_ms.train.metrics import METRICS_FILE
 from mixtral_ms.train.optimizer import AdamW

@@ -10,7 +10,7 @@ from mixtral_ms.checkpoint.folders import checkpoint_name
 from mixtral_ms.checkpoint.rank_files import ADAPTER_STEM, MODEL_STEM, OPTIMIZER_STEM
 from mixtral_ms.checkpoint.rank_parts import STRATEGY_FOLDER, WAIT_SECONDS, SavingRanks
 from mixtral_ms.config import RunConfig
-from mixtral_ms.config.resolve import rows_per_step
+from mixtral_ms.config.resolve import is_zero, rows_per_step
 from mixtral_ms.config.training_sections import CheckpointMonitorSection
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
@@ -116,11 +116,6 @@ class Saver:
 def stem_of(network: MixtralForCausalLM) -> str:
     """Name of the file of what is trained: whole weights, or adapters alone."""
     return MODEL_STEM if network.config.pet_config is None else ADAPTER_STEM
-
-
-def is_zero(config: RunConfig) -> bool:
-    """Whether the optimizer's moments are cut over replicas."""
-    return config.use_parallel and config.parallel.enable_parallel_optimizer
 
 
 def saving_ranks(

@@ -37,6 +37,7 @@ class AdamW:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.updates = 0
         self.shards = dict(shards or {})
+        self._parts: dict[tuple[int, ...], Parameter] = {}
         self._parameters = parameters
         self._first = [self._zeros_like(p, FIRST_MOMENT) for p in parameters]
         self._second = [self._zeros_like(p, SECOND_MOMENT) for p in parameters]
@@ -63,10 +64,22 @@ class AdamW:
         ):
             decayed = decay if parameter.ndim > 1 else 0.0
             group = self.shards.get(parameter.name)
-            own = parameter if group is None else Parameter(own_part(group, parameter))
+            own = parameter if group is None else self._part(group, parameter)
             self.kernels.adamw(own, (first, second), gradient, (*rates, decayed, scale))
             if group is not None:
                 ops.assign(parameter, ops.concat(gather_tensors(group, own)))
+
+    def _part(self, group: ProcessGroup, parameter: Parameter) -> Parameter:
+        """This rank's part of a parameter, in memory that all parts of that shape take in turn.
+
+        A Parameter of its own for each would stay until the garbage collector looks for cycles.
+        """
+        part = own_part(group, parameter)
+        if part.shape not in self._parts:
+            self._parts[part.shape] = Parameter(part, requires_grad=False)
+        else:
+            ops.assign(self._parts[part.shape], part)
+        return self._parts[part.shape]
 
     def _zeros_like(self, parameter: Parameter, prefix: str) -> Parameter:
         rows, *others = parameter.shape

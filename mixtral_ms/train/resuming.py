@@ -11,6 +11,7 @@ from mixtral_ms.checkpoint.sharded import OpenedSource, open_source
 from mixtral_ms.checkpoint.store import find_checkpoint
 from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config import RunConfig
+from mixtral_ms.config.resolve import is_zero
 from mixtral_ms.convert.lora import require_base
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
@@ -21,7 +22,7 @@ from mixtral_ms.parallel.hosts import Hosts
 from mixtral_ms.parallel.layout import LORA_A, LORA_B, MOMENTS
 from mixtral_ms.parallel.mesh import Mesh
 from mixtral_ms.train.agreement import Storage
-from mixtral_ms.train.checkpointing import checkpoint_root, data_state, is_zero
+from mixtral_ms.train.checkpointing import checkpoint_root, data_state
 from mixtral_ms.train.host_storage import open_on_all_hosts, require_undamaged_everywhere
 from mixtral_ms.train.loading import OwnTensors, load_parameters
 from mixtral_ms.train.loss_scale import LossScale

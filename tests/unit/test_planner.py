@@ -264,6 +264,25 @@ def test_bytes_sent_for_gradients():
         assert one.data_parallel == 4 * 64 * 32
 
 
+def test_moments_that_tensor_ranks_share_out_are_gathered_from_all_of_them():
+    grid = ParallelConfig(data_parallel=2, model_parallel=2)
+    (whole,), (cut,) = (traffic_plan(run(grid, zero=zero)) for zero in (False, True))
+    # the embedding, the norms and the routers, which tensor ranks hold too, in 4 parts
+    held = 64 * 32 + (2 * LAYERS + 1) * 32 + LAYERS * 4 * 32
+    assert cut.data_parallel == whole.data_parallel + 0.75 * 4 * held
+
+
+def test_parts_of_summed_gradients_stand_beside_the_sums():
+    grid = ParallelConfig(data_parallel=4)
+    one, several = (memory_plan(run(grid, zero=True, accumulation=n))[0] for n in (1, 2))
+    assert several.gradients == one.gradients + one.optimizer // 2
+    # experts of one rank alone have whole moments, which are of the sums themselves
+    grid = replace(grid, expert_parallel=4)
+    one, several = (memory_plan(run(grid, zero=True, accumulation=n))[0] for n in (1, 2))
+    experts = LAYERS * 3 * 48 * 32
+    assert several.gradients == one.gradients + one.optimizer // 2 - 4 * experts
+
+
 @pytest.mark.parametrize(
     "group, devices, inside",
     [
