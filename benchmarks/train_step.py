@@ -32,8 +32,8 @@ CONTENDERS = {
     "torch": "transformers, grouped_mm, fused AdamW",
     "cpp-dropless": "mixtral-ms, C++ kernels, dropless",
     "cpp-capacity": "mixtral-ms, C++ kernels, capacity 1.25",
-    "plain-dropless": "mixtral-ms, plain operators, dropless",
-    "plain-capacity": "mixtral-ms, plain operators, capacity 1.25",
+    "plain-dropless": "mixtral-ms, without a compiler, dropless",
+    "plain-capacity": "mixtral-ms, without a compiler, capacity 1.25",
 }
 SWEEPS = {
     "seq_length": [{"seq_length": s, "batch_size": 1} for s in (128, 256, 512, 1024, 2048, 4096)],
