@@ -4,6 +4,7 @@ Collectives inside the compiled network are in collectives.py.
 """
 
 import atexit
+import contextlib
 import os
 import socket
 import time
@@ -21,6 +22,7 @@ from mixtral_ms.parallel.mesh import Mesh, ProcessGroup
 from mixtral_ms.parallel.transport import count, is_described
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.1  # seconds
+_LEAVING_SECONDS = 2.0  # a call that meets the store's end waits for 15 s
 _LAUNCHER_SECONDS = 10.0  # until the launcher would have ended this process, were it its host
 
 
@@ -91,8 +93,8 @@ class _Patience:
 
     def __init__(self, ranks: ProcessGroup) -> None:
         self._store = open_store(ranks)
-        self._ranks, self._waits = ranks.size, 0
-        atexit.register(self._store.add, "left", 1)
+        self._ranks, self._waits, self._leads = ranks.size, 0, ranks.index == 0
+        atexit.register(self._leave)
 
     def wait(self) -> None:
         """Return when every rank waits.
@@ -111,6 +113,15 @@ class _Patience:
             if left and arrived < self._ranks:
                 time.sleep(_LAUNCHER_SECONDS)
                 raise UserError("a process on another host has ended: what it said is there")
+
+    def _leave(self) -> None:
+        """Tell the others. The first, which holds the store, lets them do so before it goes."""
+        until = time.monotonic() + _LEAVING_SECONDS
+        with contextlib.suppress(RuntimeError):  # the first one has gone
+            left = self._store.add("left", 1)
+            while self._leads and left < self._ranks and time.monotonic() < until:
+                time.sleep(_LONGEST_PAUSE)
+                left = self._store.add("left", 0)
 
 
 def open_store(ranks: ProcessGroup, patience: timedelta = timedelta(minutes=5)) -> Any:
