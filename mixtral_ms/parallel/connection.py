@@ -5,6 +5,7 @@ Collectives inside the compiled network are in collectives.py.
 
 import atexit
 import contextlib
+import ctypes
 import os
 import socket
 import time
@@ -138,7 +139,11 @@ def open_store(ranks: ProcessGroup, patience: timedelta = timedelta(minutes=5)) 
         probe.bind((host if first else "", 0))
         port = probe.getsockname()[1]
     port = gather_objects(ranks, port)[0]
-    return TCPStore(host, port, ranks.size, is_master=first, timeout=patience)
+    store = TCPStore(host, port, ranks.size, is_master=first, timeout=patience)
+    # It stays until the process ends: while the other end closes too, its destructor may wait for
+    # a thread of its own that waits for it.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
+    return store
 
 
 def wait_for_all() -> None:
