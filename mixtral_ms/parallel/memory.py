@@ -260,6 +260,8 @@ def _layer_values_per_token(model: MixtralConfig, grid: ParallelConfig, *, fused
     # before and after rotation; the heads' output; both norms' input and output; wo's output
     attention = 3 * query + 3 * key_value + probabilities + 5 * _hidden(model, grid)
     slots = moe.num_experts_chosen * (1.0 if moe.dropless else moe.capacity_factor)
+    if moe.dropless:  # room for all rows of all ranks that share the experts: any may get them
+        slots *= min(grid.expert_parallel, grid.data_parallel * grid.context_parallel)
     # dispatched rows, w1's and w3's output, their product, w2's output; each of the tensor-parallel
     # ranks that share out the experts sees its part of the rows
     _, _, width = expert_matrix(grid)

@@ -272,6 +272,15 @@ def test_moments_that_tensor_ranks_share_out_are_gathered_from_all_of_them():
     assert cut.data_parallel == whole.data_parallel + 0.75 * 4 * held
 
 
+def test_dropless_experts_have_room_for_every_row_of_the_ranks_that_share_them():
+    alone, shared = (
+        memory_plan(run(ParallelConfig(data_parallel=4, expert_parallel=ep)))[0].activations
+        for ep in (1, 4)
+    )
+    # 3 times 64 tokens' 2 rows more: each in and out of the experts, and 3 widths between
+    assert shared - alone == LAYERS * 3 * 64 * 2 * (2 * 32 + 3 * 48) * 4
+
+
 def test_parts_of_summed_gradients_stand_beside_the_sums():
     grid = ParallelConfig(data_parallel=4)
     one, several = (memory_plan(run(grid, zero=True, accumulation=n))[0] for n in (1, 2))
