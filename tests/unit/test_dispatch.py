@@ -101,7 +101,7 @@ class Layer:
     def build(cls, tokens, kind, seed=0, hidden=HIDDEN, **moe_config):
         config = MoEConfig(**moe_config)
         kernels = dataclasses.replace(
-            select_kernels("cpu", dropless=config.dropless), experts=EXPERTS_OF[kind]
+            select_kernels("reference", dropless=config.dropless), experts=EXPERTS_OF[kind]
         )
         model = MixtralConfig(
             hidden_size=hidden,
