@@ -13,7 +13,7 @@ import time
 
 import pytest
 from helpers.answering import CONTEXT, make_model, network
-from helpers.runs import environment
+from helpers.runs import environment, heeding_signals
 
 from mixtral_ms import load_config
 from mixtral_ms.cli.chat import main as chat
@@ -204,11 +204,12 @@ class Terminal:
 
     def __init__(self, *arguments):
         self.own, theirs = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mixtral_ms", "chat", *map(str, arguments)],
-            stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, env=environment(),
-            start_new_session=True,
-        )  # fmt: skip
+        with heeding_signals():
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mixtral_ms", "chat", *map(str, arguments)],
+                stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, env=environment(),
+                start_new_session=True,
+            )  # fmt: skip
         os.close(theirs)
         self.shown = ""
 

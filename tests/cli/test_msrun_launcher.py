@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.runs import heeding_signals
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "scripts" / "msrun_launcher.sh"
@@ -86,14 +87,15 @@ def nothing_stays():
 
 
 def start(folder, *arguments, **environment):
-    process = subprocess.Popen(
-        ["bash", str(LAUNCHER), *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHON": sys.executable, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with heeding_signals():
+        process = subprocess.Popen(
+            ["bash", str(LAUNCHER), *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHON": sys.executable, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     _started.append(process)
     return process
 

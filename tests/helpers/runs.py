@@ -1,6 +1,8 @@
 """A training run small enough to be started many times, and what it left behind."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +108,19 @@ def command(*arguments):
 def environment():
     """An environment in which the package is found from any folder."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@contextlib.contextmanager
+def heeding_signals():
+    """For processes started meanwhile: tests in the background ignore these, and so would they."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_command(*arguments, cwd=None, timeout=120):
