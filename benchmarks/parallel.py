@@ -27,6 +27,7 @@ import numpy as np
 from memory import status_bytes
 
 from mixtral_ms.config import RunConfig, load_config
+from mixtral_ms.config.resolve import micro_batches
 from mixtral_ms.data.batch import Batch
 from mixtral_ms.parallel.communication import traffic_plan
 from mixtral_ms.parallel.grid_text import parse_grid
@@ -210,13 +211,6 @@ def build_step(config: RunConfig, mesh: Mesh) -> object:
 
     network = build_network(config, mesh)
     return TrainStep(network, build_optimizer(config, network), micro_batches(config), 1.0)
-
-
-def micro_batches(config: RunConfig) -> int:
-    """Of a rank in one step."""
-    staged = config.parallel_config.pipeline_stage > 1
-    count = config.parallel_config.micro_batch_num if staged else 1
-    return count * config.runner_config.gradient_accumulation_steps
 
 
 def own_rows(config: RunConfig, mesh: Mesh, step: int) -> list:

@@ -4,6 +4,11 @@ from mixtral_ms.config.parallel_sections import ParallelConfig
 from mixtral_ms.errors import UserError
 
 
+def exchange_ranks(grid: ParallelConfig) -> int:
+    """Ranks with tokens of their own that exchange rows for the experts each of them has."""
+    return min(grid.expert_parallel, grid.data_parallel * grid.context_parallel)
+
+
 def expert_matrix(grid: ParallelConfig) -> tuple[int, int, int]:
     """The ranks of a pipeline stage as the experts see them, row-major: (copies, parts, width).
 

@@ -49,6 +49,12 @@ def pipeline_micro_batches(grid: ParallelConfig) -> int:
     return grid.micro_batch_num if grid.pipeline_stage > 1 else 1
 
 
+def micro_batches(config: RunConfig) -> int:
+    """Micro batches that a rank sees in one optimizer step, those in the pipeline included."""
+    in_pipeline = pipeline_micro_batches(effective_parallel(config))
+    return in_pipeline * config.runner_config.gradient_accumulation_steps
+
+
 def rows_per_micro_step(config: RunConfig) -> int:
     """Rows of all ranks whose gradients one accumulation step takes.
 

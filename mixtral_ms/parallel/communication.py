@@ -9,18 +9,12 @@ Legend: T tokens of a micro batch on a rank, D hidden, K kv heads, d head_dim, k
 
 from dataclasses import dataclass, fields
 
-from mixtral_ms.config.expert_ranks import expert_matrix
+from mixtral_ms.config.expert_ranks import exchange_ranks, expert_matrix
 from mixtral_ms.config.parallel_sections import ParallelConfig
-from mixtral_ms.config.resolve import effective_parallel, is_zero
+from mixtral_ms.config.resolve import effective_parallel, is_zero, micro_batches
 from mixtral_ms.config.schema import RunConfig
 from mixtral_ms.config.stages import layers_per_stage
-from mixtral_ms.parallel.memory import (
-    StageValues,
-    Tensors,
-    dtype_bytes,
-    micro_batches,
-    tokens_per_micro_batch,
-)
+from mixtral_ms.parallel.memory import StageValues, Tensors, dtype_bytes, tokens_per_micro_batch
 
 _GRADIENT_BYTES = 4
 # Collectives of a layer in one pass.
@@ -72,7 +66,7 @@ def groups(grid: ParallelConfig) -> dict[str, tuple[Group, ...]]:
     copies, parts, width = expert_matrix(grid)
     return {
         "tensor_parallel": (Group(tensor, 1),),
-        "expert_parallel": (Group(min(parts, data), tensor),),
+        "expert_parallel": (Group(exchange_ranks(grid), tensor),),
         "context_parallel": (Group(context, tensor),),
         "pipeline": (Group(grid.pipeline_stage, data * tensor),),
         "data_parallel": (Group(data, tensor), Group(copies, parts * width)),

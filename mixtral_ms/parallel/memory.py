@@ -13,10 +13,10 @@ from collections import Counter
 from dataclasses import astuple, dataclass, replace
 from typing import NamedTuple
 
-from mixtral_ms.config.expert_ranks import expert_matrix
+from mixtral_ms.config.expert_ranks import exchange_ranks, expert_matrix
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.config.parallel_sections import ParallelConfig
-from mixtral_ms.config.resolve import effective_parallel, is_zero, pipeline_micro_batches
+from mixtral_ms.config.resolve import effective_parallel, is_zero, micro_batches
 from mixtral_ms.config.schema import RunConfig
 from mixtral_ms.config.stages import layers_per_stage
 from mixtral_ms.parallel.layout import (
@@ -261,7 +261,7 @@ def _layer_values_per_token(model: MixtralConfig, grid: ParallelConfig, *, fused
     attention = 3 * query + 3 * key_value + probabilities + 5 * _hidden(model, grid)
     slots = moe.num_experts_chosen * (1.0 if moe.dropless else moe.capacity_factor)
     if moe.dropless:  # room for all rows of all ranks that share the experts: any may get them
-        slots *= min(grid.expert_parallel, grid.data_parallel * grid.context_parallel)
+        slots *= exchange_ranks(grid)
     # dispatched rows, w1's and w3's output, their product, w2's output; each of the tensor-parallel
     # ranks that share out the experts sees its part of the rows
     _, _, width = expert_matrix(grid)
@@ -285,9 +285,3 @@ def tokens_per_micro_batch(config: RunConfig) -> int:
     rows = config.runner_config.batch_size or 1
     grid = effective_parallel(config)
     return rows * config.model.model_config.seq_length // grid.context_parallel
-
-
-def micro_batches(config: RunConfig) -> int:
-    """Micro batches that a rank sees in one step."""
-    in_pipeline = pipeline_micro_batches(effective_parallel(config))
-    return in_pipeline * config.runner_config.gradient_accumulation_steps

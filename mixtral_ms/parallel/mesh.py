@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from mixtral_ms.config.expert_ranks import expert_matrix
+from mixtral_ms.config.expert_ranks import exchange_ranks, expert_matrix
 from mixtral_ms.config.parallel_sections import ParallelConfig
 
 
@@ -124,7 +124,7 @@ class Mesh:
     def exchange(self) -> ProcessGroup:
         """Ranks of `tokens` that exchange rows for the experts each of them has."""
         step = self.grid.model_parallel
-        size = min(self.grid.expert_parallel, self.stage_size // step)
+        size = exchange_ranks(self.grid)
         place = (self.rank - self._stage_begin) // step
         first = self._stage_begin + place // size * size * step + self.tensor_index
         return self._group("exchange", range(first, first + size * step, step))

@@ -12,10 +12,10 @@ from typing import Any
 
 from mixtral_ms.config.checks import find_contradictions
 from mixtral_ms.config.parallel_sections import ParallelConfig
-from mixtral_ms.config.resolve import rows_per_micro_step
+from mixtral_ms.config.resolve import micro_batches, rows_per_micro_step
 from mixtral_ms.config.schema import RunConfig
 from mixtral_ms.parallel.communication import Traffic, traffic_plan
-from mixtral_ms.parallel.memory import RankMemory, Tensors, memory_plan, micro_batches
+from mixtral_ms.parallel.memory import RankMemory, Tensors, memory_plan
 from mixtral_ms.parallel.step_time import Cluster, Time, step_time
 
 _PARTS = ("parameters", "gradients", "optimizer", "activations")

@@ -8,7 +8,7 @@ hidden behind anything.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mixtral_ms.config.resolve import rank_count
+from mixtral_ms.config.resolve import micro_batches, rank_count
 from mixtral_ms.config.schema import RunConfig
 from mixtral_ms.config.stages import layers_per_stage
 from mixtral_ms.parallel.communication import (
@@ -17,12 +17,7 @@ from mixtral_ms.parallel.communication import (
     passes,
     rows_per_token,
 )
-from mixtral_ms.parallel.memory import (
-    PARAMETER_BYTES,
-    RankMemory,
-    micro_batches,
-    tokens_per_micro_batch,
-)
+from mixtral_ms.parallel.memory import PARAMETER_BYTES, RankMemory, tokens_per_micro_batch
 
 # Memory traffic of a weight in one pass of a micro batch: float32 read, a 16 bit copy written and
 # read; and in the backward pass its gradient written, then added to the float32 sum.
