@@ -112,6 +112,10 @@ class Dispatch(nn.Cell):
             kept_Tk = ops.reshape(kept_A, (tokens, top_k))
         return row_Tk, kept_Tk, self._inverse(row_Tk, kept_Tk), sizes_E, counts_E, taken_E
 
+    def bprop(self, expert_Tk: Tensor, valid_Tk: Tensor, out: tuple, dout: tuple) -> tuple:
+        """Places have no gradient."""
+        return zeros_like(expert_Tk), zeros_like(valid_Tk)
+
     def _offsets(self, sizes_E: Tensor) -> Tensor:
         """First row of each expert's group."""
         if self.layout == "padded":

@@ -116,9 +116,9 @@ class DecoderLayer(nn.Cell):
         positions_BS: Tensor | None = None,
         segment_ids_BS: Tensor | None = None,
     ) -> tuple:
-        """Returns (B, S, D), then the router's losses and statistics (see `RoutedExperts`)."""
+        """Returns (B, S, D) and what the router decided (see `RoutedExperts`)."""
         normed = self.attention_norm(x_BSD)
         attended = self.attention(normed, cos, sin, positions_BS, segment_ids_BS)
         x_BSD = x_BSD + ops.cast(attended, x_BSD.dtype)
-        outputs = self.feed_forward(self.ffn_norm(x_BSD), valid_T)
-        return (x_BSD + ops.cast(outputs[0], x_BSD.dtype), *outputs[1:])
+        y_BSD, routing = self.feed_forward(self.ffn_norm(x_BSD), valid_T)
+        return x_BSD + ops.cast(y_BSD, x_BSD.dtype), routing

@@ -21,6 +21,7 @@ from mixtral_ms.model.initialize import initialize
 from mixtral_ms.model.layers import DecoderLayer, RMSNorm
 from mixtral_ms.model.linear import Linear, empty_parameter
 from mixtral_ms.model.lora import add_adapters, freeze_weights
+from mixtral_ms.model.router import RouterLosses
 from mixtral_ms.parallel.collectives import (
     EnterSplit,
     GatherFromRanks,
@@ -96,6 +97,7 @@ class MixtralModel(nn.Cell):
                 for number in stage_layers(config, mesh.grid.pipeline_stage, mesh.stage)
             ]
         )
+        self.router_losses = RouterLosses(config.moe_config, mesh.context)
         self.norm_out = None
         if ends:
             self.norm_out = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
@@ -117,16 +119,19 @@ class MixtralModel(nn.Cell):
         x, valid_T = hidden_BSD, self.valid_tokens(input_ids_BS)
         if self.begins:
             x = self.tok_embeddings(input_ids_BS)
-        collected = ((), (), (), (), ())
+        probs_LTE = logits_LTE = counts_LE = taken_LE = ()
         for layer in self.layers:
-            x, *router = layer(x, valid_T, self.cos, self.sin, positions_BS, segment_ids_BS)
-            collected = tuple(
-                collected[i] + (router[i],)
-                for i in range(5)  # noqa: RUF005 - graph mode
+            x, (probs_TE, logits_TE, counts_E, taken_E) = layer(
+                x, valid_T, self.cos, self.sin, positions_BS, segment_ids_BS
             )
+            probs_LTE += (probs_TE,)
+            logits_LTE += (logits_TE,)
+            counts_LE += (counts_E,)
+            taken_LE += (taken_E,)
         if self.norm_out is not None:
             x = self.norm_out(x)
-        return (x, *[ops.stack(values) for values in collected])
+        routing = [ops.stack(one) for one in (probs_LTE, logits_LTE, counts_LE, taken_LE)]
+        return (x, *self.router_losses(*routing, valid_T))
 
     def valid_tokens(self, input_ids_BS: Tensor) -> Tensor:
         """Which tokens (T) are not padding."""

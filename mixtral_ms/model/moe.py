@@ -117,27 +117,22 @@ class RoutedExperts(nn.Cell):
         self.copy_gates = CopyToRanks(mesh.tensor) if mesh.tensor.size > 1 else None
 
     def construct(self, x_TD: Tensor, valid_T: Tensor, routed_TD: Tensor | None = None) -> tuple:
-        """Returns y_TD and the layer's (aux, z, load_E, dropped share, router entropy).
+        """Returns y_TD and what `RouterLosses` reads: probs_TE, logits_TE, counts_E and taken_E.
 
-        load_E is the share of assignments to each expert before dropping; the entropy, in nats,
-        is the mean over tokens of the router's softmax. With tensor-parallel ranks y_TD is a term
-        of the sum over them, and routed_TD is x once more (see `EnterSplit`).
+        With tensor-parallel ranks y_TD is a term of the sum over them, and routed_TD is x once more
+        (see `EnterSplit`).
         """
         gates_Tk, expert_Tk, probs_TE, logits_TE = self.router(
             x_TD if routed_TD is None else routed_TD
         )
-        placed = self._place(expert_Tk, valid_T)
-        row_Tk, kept_Tk, assignment_R, sizes_E, counts_E, taken_E = [
-            ops.stop_gradient(one) for one in placed
-        ]
+        row_Tk, kept_Tk, assignment_R, sizes_E, counts_E, taken_E = self._place(expert_Tk, valid_T)
         if self.copy_gates is not None:
             gates_Tk = self.copy_gates(gates_Tk)
         gates_Tk = ops.where(kept_Tk, gates_Tk, zeros_like(gates_Tk))
         x_RD = self.permute(ops.cast(x_TD, self.compute_dtype), assignment_R, row_Tk, kept_Tk)
         y_RD = self._expert_outputs(x_RD, sizes_E)
         y_TD = self.combine(y_RD, ops.cast(gates_Tk, self.compute_dtype), assignment_R, row_Tk)
-        aux, z = self.router.losses(probs_TE, logits_TE, counts_E, valid_T)
-        return y_TD, aux, z, *self.router.statistics(probs_TE, counts_E, taken_E, valid_T)
+        return y_TD, (probs_TE, logits_TE, counts_E, taken_E)
 
     def _place(self, expert_Tk: Tensor, valid_T: Tensor) -> tuple:
         """As `Dispatch`; counts_E and taken_E are those of all ranks that share a batch."""
@@ -190,12 +185,11 @@ class MoEFeedForward(nn.Cell):
     def construct(self, x_BSD: Tensor, valid_T: Tensor) -> tuple:
         """As `RoutedExperts`, on (B, S, D)."""
         if self.enter is None:
-            outputs = self.routed_experts(_flat(x_BSD), valid_T)
-            return (ops.reshape(outputs[0], x_BSD.shape), *outputs[1:])
+            y_TD, routing = self.routed_experts(_flat(x_BSD), valid_T)
+            return ops.reshape(y_TD, x_BSD.shape), routing
         x_BSD, routed_BSD = self.enter(x_BSD)
-        outputs = self.routed_experts(_flat(x_BSD), valid_T, _flat(routed_BSD))
-        y_BSD = self.leave(ops.reshape(outputs[0], x_BSD.shape))
-        return (y_BSD, *outputs[1:])
+        y_TD, routing = self.routed_experts(_flat(x_BSD), valid_T, _flat(routed_BSD))
+        return self.leave(ops.reshape(y_TD, x_BSD.shape)), routing
 
 
 def _flat(x_BSD: Tensor) -> Tensor:

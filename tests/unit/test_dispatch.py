@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mindspore import Tensor
+from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 from router_oracle import capacity_of, hand_out_slots, moe, route
 
@@ -18,6 +18,7 @@ from mixtral_ms.kernels.native.build import native_library
 from mixtral_ms.kernels.select import select_kernels
 from mixtral_ms.model.dispatch import Dispatch, expert_capacity
 from mixtral_ms.model.moe import RoutedExperts
+from mixtral_ms.model.router import RouterLosses
 from mixtral_ms.parallel.mesh import Mesh
 
 pytestmark = pytest.mark.usefixtures("pynative")
@@ -94,6 +95,7 @@ class Layer:
     """One MoE layer whose router logits are the first E entries of its input."""
 
     cell: RoutedExperts
+    losses: RouterLosses
     config: MoEConfig
     weights: tuple
 
@@ -120,7 +122,14 @@ class Layer:
             weights[name] = value
         gate = np.eye(config.expert_num, hidden, dtype=np.float32)
         cell.router.dense.weight.set_data(Tensor(gate))
-        return cls(cell, config, (weights["w1"], weights["w3"], weights["w2"]))
+        weights = (weights["w1"], weights["w3"], weights["w2"])
+        return cls(cell, RouterLosses(config), config, weights)
+
+    def __call__(self, x_TD, valid_T):
+        """The layer's output, then what `RouterLosses` says of it."""
+        y_TD, routing = self.cell(x_TD, valid_T)
+        found = self.losses(*[ops.expand_dims(one, 0) for one in routing], valid_T)
+        return y_TD, *[one[0] for one in found]
 
     def expected(self, x_TD, valid_T):
         logits_TE = x_TD[:, : self.config.expert_num]
@@ -202,7 +211,7 @@ def test_dropless_layer_over_several_blocks(kind, load):
 def check_output(kind, x_TD, valid_T, **moe_config):
     layer = Layer.build(len(x_TD), kind, **moe_config)
     routed, expected = layer.expected(x_TD, valid_T)
-    outputs = layer.cell(Tensor(x_TD), Tensor(valid_T))
+    outputs = layer(Tensor(x_TD), Tensor(valid_T))
     y_TD, aux, z, load_E, dropped, _ = (value.asnumpy() for value in outputs)
     np.testing.assert_allclose(y_TD, expected, atol=TOLERANCE * max(1, np.abs(expected).max()))
     np.testing.assert_allclose(aux, layer.config.aux_loss_factor * routed.aux, rtol=TOLERANCE)
@@ -239,7 +248,7 @@ def test_gradients(kind, sdrop, factor, record_error):
     assert (routed.kept.sum() < k * valid_T.sum()) == (factor < 1)
 
     def objective(x):
-        y, aux, z, *_ = layer.cell(x, Tensor(valid_T))
+        y, aux, z, *_ = layer(x, Tensor(valid_T))
         return (y * Tensor(towards_TD)).sum() + aux + z
 
     parameters = mindspore.ParameterTuple(layer.cell.trainable_params())

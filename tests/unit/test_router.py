@@ -9,7 +9,7 @@ from mindspore import Tensor, ops
 from router_oracle import route
 
 from mixtral_ms.config.model import MoEConfig
-from mixtral_ms.model.router import Router
+from mixtral_ms.model.router import Router, RouterLosses
 
 pytestmark = pytest.mark.usefixtures("pynative")
 
@@ -45,6 +45,12 @@ def router_of_logits(experts, k, layer=0, **config):
     return router.set_train()
 
 
+def one_layer(losses, *inputs):
+    """What `losses` gives for one layer's probs, logits, counts and taken, and for valid tokens."""
+    *layer, valid_T = inputs
+    return tuple(one[0] for one in losses(*[ops.expand_dims(each, 0) for each in layer], valid_T))
+
+
 @EXAMPLES
 @given(routing())
 def test_choice_and_gates(case):
@@ -73,12 +79,33 @@ def test_gates_are_the_softmax_of_the_chosen_logits(case):
 def test_losses_leave_padding_out(case):
     logits_TE, k, valid_T = case
     expected = route(logits_TE, k, 0, False, valid_T)
-    router = router_of_logits(logits_TE.shape[1], k, aux_loss_factor=0.5, z_loss_factor=0.25)
-    _, _, probs, logits = router(Tensor(logits_TE))
+    _, _, *routing = router_of_logits(logits_TE.shape[1], k)(Tensor(logits_TE))
     counts = Tensor(expected.counts.astype(np.int32))
-    aux, z = router.losses(probs, logits, counts, Tensor(valid_T))
+    factors = MoEConfig(
+        expert_num=logits_TE.shape[1],
+        num_experts_chosen=k,
+        aux_loss_factor=0.5,
+        z_loss_factor=0.25,
+    )
+    aux, z, *_ = one_layer(RouterLosses(factors), *routing, counts, counts, Tensor(valid_T))
     np.testing.assert_allclose(aux.asnumpy(), 0.5 * expected.aux, rtol=TOLERANCE, atol=1e-7)
     np.testing.assert_allclose(z.asnumpy(), 0.25 * expected.z, rtol=TOLERANCE, atol=1e-6)
+
+
+def test_each_layer_has_its_own_losses():
+    config = MoEConfig(expert_num=4, num_experts_chosen=2, aux_loss_factor=0.5, z_loss_factor=0.25)
+    losses, valid = RouterLosses(config), Tensor(np.arange(12) % 5 > 0)
+    layers = []
+    for seed in range(3):
+        logits_TE = logits_without_ties(seed, 12, 4, 4.0)
+        _, chosen, *routing = router_of_logits(4, 2)(Tensor(logits_TE))
+        counts = np.bincount(chosen.asnumpy()[valid.asnumpy()].ravel(), minlength=4)
+        taken = np.minimum(counts, 4 + seed)
+        layers.append((*routing, Tensor(counts.astype(np.int32)), Tensor(taken.astype(np.int32))))
+    together = losses(*[ops.stack(one) for one in zip(*layers, strict=True)], valid)
+    for number, layer in enumerate(layers):
+        for whole, alone in zip(together, one_layer(losses, *layer, valid), strict=True):
+            np.testing.assert_allclose(whole[number].asnumpy(), alone.asnumpy(), rtol=TOLERANCE)
 
 
 def test_raw_gates_without_normalisation():
@@ -142,7 +169,7 @@ def test_aux_loss_undoes_a_collapse():
     x_TD = generator.standard_normal((tokens, hidden)).astype(np.float32)
     x_TD[:, 0] = 1.0
     moe = MoEConfig(expert_num=experts, num_experts_chosen=1, aux_loss_factor=1.0)
-    router = Router(hidden, moe, 0)
+    router, losses = Router(hidden, moe, 0), RouterLosses(moe)
     weight = 0.1 * generator.standard_normal((experts, hidden)).astype(np.float32)
     weight[0, 0] = 2.0
     router.dense.weight.set_data(Tensor(weight))
@@ -151,7 +178,7 @@ def test_aux_loss_undoes_a_collapse():
     def aux(x):
         _, chosen, probs, logits = router(x)
         counts = ops.bincount(chosen.reshape(-1), minlength=experts)
-        return router.losses(probs, logits, counts, valid)[0], counts
+        return one_layer(losses, probs, logits, counts, counts, valid)[0], counts
 
     gradient = mindspore.value_and_grad(
         aux, None, mindspore.ParameterTuple([router.dense.weight]), has_aux=True
