@@ -261,8 +261,16 @@ class _NativeAttention(nn.Cell):
             log_sum,
             dout[0],
         )
-        constants = (cos, sin, positions, segments, window)
-        return (dq, dk, dv, *[zeros_like(value) for value in constants])
+        return (
+            dq,
+            dk,
+            dv,
+            zeros_like(cos),
+            zeros_like(sin),
+            zeros_like(positions),
+            zeros_like(segments),
+            zeros_like(window),
+        )
 
 
 def _spans(sizes: AttentionSizes, chunk: int) -> tuple[tuple[int, int, int], ...]:

@@ -15,6 +15,7 @@ from mixtral_ms.model.dispatch import Dispatch
 from mixtral_ms.parallel import transport
 from mixtral_ms.parallel.collectives import GatherFromRanks
 from mixtral_ms.parallel.mesh import ProcessGroup
+from mixtral_ms.parallel.primitives import zeros_like
 
 
 class ContextAttention(PlainRotaryAttention):
@@ -51,42 +52,48 @@ class ContextAttention(PlainRotaryAttention):
         return ops.cast(ops.cat(ops.unbind(parts), 1), segment_ids_BS.dtype)
 
 
-class KeepOverRanks(nn.Cell):
-    """Which assignments have a place with their expert, where several ranks share a batch.
+class DispatchOverRanks(nn.Cell):
+    """As `Dispatch`, where several ranks share a batch.
 
     Every rank hands out the places of the whole batch, in its order, and reads off its own.
 
     Args:
         group: the ranks that split the sequence.
         shape: (B, S).
-        dispatch: hands out places among all tokens; None drops nothing.
-        experts: E.
+        whole: hands out places among all tokens; None drops nothing.
+        own: gives this rank's assignments that have a place their rows.
     """
 
     def __init__(
-        self, group: ProcessGroup, shape: tuple[int, int], dispatch: Dispatch | None, experts: int
+        self, group: ProcessGroup, shape: tuple[int, int], whole: Dispatch | None, own: Dispatch
     ) -> None:
         super().__init__()
         self.batch, self.length = shape
         self.index, self.size = group.index, group.size
-        self.dispatch = dispatch
-        self.ids_E = Tensor(np.arange(experts, dtype=np.int32))
+        self.whole, self.own = whole, own
+        self.ids_E = Tensor(np.arange(own.experts, dtype=np.int32))
+        self.sum = ops.ReduceSum()
         self.gather = transport.all_gather(group)
 
-    def construct(self, expert_Tk: Tensor, valid_Tk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns kept_Tk of this rank; counts_E before and after dropping, of all ranks."""
+    def construct(self, expert_Tk: Tensor, valid_Tk: Tensor) -> tuple:
+        """As `Dispatch`; counts_E and taken_E are those of all ranks."""
         top_k = expert_Tk.shape[1]
-        expert_all = self._whole(ops.where(valid_Tk, expert_Tk, Tensor(-1, mstype.int32)), top_k)
-        valid_all = expert_all >= 0
+        expert_all = self._of_all(ops.where(valid_Tk, expert_Tk, Tensor(-1, mstype.int32)), top_k)
         chosen = ops.equal(ops.reshape(expert_all, (-1, 1)), self.ids_E)
-        counts_E = ops.sum(ops.cast(chosen, mstype.int32), 0)
-        if self.dispatch is None:
-            return valid_Tk, counts_E, counts_E
-        _, kept_all, _, sizes_E, *_ = self.dispatch(expert_all, valid_all)
-        kept = ops.reshape(kept_all, (self.batch, self.size, self.length, top_k))[:, self.index]
-        return ops.reshape(kept, expert_Tk.shape), counts_E, sizes_E
+        counts_E = self.sum(ops.cast(chosen, mstype.int32), 0)
+        kept_Tk, taken_E = valid_Tk, counts_E
+        if self.whole is not None:
+            _, kept_all, _, taken_E, *_ = self.whole(expert_all, expert_all >= 0)
+            kept = ops.reshape(kept_all, (self.batch, self.size, self.length, top_k))
+            kept_Tk = ops.reshape(kept[:, self.index], expert_Tk.shape)
+        row_Tk, kept_Tk, assignment_R, sizes_E, *_ = self.own(expert_Tk, kept_Tk)
+        return row_Tk, kept_Tk, assignment_R, sizes_E, counts_E, taken_E
 
-    def _whole(self, expert_Tk: Tensor, top_k: int) -> Tensor:
+    def bprop(self, expert_Tk: Tensor, valid_Tk: Tensor, out: tuple, dout: tuple) -> tuple:
+        """Places have no gradient."""
+        return zeros_like(expert_Tk), zeros_like(valid_Tk)
+
+    def _of_all(self, expert_Tk: Tensor, top_k: int) -> Tensor:
         """(B * W, k), the batch's rows one after another."""
         parts = self.gather(ops.cast(expert_Tk, mstype.float32))
         parts = ops.reshape(parts, (self.size, self.batch, self.length, top_k))

@@ -40,8 +40,8 @@ class Dispatch(nn.Cell):
         capacity: C, slots per expert; None for dropless.
         token_first: hand out slots token by token (sdrop) instead of choice by choice (kdrop).
         layout: how the experts want their rows: "packed" or "padded".
-        here: of which experts rows are made at all; None for all. The others' assignments take
-            their places as ever, but are not kept here.
+        here: of which experts rows are made at all, in ascending order; None for all. The others'
+            assignments take their places as ever, but are not kept here.
     """
 
     def __init__(
@@ -53,12 +53,17 @@ class Dispatch(nn.Cell):
         here: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.experts, self.capacity, self.token_first = experts, capacity, token_first
+        self.experts, self.capacity = experts, capacity
         self.layout = layout
-        self.scatter = ops.ScatterNd()
-        self.here_E = None
+        # kdrop: all first choices, then all second ones
+        self.order, self.turn = (0, 1) if token_first else (1, 0), ops.Transpose()
+        self.ids_E = Tensor(np.arange(experts, dtype=np.int32))
+        self.sum = ops.ReduceSum()  # ops.sum makes int64 of int32
+        self.scatter, self.slice = ops.ScatterNd(), ops.Slice()
+        self.here_e = self.is_here_E = None
         if here is not None:
-            self.here_E = Tensor(np.isin(np.arange(experts), here).astype(np.int32))
+            self.here_e = Tensor(np.array(here, np.int32))
+            self.is_here_E = Tensor(np.isin(np.arange(experts), here).astype(np.int32))
 
     def rows(self, assignments: int) -> int:
         """R, the static number of rows that this many assignments may need."""
@@ -73,43 +78,33 @@ class Dispatch(nn.Cell):
             row_Tk: the row of each assignment, 0 where it has none.
             kept_Tk: whether it has a row.
             assignment_R: index into the flattened (T, k) of what fills each row, -1 for empty.
-            sizes_E: rows used by each expert.
+            sizes_E: rows used by each expert, or by each of those `here`.
             counts_E: assignments to each expert before dropping.
             taken_E: assignments to each expert that were not dropped.
         """
-        tokens, top_k = expert_Tk.shape
-        count = tokens * top_k
-        if not self.token_first:  # priority order: all first choices, then all second ones
-            expert_A = ops.reshape(ops.transpose(expert_Tk, (1, 0)), (count,))
-            valid_A = ops.reshape(ops.transpose(valid_Tk, (1, 0)), (count,))
-        else:
-            expert_A = ops.reshape(expert_Tk, (count,))
-            valid_A = ops.reshape(valid_Tk, (count,))
-        ids_E = ops.arange(0, self.experts, 1, dtype=mstype.int32)
-        chosen_AE = ops.logical_and(
-            ops.equal(ops.expand_dims(expert_A, 1), ids_E), ops.expand_dims(valid_A, 1)
-        )
+        expert_kT = self.turn(expert_Tk, self.order)
+        expert_A1 = ops.reshape(expert_kT, (-1, 1))
+        valid_A1 = ops.reshape(self.turn(valid_Tk, self.order), (-1, 1))
+        chosen_AE = ops.logical_and(ops.equal(expert_A1, self.ids_E), valid_A1)
         chosen_AE = ops.cast(chosen_AE, mstype.int32)
+        counts_E = self.sum(chosen_AE, 0)
         # A place in the queue of each expert, read off at the assignment's own expert.
-        queue_AE = running_sum(chosen_AE, 0)
-        counts_E = queue_AE[count - 1]
-        place_A = ops.sum(queue_AE * chosen_AE, 1) - 1
-        kept_A, sizes_E = valid_A, counts_E
+        place_A = self.sum(running_sum(chosen_AE, 0) * chosen_AE, 1) - 1
+        kept_A = ops.reshape(valid_A1, (-1,))
+        taken_E = counts_E
         if self.capacity is not None:
-            kept_A = ops.logical_and(valid_A, place_A < self.capacity)
-            sizes_E = ops.minimum(counts_E, Tensor(self.capacity, mstype.int32))
-        taken_E = sizes_E
-        if self.here_E is not None:
-            sizes_E = sizes_E * self.here_E
-            kept_A = ops.logical_and(kept_A, ops.sum(chosen_AE * self.here_E, 1) > 0)
-        row_A = ops.sum(chosen_AE * self._offsets(sizes_E), 1) + place_A
+            kept_A = ops.logical_and(kept_A, place_A < self.capacity)
+            taken_E = ops.minimum(counts_E, Tensor(self.capacity, mstype.int32))
+        sizes_E = taken_E
+        offsets_E = self._offsets(taken_E)
+        if self.here_e is not None:
+            sizes_E = ops.gather(taken_E, self.here_e, 0)
+            offsets_E = self._offsets(taken_E * self.is_here_E)
+            kept_A = ops.logical_and(kept_A, self.sum(chosen_AE * self.is_here_E, 1) > 0)
+        row_A = self.sum(chosen_AE * offsets_E, 1) + place_A
         row_A = ops.where(kept_A, row_A, Tensor(0, mstype.int32))
-        if not self.token_first:
-            row_Tk = ops.transpose(ops.reshape(row_A, (top_k, tokens)), (1, 0))
-            kept_Tk = ops.transpose(ops.reshape(kept_A, (top_k, tokens)), (1, 0))
-        else:
-            row_Tk = ops.reshape(row_A, (tokens, top_k))
-            kept_Tk = ops.reshape(kept_A, (tokens, top_k))
+        row_Tk = self.turn(ops.reshape(row_A, expert_kT.shape), self.order)
+        kept_Tk = self.turn(ops.reshape(kept_A, expert_kT.shape), self.order)
         return row_Tk, kept_Tk, self._inverse(row_Tk, kept_Tk), sizes_E, counts_E, taken_E
 
     def bprop(self, expert_Tk: Tensor, valid_Tk: Tensor, out: tuple, dout: tuple) -> tuple:
@@ -119,7 +114,7 @@ class Dispatch(nn.Cell):
     def _offsets(self, sizes_E: Tensor) -> Tensor:
         """First row of each expert's group."""
         if self.layout == "padded":
-            return ops.arange(0, self.experts, 1, dtype=mstype.int32) * self.capacity
+            return self.ids_E * self.capacity
         return sum_before(sizes_E, 0)
 
     def _inverse(self, row_Tk: Tensor, kept_Tk: Tensor) -> Tensor:
@@ -130,7 +125,7 @@ class Dispatch(nn.Cell):
         # ScatterNd starts from zero, so assignment a is written as a + 1 and empty rows read -1.
         numbers_A = ops.arange(1, count + 1, 1, dtype=mstype.int32)
         filled = self.scatter(ops.reshape(target_Tk, (count, 1)), numbers_A, (rows + 1,))
-        return filled[:rows] - 1
+        return self.slice(filled, (0,), (rows,)) - 1
 
 
 class PermuteTokens(nn.Cell):

@@ -4,9 +4,6 @@ Legend: P ranks of the group, R rows of a rank, N rows that can come from all of
 E experts that these ranks have together, e those of one rank.
 """
 
-from collections.abc import Sequence
-
-import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
@@ -36,18 +33,15 @@ class ExpertExchange(nn.Cell):
 
     Args:
         group: the ranks.
-        experts: `experts_of_exchange`.
+        experts: E.
         rows: R.
         capacity: rows of an expert at most; None for any number.
     """
 
-    def __init__(
-        self, group: ProcessGroup, experts: Sequence[int], rows: int, capacity: int | None
-    ) -> None:
+    def __init__(self, group: ProcessGroup, experts: int, rows: int, capacity: int | None) -> None:
         super().__init__()
         self.index, self.size = group.index, group.size
-        self.each = len(experts) // group.size
-        self.experts_E = Tensor(np.array(experts, np.int32))
+        self.each = experts // group.size
         from_one = rows if capacity is None else min(rows, self.each * capacity)
         self.rows = group.size * from_one
         self.block_of = transport.BlockOf(self.rows)
@@ -60,10 +54,10 @@ class ExpertExchange(nn.Cell):
     def construct(self, x_RD: Tensor, sizes_E: Tensor) -> tuple:
         """Rows packed by expert -> rows (N, D) of this rank's experts, and their sizes_e.
 
+        sizes_E are in the order of `experts_of_exchange`.
         What is behind them is undefined. The third result is the way back, for `returned`.
         """
-        sizes_E = ops.cast(ops.gather(sizes_E, self.experts_E, 0), mstype.float32)
-        counts_PE = ops.cast(self.gather(sizes_E), mstype.int32)
+        counts_PE = ops.cast(self.gather(ops.cast(sizes_E, mstype.float32)), mstype.int32)
         sent_PP = self.sum(ops.reshape(counts_PE, (self.size, self.size, self.each)), 2)
         begin = self.index * self.each
         counts_Pe = counts_PE[:, begin : begin + self.each]

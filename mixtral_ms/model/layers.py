@@ -50,7 +50,11 @@ class Attention(nn.Cell):
         self.wq = Linear(config.hidden_size, queries, bias, dtype)
         self.wk = Linear(config.hidden_size, keys, bias, dtype)
         self.wv = Linear(config.hidden_size, keys, bias, dtype)
-        self.wo = Linear(queries, config.hidden_size, config.attn_proj_has_bias, dtype)
+        self.enter = leave = None
+        if mesh.tensor.size > 1:
+            self.enter = EnterSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
+            leave = LeaveSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
+        self.wo = Linear(queries, config.hidden_size, config.attn_proj_has_bias, dtype, leave)
         sizes = AttentionSizes(
             seq_length,
             num_heads,
@@ -63,10 +67,6 @@ class Attention(nn.Cell):
             self.attend = ContextAttention(mesh.context, sizes)
         else:
             self.attend = kernels.attention(sizes)
-        self.enter = self.leave = None
-        if mesh.tensor.size > 1:
-            self.enter = EnterSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
-            self.leave = LeaveSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
 
     def construct(
         self,
@@ -79,11 +79,10 @@ class Attention(nn.Cell):
         """Returns (B, S, D)."""
         if self.enter is not None:
             x_BSD = self.enter(x_BSD)[0]
-        q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
-        attended = self.attend(q, k, v, cos, sin, positions_BS, segment_ids_BS)
-        if self.leave is None:
-            return self.wo(attended)
-        return self.wo.with_bias(self.leave(self.wo.products(attended)))
+        q = self.wq(x_BSD)
+        k = self.wk(x_BSD)
+        v = self.wv(x_BSD)
+        return self.wo(self.attend(q, k, v, cos, sin, positions_BS, segment_ids_BS))
 
 
 class DecoderLayer(nn.Cell):

@@ -21,6 +21,7 @@ class Linear(nn.Cell):
         outputs: size of y's last axis.
         bias: whether there is b.
         compute_dtype: dtype that x and W are cast to; y has it too.
+        join: sums what ranks compute of x W^T, before b is added; None where it is complete.
     """
 
     def __init__(
@@ -29,27 +30,25 @@ class Linear(nn.Cell):
         outputs: int,
         bias: bool = False,
         compute_dtype: mstype.Type = mstype.float32,
+        join: nn.Cell | None = None,
     ) -> None:
         super().__init__()
-        self.outputs, self.compute_dtype = outputs, compute_dtype
+        self.inputs, self.outputs, self.compute_dtype = inputs, outputs, compute_dtype
         self.weight = empty_parameter("weight", outputs, inputs)
         self.bias = empty_parameter("bias", outputs) if bias else None
+        self.join, self.complete = join, join is None and not bias
         self.product = ops.MatMul(transpose_b=True)
 
     def construct(self, x: Tensor) -> Tensor:
         """Maps (..., inputs) to (..., outputs)."""
-        return self.with_bias(self.products(x))
+        y = self.products(ops.reshape(ops.cast(x, self.compute_dtype), (-1, self.inputs)))
+        y = ops.reshape(y, x.shape[:-1] + (self.outputs,))
+        return y if self.complete else self._completed(y)
 
     def products(self, x: Tensor) -> Tensor:
-        """x W^T; where ranks split the inputs, the bias comes after their sum."""
-        shape = x.shape
-        x = ops.reshape(ops.cast(x, self.compute_dtype), (-1, shape[-1]))
-        return ops.reshape(self.flat_products(x), shape[:-1] + (self.outputs,))
-
-    def flat_products(self, x: Tensor) -> Tensor:
         """x W^T of (N, inputs)."""
         return self.product(x, ops.cast(self.weight, self.compute_dtype))
 
-    def with_bias(self, y: Tensor) -> Tensor:
-        """y + b."""
+    def _completed(self, y: Tensor) -> Tensor:
+        y = y if self.join is None else self.join(y)
         return y if self.bias is None else y + ops.cast(self.bias, self.compute_dtype)

@@ -28,7 +28,8 @@ class LoraLinear(Linear):
 
     def __init__(self, linear: Linear, pet: PetSection, place: int) -> None:
         outputs, inputs = linear.weight.shape
-        super().__init__(inputs, outputs, linear.bias is not None, linear.compute_dtype)
+        bias = linear.bias is not None
+        super().__init__(inputs, outputs, bias, linear.compute_dtype, linear.join)
         self.scale, self.dropout, self.place = pet.scale, pet.lora_dropout, place
         self.lora_a = empty_parameter("lora_a", pet.lora_rank, inputs)
         self.lora_b = empty_parameter("lora_b", outputs, pet.lora_rank)
@@ -37,7 +38,7 @@ class LoraLinear(Linear):
                 Tensor(0, mstype.float32), name="lora_key", requires_grad=False
             )
 
-    def flat_products(self, x: Tensor) -> Tensor:
+    def products(self, x: Tensor) -> Tensor:
         """x W^T + scale * dropout(x) A^T B^T of (N, inputs)."""
         y = self.product(x, ops.cast(self.weight, self.compute_dtype))
         if self.dropout > 0 and self.training:
@@ -83,7 +84,7 @@ def _adapt_experts(
         else:
             weight.lora_a = weight.lora_b = Tensor([0.0], mstype.float32)
     if kernel_name != "ascend":
-        routed.experts = LowRankExperts(pet.scale, pet.lora_dropout if names else 0.0, place)
+        routed.adapt(LowRankExperts(pet.scale, pet.lora_dropout if names else 0.0, place))
     else:
         if names and pet.lora_dropout > 0:
             raise UserError(
@@ -91,8 +92,7 @@ def _adapt_experts(
                 "drop nothing on Ascend: set it to 0, or adapt attention alone"
             )
         adapted = tuple(name in names for name in ("w1", "w3", "w2"))
-        routed.experts = MergedExperts(routed.experts, pet.scale, adapted)
-    routed.dispatch.layout = routed.experts.layout
+        routed.adapt(MergedExperts(routed.experts, pet.scale, adapted))
 
 
 def is_adapter(parameter: Parameter) -> bool:

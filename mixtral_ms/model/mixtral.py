@@ -119,19 +119,15 @@ class MixtralModel(nn.Cell):
         x, valid_T = hidden_BSD, self.valid_tokens(input_ids_BS)
         if self.begins:
             x = self.tok_embeddings(input_ids_BS)
-        probs_LTE = logits_LTE = counts_LE = taken_LE = ()
+        routings = ()
         for layer in self.layers:
-            x, (probs_TE, logits_TE, counts_E, taken_E) = layer(
-                x, valid_T, self.cos, self.sin, positions_BS, segment_ids_BS
-            )
-            probs_LTE += (probs_TE,)
-            logits_LTE += (logits_TE,)
-            counts_LE += (counts_E,)
-            taken_LE += (taken_E,)
+            x, routing = layer(x, valid_T, self.cos, self.sin, positions_BS, segment_ids_BS)
+            routings += (routing,)
         if self.norm_out is not None:
             x = self.norm_out(x)
-        routing = [ops.stack(one) for one in (probs_LTE, logits_LTE, counts_LE, taken_LE)]
-        return (x, *self.router_losses(*routing, valid_T))
+        probs_L, logits_L, counts_L, taken_L = zip(*routings)  # noqa: B905 - graph mode
+        stacks = ops.stack(probs_L), ops.stack(logits_L), ops.stack(counts_L), ops.stack(taken_L)
+        return (x, *self.router_losses(*stacks, valid_T))
 
     def valid_tokens(self, input_ids_BS: Tensor) -> Tensor:
         """Which tokens (T) are not padding."""

@@ -5,14 +5,13 @@ Legend: B batch, S sequence, T tokens, D hidden, F intermediate, E experts, k ex
 
 from functools import partial
 
-import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.expert_ranks import expert_matrix
 from mixtral_ms.config.model import MixtralConfig
 from mixtral_ms.kernels.select import KernelChoice
-from mixtral_ms.model.context import KeepOverRanks
+from mixtral_ms.model.context import DispatchOverRanks
 from mixtral_ms.model.dispatch import CombineTokens, Dispatch, PermuteTokens, expert_capacity
 from mixtral_ms.model.exchange import ExpertExchange, experts_of_exchange
 from mixtral_ms.model.linear import empty_parameter
@@ -29,10 +28,6 @@ class ExpertWeight(nn.Cell):
         super().__init__()
         self.weight = empty_parameter("weight", *shape)
         self.lora_a = self.lora_b = None  # set by model/lora.py
-
-    def construct(self, dtype: mstype.Type) -> Tensor:
-        """The weight in the compute dtype."""
-        return ops.cast(self.weight, dtype)
 
 
 class ExpertWeights(nn.Cell):
@@ -86,7 +81,7 @@ class RoutedExperts(nn.Cell):
         self.ffn = ExpertWeights(
             moe.expert_num // parts, config.hidden_size, config.intermediate_size // width
         )
-        self.experts = kernels.experts()
+        self.experts, self.adapted = kernels.experts(), False
         if kernels.name == "numpy":
             self.experts.read_in_place(self.ffn.weights)
         capacity = None
@@ -98,69 +93,56 @@ class RoutedExperts(nn.Cell):
                 moe.capacity_factor,
             )
         dispatch = partial(Dispatch, moe.expert_num, token_first=moe.enable_sdrop)
-        self.keep = None
-        if mesh.context.size > 1:
-            whole = dispatch(capacity=capacity, layout="packed") if capacity else None
-            self.keep = KeepOverRanks(mesh.context, shape, whole, moe.expert_num)
         here = experts_of_exchange(mesh, moe.expert_num) if parts > 1 else None
+        ranks = mesh.context.size
         self.dispatch = dispatch(
-            capacity=None if self.keep else capacity, layout=self.experts.layout, here=here
+            capacity if ranks == 1 else None, layout=self.experts.layout, here=here
         )
+        self.place = self.dispatch
+        if ranks > 1:
+            whole = dispatch(capacity, layout="packed") if capacity else None
+            self.place = DispatchOverRanks(mesh.context, shape, whole, self.dispatch)
         self.permute = PermuteTokens(moe.num_experts_chosen)
-        self.exchange = self.here_e = None
+        self.exchange = None
         if mesh.exchange.size > 1:
             rows = tokens * moe.num_experts_chosen
-            self.exchange = ExpertExchange(mesh.exchange, here, rows, capacity)
-        elif here is not None:
-            self.here_e = Tensor(np.array(here, np.int32))
+            self.exchange = ExpertExchange(mesh.exchange, len(here), rows, capacity)
         self.combine = CombineTokens(moe.num_experts_chosen)
         self.copy_gates = CopyToRanks(mesh.tensor) if mesh.tensor.size > 1 else None
 
-    def construct(self, x_TD: Tensor, valid_T: Tensor, routed_TD: Tensor | None = None) -> tuple:
+    def construct(self, x_TD: Tensor, routed_TD: Tensor, valid_T: Tensor) -> tuple:
         """Returns y_TD and what `RouterLosses` reads: probs_TE, logits_TE, counts_E and taken_E.
 
-        With tensor-parallel ranks y_TD is a term of the sum over them, and routed_TD is x once more
-        (see `EnterSplit`).
+        routed_TD is x too, for the router. With tensor-parallel ranks y_TD is a term of the sum
+        over them, and the gradients of the two inputs differ (see `EnterSplit`).
         """
-        gates_Tk, expert_Tk, probs_TE, logits_TE = self.router(
-            x_TD if routed_TD is None else routed_TD
-        )
-        row_Tk, kept_Tk, assignment_R, sizes_E, counts_E, taken_E = self._place(expert_Tk, valid_T)
+        gates_Tk, expert_Tk, probs_TE, logits_TE = self.router(routed_TD)
+        valid_Tk = ops.broadcast_to(ops.expand_dims(valid_T, 1), expert_Tk.shape)
+        row_Tk, kept_Tk, assignment_R, sizes_E, counts_E, taken_E = self.place(expert_Tk, valid_Tk)
         if self.copy_gates is not None:
             gates_Tk = self.copy_gates(gates_Tk)
         gates_Tk = ops.where(kept_Tk, gates_Tk, zeros_like(gates_Tk))
         x_RD = self.permute(ops.cast(x_TD, self.compute_dtype), assignment_R, row_Tk, kept_Tk)
-        y_RD = self._expert_outputs(x_RD, sizes_E)
+        if self.exchange is None:
+            y_RD = self._computed(x_RD, sizes_E)
+        else:
+            rows_ND, sizes_e, way = self.exchange(x_RD, sizes_E)
+            y_RD = self.exchange.returned(self._computed(rows_ND, sizes_e), way)
         y_TD = self.combine(y_RD, ops.cast(gates_Tk, self.compute_dtype), assignment_R, row_Tk)
         return y_TD, (probs_TE, logits_TE, counts_E, taken_E)
 
-    def _place(self, expert_Tk: Tensor, valid_T: Tensor) -> tuple:
-        """As `Dispatch`; counts_E and taken_E are those of all ranks that share a batch."""
-        valid_Tk = ops.broadcast_to(ops.expand_dims(valid_T, 1), expert_Tk.shape)
-        if self.keep is None:
-            return self.dispatch(expert_Tk, valid_Tk)
-        kept_Tk, counts_E, taken_E = self.keep(expert_Tk, valid_Tk)
-        placed = self.dispatch(expert_Tk, kept_Tk)
-        return (*placed[:4], counts_E, taken_E)
-
-    def _expert_outputs(self, x_RD: Tensor, sizes_E: Tensor) -> Tensor:
-        """The outputs of rows packed by expert, whichever rank computes them."""
-        if self.exchange is not None:
-            rows_ND, sizes_e, way = self.exchange(x_RD, sizes_E)
-            return self.exchange.returned(self._computed(rows_ND, sizes_e), way)
-        if self.here_e is not None:
-            sizes_E = ops.gather(sizes_E, self.here_e, 0)
-        return self._computed(x_RD, sizes_E)
-
     def _computed(self, x_RD: Tensor, sizes_E: Tensor) -> Tensor:
-        return self.experts(
-            x_RD,
-            self.ffn.w1(self.compute_dtype),
-            self.ffn.w3(self.compute_dtype),
-            self.ffn.w2(self.compute_dtype),
-            sizes_E,
-            *self.ffn.adapters(),
-        )
+        w1 = ops.cast(self.ffn.w1.weight, self.compute_dtype)
+        w3 = ops.cast(self.ffn.w3.weight, self.compute_dtype)
+        w2 = ops.cast(self.ffn.w2.weight, self.compute_dtype)
+        if self.adapted:
+            return self.experts(x_RD, w1, w3, w2, sizes_E, *self.ffn.adapters())
+        return self.experts(x_RD, w1, w3, w2, sizes_E)
+
+    def adapt(self, experts: nn.Cell) -> None:
+        """From now on these compute the outputs, and are given the adapters too."""
+        self.experts, self.adapted = experts, True
+        self.dispatch.layout = experts.layout
 
 
 class MoEFeedForward(nn.Cell):
@@ -185,10 +167,11 @@ class MoEFeedForward(nn.Cell):
     def construct(self, x_BSD: Tensor, valid_T: Tensor) -> tuple:
         """As `RoutedExperts`, on (B, S, D)."""
         if self.enter is None:
-            y_TD, routing = self.routed_experts(_flat(x_BSD), valid_T)
+            x_TD = _flat(x_BSD)
+            y_TD, routing = self.routed_experts(x_TD, x_TD, valid_T)
             return ops.reshape(y_TD, x_BSD.shape), routing
         x_BSD, routed_BSD = self.enter(x_BSD)
-        y_TD, routing = self.routed_experts(_flat(x_BSD), valid_T, _flat(routed_BSD))
+        y_TD, routing = self.routed_experts(_flat(x_BSD), _flat(routed_BSD), valid_T)
         return self.leave(ops.reshape(y_TD, x_BSD.shape)), routing
 
 

@@ -127,7 +127,7 @@ class Layer:
 
     def __call__(self, x_TD, valid_T):
         """The layer's output, then what `RouterLosses` says of it."""
-        y_TD, routing = self.cell(x_TD, valid_T)
+        y_TD, routing = self.cell(x_TD, x_TD, valid_T)
         found = self.losses(*[ops.expand_dims(one, 0) for one in routing], valid_T)
         return y_TD, *[one[0] for one in found]
 
