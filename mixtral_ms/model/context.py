@@ -15,7 +15,7 @@ from mixtral_ms.model.dispatch import Dispatch
 from mixtral_ms.parallel import transport
 from mixtral_ms.parallel.collectives import GatherFromRanks
 from mixtral_ms.parallel.mesh import ProcessGroup
-from mixtral_ms.parallel.primitives import zeros_like
+from mixtral_ms.parallel.primitives import sum_over, zeros_like
 
 
 class ContextAttention(PlainRotaryAttention):
@@ -72,7 +72,6 @@ class DispatchOverRanks(nn.Cell):
         self.index, self.size = group.index, group.size
         self.whole, self.own = whole, own
         self.ids_E = Tensor(np.arange(own.experts, dtype=np.int32))
-        self.sum = ops.ReduceSum()
         self.gather = transport.all_gather(group)
 
     def construct(self, expert_Tk: Tensor, valid_Tk: Tensor) -> tuple:
@@ -80,7 +79,7 @@ class DispatchOverRanks(nn.Cell):
         top_k = expert_Tk.shape[1]
         expert_all = self._of_all(ops.where(valid_Tk, expert_Tk, Tensor(-1, mstype.int32)), top_k)
         chosen = ops.equal(ops.reshape(expert_all, (-1, 1)), self.ids_E)
-        counts_E = self.sum(ops.cast(chosen, mstype.int32), 0)
+        counts_E = sum_over(ops.cast(chosen, mstype.int32), 0)
         kept_Tk, taken_E = valid_Tk, counts_E
         if self.whole is not None:
             _, kept_all, _, taken_E, *_ = self.whole(expert_all, expert_all >= 0)

@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from mixtral_ms.parallel.primitives import running_sum, sum_before, zeros_like
+from mixtral_ms.parallel.primitives import running_sum, sum_before, sum_over, zeros_like
 
 
 def expert_capacity(
@@ -55,10 +55,9 @@ class Dispatch(nn.Cell):
         super().__init__()
         self.experts, self.capacity = experts, capacity
         self.layout = layout
-        # kdrop: all first choices, then all second ones
+        # kdrop goes through all first choices, then all second ones; both orders undo themselves
         self.order, self.turn = (0, 1) if token_first else (1, 0), ops.Transpose()
         self.ids_E = Tensor(np.arange(experts, dtype=np.int32))
-        self.sum = ops.ReduceSum()  # ops.sum makes int64 of int32
         self.scatter, self.slice = ops.ScatterNd(), ops.Slice()
         self.here_e = self.is_here_E = None
         if here is not None:
@@ -87,9 +86,9 @@ class Dispatch(nn.Cell):
         valid_A1 = ops.reshape(self.turn(valid_Tk, self.order), (-1, 1))
         chosen_AE = ops.logical_and(ops.equal(expert_A1, self.ids_E), valid_A1)
         chosen_AE = ops.cast(chosen_AE, mstype.int32)
-        counts_E = self.sum(chosen_AE, 0)
+        counts_E = sum_over(chosen_AE, 0)
         # A place in the queue of each expert, read off at the assignment's own expert.
-        place_A = self.sum(running_sum(chosen_AE, 0) * chosen_AE, 1) - 1
+        place_A = sum_over(running_sum(chosen_AE, 0) * chosen_AE, 1) - 1
         kept_A = ops.reshape(valid_A1, (-1,))
         taken_E = counts_E
         if self.capacity is not None:
@@ -100,8 +99,8 @@ class Dispatch(nn.Cell):
         if self.here_e is not None:
             sizes_E = ops.gather(taken_E, self.here_e, 0)
             offsets_E = self._offsets(taken_E * self.is_here_E)
-            kept_A = ops.logical_and(kept_A, self.sum(chosen_AE * self.is_here_E, 1) > 0)
-        row_A = self.sum(chosen_AE * offsets_E, 1) + place_A
+            kept_A = ops.logical_and(kept_A, sum_over(chosen_AE * self.is_here_E, 1) > 0)
+        row_A = sum_over(chosen_AE * offsets_E, 1) + place_A
         row_A = ops.where(kept_A, row_A, Tensor(0, mstype.int32))
         row_Tk = self.turn(ops.reshape(row_A, expert_kT.shape), self.order)
         kept_Tk = self.turn(ops.reshape(kept_A, expert_kT.shape), self.order)

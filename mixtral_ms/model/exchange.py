@@ -11,7 +11,7 @@ from mixtral_ms.config.expert_ranks import expert_matrix
 from mixtral_ms.parallel import transport
 from mixtral_ms.parallel.collectives import ExchangeRows
 from mixtral_ms.parallel.mesh import Mesh, ProcessGroup
-from mixtral_ms.parallel.primitives import sum_before, zeros_like
+from mixtral_ms.parallel.primitives import sum_before, sum_over, zeros_like
 
 
 def experts_of_exchange(mesh: Mesh, experts: int) -> list[int]:
@@ -49,7 +49,6 @@ class ExpertExchange(nn.Cell):
         self.there = ExchangeRows(group, rows, self.rows)
         self.back = ExchangeRows(group, self.rows, rows)
         self.reorder = _Reorder()
-        self.sum = ops.ReduceSum()  # ops.sum makes int64 of int32, which kernels do not take
 
     def construct(self, x_RD: Tensor, sizes_E: Tensor) -> tuple:
         """Rows packed by expert -> rows (N, D) of this rank's experts, and their sizes_e.
@@ -58,13 +57,13 @@ class ExpertExchange(nn.Cell):
         What is behind them is undefined. The third result is the way back, for `returned`.
         """
         counts_PE = ops.cast(self.gather(ops.cast(sizes_E, mstype.float32)), mstype.int32)
-        sent_PP = self.sum(ops.reshape(counts_PE, (self.size, self.size, self.each)), 2)
+        sent_PP = sum_over(ops.reshape(counts_PE, (self.size, self.size, self.each)), 2)
         begin = self.index * self.each
         counts_Pe = counts_PE[:, begin : begin + self.each]
         # they come by rank, then by expert; experts want all their rows together
         by_expert_N, by_rank_N = self._orders(counts_Pe)
         rows_ND = self.reorder(self.there(x_RD, sent_PP), by_expert_N, by_rank_N)
-        return rows_ND, self.sum(counts_Pe, 0), (sent_PP, by_expert_N, by_rank_N)
+        return rows_ND, sum_over(counts_Pe, 0), (sent_PP, by_expert_N, by_rank_N)
 
     def returned(self, y_ND: Tensor, way: tuple) -> Tensor:
         """The outputs of the rows that were given, (R, D), in their order."""

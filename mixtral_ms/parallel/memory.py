@@ -230,8 +230,10 @@ def _activation_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> in
     fused = config.context.device_target == "Ascend"
     per_layer = tokens * _layer_values_per_token(model, grid, fused=fused) * width
     layer_input, kept = tokens * _hidden(model, grid) * width, per_layer * layers
-    if config.recompute_config.recompute:  # layers' inputs stay, one layer at a time is redone
-        kept = layer_input * (layers - 1) + per_layer
+    if config.recompute_config.recompute:
+        # layers' inputs stay, and what the router's losses read; one layer at a time is redone
+        routing = tokens * 2 * model.moe_config.expert_num * width
+        kept = (layer_input + routing) * (layers - 1) + per_layer
     # 1F1B: the first stage has as many micro batches under way as there are stages, and keeps of
     # all but the one that is computed its own input only
     under_way = min(grid.pipeline_stage - stage, max(grid.micro_batch_num, 1))

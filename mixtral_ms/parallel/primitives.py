@@ -8,6 +8,8 @@ compiling may end with "The func graph is empty": there take primitives, for ara
 from mindspore import ops
 
 zeros_like = ops.ZerosLike()
+sum_over = ops.ReduceSum()
+"""x, axis -> the sum in x's dtype; ops.sum makes int64 of int32, which some kernels do not take."""
 running_sum = ops.CumSum()
 """x, axis -> the sum up to each place, itself included."""
 sum_before = ops.CumSum(exclusive=True)
