@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from typing import TextIO
 
 LOGGER_NAME = "mixtral_ms"
 
@@ -12,11 +13,24 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK_ID", "0") or 0)
 
 
+class _ToStderr(logging.StreamHandler):
+    """Writes to what sys.stderr is at that moment, which notebooks replace."""
+
+    @property
+    def stream(self) -> TextIO:
+        """Not kept from the first use, whose stream may be closed by now."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        """For StreamHandler's own __init__."""
+
+
 def get_logger() -> logging.Logger:
     """The package's logger, set up on first use to write plain lines to stderr."""
     logger = logging.getLogger(LOGGER_NAME)
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _ToStderr()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
