@@ -167,7 +167,7 @@ def run_job(layout: str, steps: int) -> list[dict]:
 def train(layout: str, folder: Path, steps: int) -> None:
     """One rank: train on made-up rows and write what was measured."""
     from mixtral_ms.parallel.connection import connect  # noqa: PLC0415 - takes seconds
-    from mixtral_ms.train.build import set_up_device  # noqa: PLC0415 - takes seconds
+    from mixtral_ms.parallel.device import set_up_device  # noqa: PLC0415 - takes seconds
 
     config = config_of(layout)
     set_up_device(config)

@@ -83,7 +83,8 @@ def load_model(config: RunConfig, mesh: Mesh | None = None) -> LoadedModel:
     tokenizer = _open_tokenizer(config)
     mesh = mesh or _meet(config)
     weights = load_weights(open_run_weights(config), network, config.weight_dtype, mesh)
-    runner = select_runner(network, weights, backend=_backend(config), mesh=mesh)
+    backend = "auto" if config.context.device_target == "CPU" else "graph"
+    runner = select_runner(network, weights, backend=backend, mesh=mesh)
     batch = config.predict_batch_size or _USUAL_BATCH
     engine = Engine(runner, tokenizer, network, max_batch_size=batch)
     seconds = time.monotonic() - start
@@ -98,12 +99,15 @@ def load_model(config: RunConfig, mesh: Mesh | None = None) -> LoadedModel:
 
 
 def _meet(config: RunConfig) -> Mesh:
-    """The processes that share the network."""
-    if "MS_ROLE" not in os.environ:  # no launcher has started this process
-        return Mesh()
-    from mixtral_ms.parallel.connection import connect  # noqa: PLC0415 - imports MindSpore
+    """The processes that share the network, each with its device."""
+    launched = "MS_ROLE" in os.environ
+    if not launched and config.context.device_target == "CPU":
+        return Mesh()  # without MindSpore, whose import takes seconds: C++ may do
+    from mixtral_ms.parallel.connection import connect  # noqa: PLC0415
+    from mixtral_ms.parallel.device import set_up_device  # noqa: PLC0415
 
-    return connect(effective_parallel(config))
+    set_up_device(config)
+    return connect(effective_parallel(config)) if launched else Mesh()
 
 
 def open_run_weights(config: RunConfig) -> TensorSource:
@@ -163,20 +167,3 @@ def _open_tokenizer(config: RunConfig) -> Tokenizer:
                 path, name, theirs, name, ours,
             )  # fmt: skip
     return tokenizer
-
-
-def _backend(config: RunConfig) -> str:
-    if config.context.device_target == "CPU":
-        return "auto"
-    import mindspore  # noqa: PLC0415 - seconds; the C++ runner does without
-
-    context = config.context
-    try:
-        mindspore.set_device(context.device_target, context.device_id)
-        mindspore.set_context(max_device_memory=context.max_device_memory)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"context.device_target {context.device_target} cannot be used on this machine: "
-            "set --device_target CPU"
-        ) from error
-    return "graph"

@@ -1,10 +1,7 @@
 """From a configuration to the objects of a run."""
 
 import dataclasses
-import os
 from pathlib import Path
-
-import mindspore
 
 from mixtral_ms.checkpoint.tensors import TensorSource
 from mixtral_ms.config import RunConfig
@@ -27,24 +24,6 @@ from mixtral_ms.train.metrics import METRICS_FILE
 from mixtral_ms.train.optimizer import AdamW
 from mixtral_ms.train.samples import Samples
 from mixtral_ms.train.schedule import Schedule, build_schedule, constant_schedule
-
-
-def set_up_device(config: RunConfig) -> None:
-    """MindSpore's mode and device as `context` says."""
-    context = config.context
-    mindspore.set_context(mode=context.mode)
-    if context.device_target == "CPU":
-        # where operators have run already, MindSpore refuses to be told even what it has
-        if mindspore.get_context("device_target") != "CPU":
-            mindspore.set_device("CPU")
-        if config.runner_config.sink_mode:
-            get_logger().info("runner_config.sink_mode True has no effect on CPU")
-    else:
-        # a launcher gives each of its processes a device
-        device_id = int(os.environ.get("DEVICE_ID", context.device_id))
-        mindspore.set_device(context.device_target, device_id)
-        mindspore.set_context(max_device_memory=context.max_device_memory)
-        mindspore.set_deterministic(context.deterministic == "ON")
 
 
 def without_adapters(config: RunConfig) -> RunConfig:

@@ -16,12 +16,12 @@ from mixtral_ms.infer.predict import predict
 from mixtral_ms.infer.prompts import read_prompts
 from mixtral_ms.log import get_logger
 from mixtral_ms.parallel.connection import connect, started_processes
+from mixtral_ms.parallel.device import set_up_device
 from mixtral_ms.train.agreement import agree_on_storage, configuration_facts, require_alike
 from mixtral_ms.train.build import (
     build_loader,
     build_network,
     metrics_path,
-    set_up_device,
     without_adapters,
 )
 from mixtral_ms.train.checkpointing import checkpoint_root

@@ -64,6 +64,18 @@ def test_training_by_the_launchers_name(trained, folder):
     assert "Traceback" not in trained.stderr
 
 
+def test_a_device_that_is_not_there(folder):
+    done = run_command(
+        *("--config", folder / "run.yaml", "--device_target", "Ascend", "--device_id", "999"),
+        *("--output_dir", folder / "no_device"),
+        cwd=folder,
+    )
+    assert done.returncode == 2
+    assert "context.device_target Ascend, device 999, cannot be used on this machine" in done.stderr
+    assert "--device_target CPU" in done.stderr and "Traceback" not in done.stderr
+    assert not (folder / "no_device").exists()
+
+
 @pytest.mark.parametrize("batch_size", [3, 7])
 def test_eval_prints_what_training_measured(trained, folder, batch_size, capsys, graph):
     # the launcher prints where the checkpoints are, and how to evaluate them
