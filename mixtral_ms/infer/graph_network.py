@@ -196,11 +196,10 @@ class SparseExperts(_Experts):
         """Returns (T, D); tokens that are not valid go to no expert."""
         gates_Tk, expert_Tk = self.routing(x_TD)
         valid_Tk = ops.broadcast_to(ops.expand_dims(valid_T, 1), expert_Tk.shape)
-        row_Tk, kept_Tk, assignment_R, sizes_E, *_ = self.dispatch(expert_Tk, valid_Tk)
+        row_Tk, kept_Tk, assignment_R, sizes_e, *_ = self.dispatch(expert_Tk, valid_Tk)
         gates_Tk = ops.where(kept_Tk, gates_Tk, ops.zeros_like(gates_Tk))
         x_RD = self.permute(x_TD, assignment_R, row_Tk, kept_Tk)
-        sizes_E = sizes_E[self.first : self.end]
-        y_RD = self.network(x_RD, self.w1(), self.w3(), self.w2(), sizes_E)
+        y_RD = self.network(x_RD, self.w1(), self.w3(), self.w2(), sizes_e)
         return self.summed(self.combine(y_RD, gates_Tk, assignment_R, row_Tk))
 
 

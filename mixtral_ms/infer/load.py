@@ -74,7 +74,7 @@ def load_model(config: RunConfig, mesh: Mesh | None = None) -> LoadedModel:
 
     Raises:
         UserError: no weights or tokenizer are given, they do not fit the network, are damaged or
-            not finite, or a generation key is out of range.
+            not finite, a generation key is out of range, or the device cannot be used.
         DamagedFileError: a file is not what its format says.
     """
     start = time.monotonic()

@@ -80,13 +80,13 @@ class DispatchOverRanks(nn.Cell):
         expert_all = self._of_all(ops.where(valid_Tk, expert_Tk, Tensor(-1, mstype.int32)), top_k)
         chosen = ops.equal(ops.reshape(expert_all, (-1, 1)), self.ids_E)
         counts_E = sum_over(ops.cast(chosen, mstype.int32), 0)
-        kept_Tk, taken_E = valid_Tk, counts_E
+        taken_E = counts_E
         if self.whole is not None:
-            _, kept_all, _, taken_E, *_ = self.whole(expert_all, expert_all >= 0)
+            _, kept_all, _, _, _, taken_E = self.whole(expert_all, expert_all >= 0)
             kept = ops.reshape(kept_all, (self.batch, self.size, self.length, top_k))
-            kept_Tk = ops.reshape(kept[:, self.index], expert_Tk.shape)
-        row_Tk, kept_Tk, assignment_R, sizes_E, *_ = self.own(expert_Tk, kept_Tk)
-        return row_Tk, kept_Tk, assignment_R, sizes_E, counts_E, taken_E
+            valid_Tk = ops.reshape(kept[:, self.index], expert_Tk.shape)
+        row_Tk, kept_Tk, assignment_R, sizes_e, _, _ = self.own(expert_Tk, valid_Tk)
+        return row_Tk, kept_Tk, assignment_R, sizes_e, counts_E, taken_E
 
     def bprop(self, expert_Tk: Tensor, valid_Tk: Tensor, out: tuple, dout: tuple) -> tuple:
         """Places have no gradient."""

@@ -1,6 +1,7 @@
 """Where each token's copies go: slots by index, never by a one-hot product.
 
-Legend: T tokens, k experts a token, A = T * k assignments, R rows, E experts, C capacity, D hidden.
+Legend: T tokens, k experts a token, A = T * k assignments, R rows, E experts, e those that rows are
+made of here, C capacity, D hidden.
 """
 
 import math
@@ -77,12 +78,12 @@ class Dispatch(nn.Cell):
             row_Tk: the row of each assignment, 0 where it has none.
             kept_Tk: whether it has a row.
             assignment_R: index into the flattened (T, k) of what fills each row, -1 for empty.
-            sizes_E: rows used by each expert, or by each of those `here`.
+            sizes_e: rows used by each expert, or by each of those `here`.
             counts_E: assignments to each expert before dropping.
             taken_E: assignments to each expert that were not dropped.
         """
-        expert_kT = self.turn(expert_Tk, self.order)
-        expert_A1 = ops.reshape(expert_kT, (-1, 1))
+        ordered = self.turn(expert_Tk, self.order)
+        expert_A1 = ops.reshape(ordered, (-1, 1))
         valid_A1 = ops.reshape(self.turn(valid_Tk, self.order), (-1, 1))
         chosen_AE = ops.logical_and(ops.equal(expert_A1, self.ids_E), valid_A1)
         chosen_AE = ops.cast(chosen_AE, mstype.int32)
@@ -94,17 +95,18 @@ class Dispatch(nn.Cell):
         if self.capacity is not None:
             kept_A = ops.logical_and(kept_A, place_A < self.capacity)
             taken_E = ops.minimum(counts_E, Tensor(self.capacity, mstype.int32))
-        sizes_E = taken_E
-        offsets_E = self._offsets(taken_E)
-        if self.here_e is not None:
-            sizes_E = ops.gather(taken_E, self.here_e, 0)
+        if self.here_e is None:
+            sizes_e = taken_E
+            offsets_E = self._offsets(taken_E)
+        else:
+            sizes_e = ops.gather(taken_E, self.here_e, 0)
             offsets_E = self._offsets(taken_E * self.is_here_E)
             kept_A = ops.logical_and(kept_A, sum_over(chosen_AE * self.is_here_E, 1) > 0)
         row_A = sum_over(chosen_AE * offsets_E, 1) + place_A
         row_A = ops.where(kept_A, row_A, Tensor(0, mstype.int32))
-        row_Tk = self.turn(ops.reshape(row_A, expert_kT.shape), self.order)
-        kept_Tk = self.turn(ops.reshape(kept_A, expert_kT.shape), self.order)
-        return row_Tk, kept_Tk, self._inverse(row_Tk, kept_Tk), sizes_E, counts_E, taken_E
+        row_Tk = self.turn(ops.reshape(row_A, ordered.shape), self.order)
+        kept_Tk = self.turn(ops.reshape(kept_A, ordered.shape), self.order)
+        return row_Tk, kept_Tk, self._inverse(row_Tk, kept_Tk), sizes_e, counts_E, taken_E
 
     def bprop(self, expert_Tk: Tensor, valid_Tk: Tensor, out: tuple, dout: tuple) -> tuple:
         """Places have no gradient."""

@@ -232,7 +232,7 @@ def _activation_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> in
     layer_input, kept = tokens * _hidden(model, grid) * width, per_layer * layers
     if config.recompute_config.recompute:
         # layers' inputs stay, and what the router's losses read; one layer at a time is redone
-        routing = tokens * 2 * model.moe_config.expert_num * width
+        routing = tokens * 2 * model.moe_config.expert_num * 4  # float32
         kept = (layer_input + routing) * (layers - 1) + per_layer
     # 1F1B: the first stage has as many micro batches under way as there are stages, and keeps of
     # all but the one that is computed its own input only

@@ -19,7 +19,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.parallel.mesh import ProcessGroup
-from mixtral_ms.parallel.primitives import sum_before, zeros_like
+from mixtral_ms.parallel.primitives import sum_before, sum_over, zeros_like
 
 sent_bytes: Counter[str] = Counter()
 """By the kind of group: what described ranks would have sent (see above)."""
@@ -161,14 +161,13 @@ class BlockOf(nn.Cell):
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.rows_N = Tensor(np.arange(rows, dtype=np.int32))
-        self.sum = ops.ReduceSum()
 
     def construct(self, sizes_P: Tensor) -> tuple[Tensor, Tensor]:
         """Sizes of the blocks -> (N), (N)."""
         begin_P = sum_before(sizes_P, 0)
         end_P = begin_P + sizes_P
         passed_NP = ops.expand_dims(self.rows_N, 1) >= ops.expand_dims(end_P, 0)
-        block_N = self.sum(ops.cast(passed_NP, mstype.int32), 1)
+        block_N = sum_over(ops.cast(passed_NP, mstype.int32), 1)
         block_N = ops.minimum(block_N, sizes_P.shape[0] - 1)
         return block_N, self.rows_N - ops.gather(begin_P, block_N, 0)
 

@@ -41,7 +41,8 @@ class Trainer:
 
     Raises:
         UserError: the configuration contradicts itself, names files that do not exist, does not
-            fit the number of processes, or is another one on another rank.
+            fit the number of processes, or is another one on another rank; or the device cannot be
+            used.
     """
 
     def __init__(self, config: RunConfig | str | os.PathLike[str]) -> None:

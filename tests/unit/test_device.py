@@ -6,21 +6,31 @@ import pytest
 from mixtral_ms.config import RunConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.infer import load
-from mixtral_ms.parallel import connection
+from mixtral_ms.parallel import connection, device
 from mixtral_ms.parallel.device import set_up_device
 
 
 @pytest.fixture
 def told(monkeypatch):
-    """What MindSpore is told, in order."""
+    """What MindSpore is told, in order; as it does, it refuses to hear of determinism twice."""
     said = []
-    for name in ("set_device", "set_context", "set_deterministic"):
+
+    def set_deterministic(value):
+        if any(name == "set_deterministic" for name, *_ in said):
+            raise RuntimeError("can not be set repeatedly.\n- C++ call stack")
+        said.append(("set_deterministic", value))
+
+    for name in ("set_device", "set_context"):
         monkeypatch.setattr(
-            mindspore, name, lambda *given, name=name, **named: said.append((name, *given, named))
+            mindspore, name, lambda *given, name=name, **_: said.append((name, *given))
         )
+    monkeypatch.setattr(mindspore, "set_deterministic", set_deterministic)
     monkeypatch.setattr(connection, "connect", lambda _: said.append(("connect",)))
-    monkeypatch.delenv("DEVICE_ID", raising=False)
-    return said
+    for name in ("DEVICE_ID", "MS_ROLE"):
+        monkeypatch.delenv(name, raising=False)
+    device._take.cache_clear()
+    yield said
+    device._take.cache_clear()
 
 
 @pytest.fixture
@@ -30,19 +40,29 @@ def config():
     return config
 
 
-@pytest.mark.parametrize(("launcher", "device"), [(None, 5), ("3", 3)])
-def test_the_launchers_device_comes_before_the_files(launcher, device, told, config, monkeypatch):
-    if launcher is not None:
-        monkeypatch.setenv("DEVICE_ID", launcher)
+@pytest.mark.parametrize(("launched", "taken"), [(False, 5), (True, 3)])
+def test_the_launchers_device_is_taken_under_a_launcher(launched, taken, told, config, monkeypatch):
+    monkeypatch.setenv("DEVICE_ID", "3")  # a shell may have it from elsewhere
+    if launched:
+        monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     set_up_device(config)
-    assert ("set_device", "Ascend", device, {}) in told
+    assert ("set_device", "Ascend", taken) in told
 
 
 def test_ranks_that_answer_have_their_devices_before_they_meet(told, config, monkeypatch):
     monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     monkeypatch.setenv("DEVICE_ID", "3")
     load._meet(config)
-    assert told.index(("set_device", "Ascend", 3, {})) < told.index(("connect",))
+    assert told.index(("set_device", "Ascend", 3)) < told.index(("connect",))
+
+
+def test_a_second_trainer_in_one_process(told, config):
+    set_up_device(config)
+    set_up_device(config)
+    assert told.count(("set_device", "Ascend", 5)) == 1
+    config.context.deterministic = "ON"
+    with pytest.raises(UserError, match=r"cannot be used: can not be set repeatedly\. \(set"):
+        set_up_device(config)
 
 
 def test_a_device_that_is_not_there(told, config, monkeypatch):
@@ -50,7 +70,7 @@ def test_a_device_that_is_not_there(told, config, monkeypatch):
         raise RuntimeError("no such device")
 
     monkeypatch.setattr(mindspore, "set_device", missing)
-    with pytest.raises(UserError, match="Ascend, device 5, cannot be used.*--device_target CPU"):
+    with pytest.raises(UserError, match="Ascend, device 5, .* no such device .*device_target CPU"):
         set_up_device(config)
     assert "set_deterministic" not in {name for name, *_ in told}
 

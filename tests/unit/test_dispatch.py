@@ -84,6 +84,29 @@ def test_every_assignment_has_its_own_slot_or_is_dropped(case, layout):
     assert (slot_Tk[kept_Tk] < sizes_E[chosen_Tk][kept_Tk]).all()
 
 
+@settings(max_examples=40)
+@given(assignments(), st.data())
+def test_rows_only_for_the_experts_here(case, data):
+    """Capacity is handed out among all experts; the rows of those here follow each other."""
+    chosen_Tk, experts, valid_T, capacity, sdrop = case
+    here = sorted(data.draw(st.sets(st.integers(0, experts - 1), min_size=1)))
+    dispatch = Dispatch(experts, capacity, sdrop, "packed", here)
+    valid_Tk = np.repeat(valid_T[:, None], chosen_Tk.shape[1], 1)
+    placed = dispatch(Tensor(chosen_Tk), Tensor(valid_Tk))
+    row_Tk, kept_Tk, assignment_R, sizes_e, counts_E, taken_E = (one.asnumpy() for one in placed)
+
+    taken_Tk = hand_out_slots(chosen_Tk, experts, capacity, sdrop, valid_T)
+    np.testing.assert_array_equal(kept_Tk, taken_Tk & np.isin(chosen_Tk, here))
+    before = np.bincount(chosen_Tk[valid_T].ravel(), minlength=experts)
+    np.testing.assert_array_equal(counts_E, before)
+    np.testing.assert_array_equal(taken_E, np.bincount(chosen_Tk[taken_Tk], minlength=experts))
+    np.testing.assert_array_equal(sizes_e, taken_E[here])
+    used = np.sort(row_Tk[kept_Tk])
+    np.testing.assert_array_equal(used, np.arange(sizes_e.sum()))
+    by_row = chosen_Tk.ravel()[assignment_R[: sizes_e.sum()]]
+    np.testing.assert_array_equal(by_row, np.repeat(here, sizes_e))
+
+
 def group_starts(layout, sizes_E, capacity):
     if layout == "padded":
         return np.arange(len(sizes_E)) * capacity
