@@ -44,7 +44,8 @@ def say(yaml_path, capsys, monkeypatch):
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         status = run_command(chat, ["--config", str(yaml_path), *flags])
         printed = capsys.readouterr()
-        assert (status, printed.err) == (0, "")
+        assert status == 0, printed.err
+        assert re.fullmatch(r"\S+ INFO (C\+\+|graph) runner, .*loaded in .* s\n", printed.err)
         return printed.out.splitlines()
 
     return piped
