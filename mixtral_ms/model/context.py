@@ -15,7 +15,7 @@ from mixtral_ms.model.dispatch import Dispatch
 from mixtral_ms.parallel import transport
 from mixtral_ms.parallel.collectives import GatherFromRanks
 from mixtral_ms.parallel.mesh import ProcessGroup
-from mixtral_ms.parallel.primitives import sum_over, zeros_like
+from mixtral_ms.parallel.primitives import zeros_like
 
 
 class ContextAttention(PlainRotaryAttention):
@@ -60,32 +60,27 @@ class DispatchOverRanks(nn.Cell):
     Args:
         group: the ranks that split the sequence.
         shape: (B, S).
-        whole: hands out places among all tokens; None drops nothing.
+        whole: hands out places among all tokens.
         own: gives this rank's assignments that have a place their rows.
     """
 
     def __init__(
-        self, group: ProcessGroup, shape: tuple[int, int], whole: Dispatch | None, own: Dispatch
+        self, group: ProcessGroup, shape: tuple[int, int], whole: Dispatch, own: Dispatch
     ) -> None:
         super().__init__()
         self.batch, self.length = shape
         self.index, self.size = group.index, group.size
         self.whole, self.own = whole, own
-        self.ids_E = Tensor(np.arange(own.experts, dtype=np.int32))
         self.gather = transport.all_gather(group)
 
     def construct(self, expert_Tk: Tensor, valid_Tk: Tensor) -> tuple:
         """As `Dispatch`; counts_E and taken_E are those of all ranks."""
         top_k = expert_Tk.shape[1]
         expert_all = self._of_all(ops.where(valid_Tk, expert_Tk, Tensor(-1, mstype.int32)), top_k)
-        chosen = ops.equal(ops.reshape(expert_all, (-1, 1)), self.ids_E)
-        counts_E = sum_over(ops.cast(chosen, mstype.int32), 0)
-        taken_E = counts_E
-        if self.whole is not None:
-            _, kept_all, _, _, _, taken_E = self.whole(expert_all, expert_all >= 0)
-            kept = ops.reshape(kept_all, (self.batch, self.size, self.length, top_k))
-            valid_Tk = ops.reshape(kept[:, self.index], expert_Tk.shape)
-        row_Tk, kept_Tk, assignment_R, sizes_e, _, _ = self.own(expert_Tk, valid_Tk)
+        _, kept_all, _, _, counts_E, taken_E = self.whole(expert_all, expert_all >= 0)
+        kept_all = ops.reshape(kept_all, (self.batch, self.size, self.length, top_k))
+        kept_Tk = ops.reshape(kept_all[:, self.index], expert_Tk.shape)
+        row_Tk, kept_Tk, assignment_R, sizes_e, _, _ = self.own(expert_Tk, kept_Tk)
         return row_Tk, kept_Tk, assignment_R, sizes_e, counts_E, taken_E
 
     def bprop(self, expert_Tk: Tensor, valid_Tk: Tensor, out: tuple, dout: tuple) -> tuple:

@@ -1,6 +1,7 @@
 """The sparse mixture of experts layer (section 2.1 of arXiv 2401.04088).
 
-Legend: B batch, S sequence, T tokens, D hidden, F intermediate, E experts, k experts a token.
+Legend: B batch, S sequence, T tokens, D hidden, F intermediate, E experts, e those whose
+rows are meant, k experts a token.
 """
 
 from functools import partial
@@ -94,13 +95,11 @@ class RoutedExperts(nn.Cell):
             )
         dispatch = partial(Dispatch, moe.expert_num, token_first=moe.enable_sdrop)
         here = experts_of_exchange(mesh, moe.expert_num) if parts > 1 else None
-        ranks = mesh.context.size
-        self.dispatch = dispatch(
-            capacity if ranks == 1 else None, layout=self.experts.layout, here=here
-        )
+        alone = mesh.context.size == 1
+        self.dispatch = dispatch(capacity if alone else None, layout=self.experts.layout, here=here)
         self.place = self.dispatch
-        if ranks > 1:
-            whole = dispatch(capacity, layout="packed") if capacity else None
+        if not alone:
+            whole = dispatch(capacity, layout="packed")
             self.place = DispatchOverRanks(mesh.context, shape, whole, self.dispatch)
         self.permute = PermuteTokens(moe.num_experts_chosen)
         self.exchange = None
@@ -118,26 +117,26 @@ class RoutedExperts(nn.Cell):
         """
         gates_Tk, expert_Tk, probs_TE, logits_TE = self.router(routed_TD)
         valid_Tk = ops.broadcast_to(ops.expand_dims(valid_T, 1), expert_Tk.shape)
-        row_Tk, kept_Tk, assignment_R, sizes_E, counts_E, taken_E = self.place(expert_Tk, valid_Tk)
+        row_Tk, kept_Tk, assignment_R, sizes_e, counts_E, taken_E = self.place(expert_Tk, valid_Tk)
         if self.copy_gates is not None:
             gates_Tk = self.copy_gates(gates_Tk)
         gates_Tk = ops.where(kept_Tk, gates_Tk, zeros_like(gates_Tk))
         x_RD = self.permute(ops.cast(x_TD, self.compute_dtype), assignment_R, row_Tk, kept_Tk)
         if self.exchange is None:
-            y_RD = self._computed(x_RD, sizes_E)
+            y_RD = self._computed(x_RD, sizes_e)
         else:
-            rows_ND, sizes_e, way = self.exchange(x_RD, sizes_E)
+            rows_ND, sizes_e, way = self.exchange(x_RD, sizes_e)
             y_RD = self.exchange.returned(self._computed(rows_ND, sizes_e), way)
         y_TD = self.combine(y_RD, ops.cast(gates_Tk, self.compute_dtype), assignment_R, row_Tk)
         return y_TD, (probs_TE, logits_TE, counts_E, taken_E)
 
-    def _computed(self, x_RD: Tensor, sizes_E: Tensor) -> Tensor:
+    def _computed(self, x_RD: Tensor, sizes_e: Tensor) -> Tensor:
         w1 = ops.cast(self.ffn.w1.weight, self.compute_dtype)
         w3 = ops.cast(self.ffn.w3.weight, self.compute_dtype)
         w2 = ops.cast(self.ffn.w2.weight, self.compute_dtype)
         if self.adapted:
-            return self.experts(x_RD, w1, w3, w2, sizes_E, *self.ffn.adapters())
-        return self.experts(x_RD, w1, w3, w2, sizes_E)
+            return self.experts(x_RD, w1, w3, w2, sizes_e, *self.ffn.adapters())
+        return self.experts(x_RD, w1, w3, w2, sizes_e)
 
     def adapt(self, experts: nn.Cell) -> None:
         """From now on these compute the outputs, and are given the adapters too."""

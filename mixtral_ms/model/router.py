@@ -128,9 +128,10 @@ class RouterLosses(nn.Cell):
         probs_LTE = ops.stop_gradient(probs_LTE)
         entropy_LT = -ops.sum(probs_LTE * ops.log(probs_LTE + 1e-20), 2)
         entropy_L = self._summed(ops.sum(entropy_LT * weight_T, 1)) / tokens
-        total_L1 = ops.maximum(ops.sum(counts_LE, 1, True), one)
-        taken_L1 = ops.sum(ops.cast(taken_LE, mstype.float32), 1, True)
-        return aux_L, z_L, counts_LE / total_L1, 1.0 - (taken_L1 / total_L1)[:, 0], entropy_L
+        total_L = ops.maximum(ops.sum(counts_LE, 1), one)
+        load_LE = counts_LE / ops.expand_dims(total_L, 1)
+        dropped_L = 1.0 - ops.sum(ops.cast(taken_LE, mstype.float32), 1) / total_L
+        return aux_L, z_L, load_LE, dropped_L, entropy_L
 
     def _summed(self, x: Tensor) -> Tensor:
         return x if self.over_ranks is None else self.over_ranks(x)

@@ -5,7 +5,7 @@ import os
 
 import mindspore
 
-from mixtral_ms.config import RunConfig
+from mixtral_ms.config.schema import RunConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 

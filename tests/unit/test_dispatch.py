@@ -6,9 +6,10 @@ import mindspore
 import numpy as np
 import pytest
 import torch
+from helpers.routing import one_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mindspore import Tensor, ops
+from mindspore import Tensor
 from mindspore import dtype as mstype
 from router_oracle import capacity_of, hand_out_slots, moe, route
 
@@ -151,8 +152,7 @@ class Layer:
     def __call__(self, x_TD, valid_T):
         """The layer's output, then what `RouterLosses` says of it."""
         y_TD, routing = self.cell(x_TD, x_TD, valid_T)
-        found = self.losses(*[ops.expand_dims(one, 0) for one in routing], valid_T)
-        return y_TD, *[one[0] for one in found]
+        return y_TD, *one_layer(self.losses, *routing, valid_T)
 
     def expected(self, x_TD, valid_T):
         logits_TE = x_TD[:, : self.config.expert_num]

@@ -3,6 +3,7 @@
 import mindspore
 import numpy as np
 import pytest
+from helpers.routing import one_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor, ops
@@ -43,12 +44,6 @@ def router_of_logits(experts, k, layer=0, **config):
     router = Router(experts, moe, layer)
     router.dense.weight.set_data(Tensor(np.eye(experts, dtype=np.float32)))
     return router.set_train()
-
-
-def one_layer(losses, *inputs):
-    """What `losses` gives for one layer's probs, logits, counts and taken, and for valid tokens."""
-    *layer, valid_T = inputs
-    return tuple(one[0] for one in losses(*[ops.expand_dims(each, 0) for each in layer], valid_T))
 
 
 @EXAMPLES
