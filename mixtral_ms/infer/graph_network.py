@@ -200,7 +200,7 @@ class SparseExperts(_Experts):
         gates_Tk = ops.where(kept_Tk, gates_Tk, ops.zeros_like(gates_Tk))
         x_RD = self.permute(x_TD, assignment_R, row_Tk, kept_Tk)
         y_RD = self.network(x_RD, self.w1(), self.w3(), self.w2(), sizes_e)
-        return self.summed(self.combine(y_RD, gates_Tk, assignment_R, row_Tk))
+        return self.summed(self.combine(y_RD, gates_Tk, assignment_R, row_Tk, kept_Tk))
 
 
 class DenseExperts(_Experts):

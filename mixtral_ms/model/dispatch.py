@@ -155,10 +155,7 @@ class PermuteTokens(nn.Cell):
         """Each token sums the gradients of its own rows."""
         tokens, hidden = x_TD.shape
         d_AD = ops.gather(dout, ops.reshape(row_Tk, (tokens * self.top_k,)), 0)
-        d_TkD = ops.reshape(d_AD, (tokens, self.top_k, hidden))
-        # Not a product: what a dropped assignment's row holds is not its own.
-        dropped_Tk = ops.logical_not(kept_Tk)
-        d_TkD = ops.masked_fill(d_TkD, _along(dropped_Tk, 2, d_TkD), 0.0)
+        d_TkD = _without_dropped(ops.reshape(d_AD, (tokens, self.top_k, hidden)), kept_Tk)
         return (
             ops.sum(d_TkD, 1),
             zeros_like(assignment_R),
@@ -168,23 +165,24 @@ class PermuteTokens(nn.Cell):
 
 
 class CombineTokens(nn.Cell):
-    """Sums each token's expert outputs, weighted by its gates (0 where dropped)."""
+    """Sums each token's expert outputs, weighted by its gates; dropped assignments add nothing."""
 
     def __init__(self, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k
 
     def construct(
-        self, y_RD: Tensor, gates_Tk: Tensor, assignment_R: Tensor, row_Tk: Tensor
+        self, y_RD: Tensor, gates_Tk: Tensor, assignment_R: Tensor, row_Tk: Tensor, kept_Tk: Tensor
     ) -> Tensor:
         """Returns (T, D)."""
-        y_TkD = self._picked(y_RD, row_Tk)
+        y_TkD = self._picked(y_RD, row_Tk, kept_Tk)
         return ops.sum(y_TkD * _along(gates_Tk, 2, y_TkD), 1)
 
-    def _picked(self, y_RD: Tensor, row_Tk: Tensor) -> Tensor:
+    def _picked(self, y_RD: Tensor, row_Tk: Tensor, kept_Tk: Tensor) -> Tensor:
         tokens = row_Tk.shape[0]
         y_AD = ops.gather(y_RD, ops.reshape(row_Tk, (tokens * self.top_k,)), 0)
-        return ops.reshape(y_AD, (tokens, self.top_k, y_RD.shape[1]))
+        y_TkD = ops.reshape(y_AD, (tokens, self.top_k, y_RD.shape[1]))
+        return _without_dropped(y_TkD, kept_Tk)
 
     def bprop(  # noqa: PLR0913 - MindSpore's signature: inputs, output, its gradient
         self,
@@ -192,6 +190,7 @@ class CombineTokens(nn.Cell):
         gates_Tk: Tensor,
         assignment_R: Tensor,
         row_Tk: Tensor,
+        kept_Tk: Tensor,
         out: Tensor,
         dout: Tensor,
     ) -> tuple:
@@ -202,9 +201,25 @@ class CombineTokens(nn.Cell):
         gate_R = ops.gather(gates_A, index_R, 0) * ops.cast(filled_R, gates_Tk.dtype)
         dout_RD = ops.gather(dout, index_R // self.top_k, 0)
         d_y_RD = dout_RD * _along(gate_R, 1, dout_RD)
-        y_TkD = self._picked(y_RD, row_Tk)
+        y_TkD = self._picked(y_RD, row_Tk, kept_Tk)
         d_gates_Tk = ops.sum(y_TkD * _along(dout, 1, y_TkD), 2)
-        return d_y_RD, d_gates_Tk, zeros_like(assignment_R), zeros_like(row_Tk)
+        return (
+            d_y_RD,
+            d_gates_Tk,
+            zeros_like(assignment_R),
+            zeros_like(row_Tk),
+            zeros_like(kept_Tk),
+        )
+
+
+def _without_dropped(x_TkD: Tensor, kept_Tk: Tensor) -> Tensor:
+    """0 for dropped assignments, whose row is not their own.
+
+    Not a product with 0: where no row is kept at all, nobody wrote the row that they read, and on
+    Ascend such rows hold whatever the memory held before, NaN included.
+    """
+    dropped_Tk = ops.logical_not(kept_Tk)
+    return ops.masked_fill(x_TkD, _along(dropped_Tk, 2, x_TkD), 0.0)
 
 
 def _along(x: Tensor, axis: int, like: Tensor) -> Tensor:

@@ -127,7 +127,8 @@ class RoutedExperts(nn.Cell):
         else:
             rows_ND, sizes_e, way = self.exchange(x_RD, sizes_e)
             y_RD = self.exchange.returned(self._computed(rows_ND, sizes_e), way)
-        y_TD = self.combine(y_RD, ops.cast(gates_Tk, self.compute_dtype), assignment_R, row_Tk)
+        gates_Tk = ops.cast(gates_Tk, self.compute_dtype)
+        y_TD = self.combine(y_RD, gates_Tk, assignment_R, row_Tk, kept_Tk)
         return y_TD, (probs_TE, logits_TE, counts_E, taken_E)
 
     def _computed(self, x_RD: Tensor, sizes_e: Tensor) -> Tensor:

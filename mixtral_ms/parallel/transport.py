@@ -193,7 +193,8 @@ class _ReduceScatter(nn.Cell):
 class _AllToAllV(nn.Cell):
     def __init__(self, group: ProcessGroup, rows_out: int) -> None:
         super().__init__()
-        self.index, self.group, self.rows_out = group.index, group.name, rows_out
+        self.index, self.group = group.index, group.name
+        self.row_N = Tensor(np.arange(rows_out, dtype=np.int32))
 
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
         columns = x_ND.shape[1]
@@ -202,9 +203,8 @@ class _AllToAllV(nn.Cell):
         exchange = ops.AlltoAllV(group=self.group, block_size=columns)
         received = exchange(ops.reshape(x_ND, (-1,)), send_P, receive_P)
         # the kernel gives as many rows as came: up to a fixed number for what is compiled behind
-        row_N = ops.arange(0, self.rows_out, 1, dtype=mstype.int32)
-        last = ops.cast(ops.sum(receive_P) - 1, mstype.int32)
-        index = ops.maximum(ops.minimum(row_N, last), 0)
+        last = ops.cast(sum_over(receive_P, 0) - 1, mstype.int32)
+        index = ops.maximum(ops.minimum(self.row_N, last), 0)
         return ops.gather(ops.reshape(received, (-1, columns)), index, 0)
 
 

@@ -24,8 +24,8 @@ class MicroBatchGradients:
     """
 
     def __init__(self, network: MixtralForCausalLM, accumulation: int) -> None:
-        self._gradients = _Gradients(network, add=accumulation > 1)
-        self._sums, self._mesh, self._compiled = self._gradients.sums, network.mesh, False
+        self.graph = _Gradients(network, add=accumulation > 1)
+        self._sums, self._mesh, self._compiled = self.graph.sums, network.mesh, False
 
     def __call__(
         self,
@@ -54,9 +54,9 @@ class MicroBatchGradients:
             ids, labels = Tensor(batch.input_ids), Tensor(batch.labels)
             inputs = (ids, labels, *weights, *segment_tensors(batch))
             if not self._compiled:
-                compile_together(self._mesh, {self._gradients: inputs})
+                compile_together(self._mesh, {self.graph: inputs})
                 self._compiled = True
-            parts, gradients = self._gradients(*inputs)
+            parts, gradients = self.graph(*inputs)
             outputs.append(parts)
         return outputs, tuple(self._sums.values) if self._sums else gradients
 
