@@ -2,7 +2,7 @@
 
 import sys
 
-from mixtral_ms.cli.run import command
+from mixtral_ms.cli.commands.run import command
 
 if __name__ == "__main__":
     sys.exit(command())

@@ -28,8 +28,9 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["mixtral_ms", "mixtral_ms.*"]),
     package_data={
-        "mixtral_ms.train": ["*.jinja"],
+        "mixtral_ms.train.report": ["*.jinja"],
         "mixtral_ms.kernels.native": ["*.cpp", "*.hpp"],
+        "mixtral_ms.infer.runners.cpp": ["*.cpp", "*.hpp"],
     },
     python_requires=">=3.10",
     install_requires=[

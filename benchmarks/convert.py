@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from memory import AnonymousPeak
 
-from mixtral_ms.checkpoint.safetensors_file import write_safetensors
-from mixtral_ms.checkpoint.tensors import OutgoingTensor, TensorInfo
+from mixtral_ms.checkpoint.formats.safetensors_format import write_safetensors
+from mixtral_ms.checkpoint.formats.tensor_source import OutgoingTensor, TensorInfo
 
 ROOT = Path(__file__).parents[1]
 HIDDEN, WIDTH, EXPERTS, KEY_VALUE, VOCABULARY = 4096, 14336, 8, 1024, 32000

@@ -147,8 +147,8 @@ def ask(worker: subprocess.Popen, question: str) -> str:
 
 def serve_random(name: str, rank: int) -> None:
     """A worker on random ids; its facts are how many parameters it trains."""
-    from mixtral_ms.config.pet_section import PetSection
-    from mixtral_ms.data.batch import Batch
+    from mixtral_ms.config.sections.lora_section import PetSection
+    from mixtral_ms.data.loader.batch import Batch
 
     pattern = CONTENDERS[name]
     pet = pattern and PetSection(lora_rank=rank, lora_dropout=0.0, target_modules=pattern)
@@ -161,9 +161,9 @@ def serve_random(name: str, rank: int) -> None:
 
 def serve_rows(name: str, data: Path) -> None:
     """A worker on real rows; its facts are records, supervised and real tokens of an epoch."""
-    from mixtral_ms.config.data_sections import DataLoaderSection, DatasetSection
-    from mixtral_ms.data.example_tokenizer import find_example_tokenizer
-    from mixtral_ms.data.loader import RecordLoader
+    from mixtral_ms.config.sections.data_section import DataLoaderSection, DatasetSection
+    from mixtral_ms.data.loader.record_loader import RecordLoader
+    from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 
     source = DataLoaderSection(
         type="ConversationDataset",
@@ -192,10 +192,10 @@ def make_step(sizes: dict, pet=None):
     """A step of full or adapter training, in graph mode on the CPU."""
     import mindspore
 
-    from mixtral_ms.config.model import MixtralConfig, MoEConfig
+    from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
     from mixtral_ms.model.mixtral import MixtralForCausalLM
-    from mixtral_ms.train.optimizer import AdamW
-    from mixtral_ms.train.step import TrainStep
+    from mixtral_ms.train.step.adamw import AdamW
+    from mixtral_ms.train.step.train_step import TrainStep
 
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
     mindspore.set_device("CPU")

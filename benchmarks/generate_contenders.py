@@ -96,8 +96,8 @@ class Ours:
 
     def __init__(self, weight_dtype: str) -> None:
         from mixtral_ms.config import MixtralConfig
-        from mixtral_ms.infer.native_runner import NativeRunner
-        from mixtral_ms.infer.weights import InferWeights
+        from mixtral_ms.infer.runners.cpp_runner import NativeRunner
+        from mixtral_ms.infer.runners.infer_weights import InferWeights
 
         skip = ("experts", "top_k", "max_length")
         experts = {"expert_num": SIZES["experts"], "num_experts_chosen": SIZES["top_k"]}
@@ -180,7 +180,7 @@ class Ours:
         return np.concatenate(last)
 
     def _step(self, *arrays) -> np.ndarray:
-        from mixtral_ms.infer.runner import StepInput
+        from mixtral_ms.infer.runners.base import StepInput
 
         return self.runner.step(StepInput(*(np.asarray(a, np.int32) for a in arrays)))
 

@@ -27,12 +27,12 @@ import numpy as np
 from memory import status_bytes
 
 from mixtral_ms.config import RunConfig, load_config
-from mixtral_ms.config.resolve import micro_batches
-from mixtral_ms.data.batch import Batch
-from mixtral_ms.parallel.communication import traffic_plan
-from mixtral_ms.parallel.grid_text import parse_grid
-from mixtral_ms.parallel.memory import memory_plan
-from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.config.loading.resolve import micro_batches
+from mixtral_ms.data.loader.batch import Batch
+from mixtral_ms.parallel.grid.grid_text import parse_grid
+from mixtral_ms.parallel.grid.mesh import Mesh
+from mixtral_ms.parallel.planner.memory_model import memory_plan
+from mixtral_ms.parallel.planner.traffic_model import traffic_plan
 
 ROOT = Path(__file__).parents[1]
 YAML = ROOT / "research/mixtral_tiny/pretrain_mixtral-tiny.yaml"
@@ -166,8 +166,8 @@ def run_job(layout: str, steps: int) -> list[dict]:
 
 def train(layout: str, folder: Path, steps: int) -> None:
     """One rank: train on made-up rows and write what was measured."""
-    from mixtral_ms.parallel.connection import connect  # noqa: PLC0415 - takes seconds
-    from mixtral_ms.parallel.device import set_up_device  # noqa: PLC0415 - takes seconds
+    from mixtral_ms.parallel.comm.device import set_up_device  # noqa: PLC0415 - takes seconds
+    from mixtral_ms.parallel.comm.process_groups import connect  # noqa: PLC0415 - takes seconds
 
     config = config_of(layout)
     set_up_device(config)
@@ -186,7 +186,7 @@ def counted_bytes(layout: str) -> dict[str, float]:
     """What the first rank of a layout sends in one step, by the plan's names."""
     import mindspore  # noqa: PLC0415 - takes seconds
 
-    from mixtral_ms.parallel.transport import sent_bytes  # noqa: PLC0415 - takes seconds
+    from mixtral_ms.parallel.comm.transports import sent_bytes  # noqa: PLC0415 - takes seconds
 
     mindspore.set_context(mode=mindspore.PYNATIVE_MODE)
     mindspore.set_device("CPU")
@@ -206,8 +206,8 @@ def counted_bytes(layout: str) -> dict[str, float]:
 
 def build_step(config: RunConfig, mesh: Mesh) -> object:
     """The training step of a rank."""
-    from mixtral_ms.train.build import build_network, build_optimizer  # noqa: PLC0415 - as above
-    from mixtral_ms.train.step import TrainStep  # noqa: PLC0415 - as above
+    from mixtral_ms.train.builders import build_network, build_optimizer  # noqa: PLC0415 - as above
+    from mixtral_ms.train.step.train_step import TrainStep  # noqa: PLC0415 - as above
 
     network = build_network(config, mesh)
     return TrainStep(network, build_optimizer(config, network), micro_batches(config), 1.0)

@@ -25,10 +25,10 @@ import sentencepiece
 from memory import status_bytes
 from mindspore.mindrecord import FileWriter
 
-from mixtral_ms.data.example_tokenizer import find_example_tokenizer
-from mixtral_ms.data.mindrecord import index_of
-from mixtral_ms.data.preprocess import PreprocessOptions, preprocess
-from mixtral_ms.data.wiki import clean_wikitext
+from mixtral_ms.data.documents.preprocess_documents import PreprocessOptions, preprocess
+from mixtral_ms.data.documents.wikitext import clean_wikitext
+from mixtral_ms.data.mindrecord.writer import index_of
+from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 
 SEQ_LENGTH = 4096
 MODEL = str(find_example_tokenizer())

@@ -28,10 +28,10 @@ from fastchat.conversation import get_conv_template
 from memory import status_bytes
 from mindspore.mindrecord import FileWriter
 
-from mixtral_ms.data.alpaca_prompt import alpaca_prompt
-from mixtral_ms.data.example_tokenizer import find_example_tokenizer
-from mixtral_ms.data.mindrecord import index_of
-from mixtral_ms.data.qa import QaOptions, preprocess_qa
+from mixtral_ms.data.conversations.alpaca_prompt import alpaca_prompt
+from mixtral_ms.data.conversations.preprocess_conversations import QaOptions, preprocess_qa
+from mixtral_ms.data.mindrecord.writer import index_of
+from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 
 MODEL = str(find_example_tokenizer())
 SYLLABLES = re.findall("..", "anbecordafilgenhorinjuskalumornespraquirentolurve")

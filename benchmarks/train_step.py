@@ -187,11 +187,11 @@ def build_ours(name: str, sizes: dict) -> dict:
     from mindspore import Tensor, ops
 
     from mixtral_ms.config import MixtralConfig
-    from mixtral_ms.data.batch import Batch
+    from mixtral_ms.data.loader.batch import Batch
     from mixtral_ms.model.mixtral import MixtralForCausalLM
-    from mixtral_ms.train.flops import flops_per_token
-    from mixtral_ms.train.optimizer import AdamW
-    from mixtral_ms.train.step import TrainStep
+    from mixtral_ms.train.report.flops import flops_per_token
+    from mixtral_ms.train.step.adamw import AdamW
+    from mixtral_ms.train.step.train_step import TrainStep
 
     mindspore.set_context(mode=0)
     mindspore.set_device("CPU")

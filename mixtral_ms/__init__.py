@@ -15,7 +15,7 @@ _HOMES = {
     "load_config": "mixtral_ms.config",
     "MixtralForCausalLM": "mixtral_ms.model.mixtral",
     "Trainer": "mixtral_ms.train.trainer",
-    "pipeline": "mixtral_ms.infer.pipeline",
+    "pipeline": "mixtral_ms.infer.text_generation_pipeline",
 }
 __all__ = [  # noqa: F822 - resolved by __getattr__
     "MixtralConfig",

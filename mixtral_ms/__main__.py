@@ -3,19 +3,20 @@
 import importlib
 import sys
 
-from mixtral_ms.cli.main_guard import run_command
+from mixtral_ms.cli.support.exit_status import run_command
 
 COMMANDS = {
-    "run": ("mixtral_ms.cli.run", "train, evaluate or predict from a YAML"),
-    "complete": ("mixtral_ms.cli.complete", "prompts and their answers as framed examples"),
-    "chat": ("mixtral_ms.cli.chat", "talk to an instruction-tuned model"),
-    "preprocess": ("mixtral_ms.cli.preprocess", "text and conversations to MindRecord"),
-    "alpaca": ("mixtral_ms.cli.alpaca", "Alpaca rows to conversations"),
-    "transform": ("mixtral_ms.cli.transform", "cut a checkpoint for other devices, or merge it"),
-    "plan": ("mixtral_ms.cli.plan", "rank grids that fit a cluster, and why others do not"),
-    "inspect": ("mixtral_ms.cli.inspect", "what a checkpoint holds, and what is wrong with it"),
-    "convert": ("mixtral_ms.cli.convert", "weights between formats"),
+    "run": "train, evaluate or predict from a YAML",
+    "complete": "prompts and their answers as framed examples",
+    "chat": "talk to an instruction-tuned model",
+    "preprocess": "text and conversations to MindRecord",
+    "alpaca": "Alpaca rows to conversations",
+    "transform": "cut a checkpoint for other devices, or merge it",
+    "plan": "rank grids that fit a cluster, and why others do not",
+    "inspect": "what a checkpoint holds, and what is wrong with it",
+    "convert": "weights between formats",
 }
+"""Files of cli/commands, with what each is for."""
 
 
 def main() -> int:
@@ -23,14 +24,14 @@ def main() -> int:
     names = sys.argv[1:2]
     if not names or names[0] in ("-h", "--help"):
         print("usage: python -m mixtral_ms COMMAND [--help]\n\ncommands:")
-        for name, (_, text) in COMMANDS.items():
+        for name, text in COMMANDS.items():
             print(f"  {name:12} {text}")
         print("\nexample:\n  python -m mixtral_ms run --help")
         return 0
     if names[0] not in COMMANDS:
         print(f"error: no command {names[0]!r}: there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[names[0]][0])
+    module = importlib.import_module(f"mixtral_ms.cli.commands.{names[0]}")
     return run_command(module.main, sys.argv[2:])
 
 

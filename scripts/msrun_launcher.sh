@@ -97,5 +97,5 @@ if [ "${PLOG_REDICT_TO_OUTPUT:-False}" != False ]; then
 fi
 ulimit -u unlimited 2>/dev/null || true # many threads a process; not every user may raise it
 
-exec "$python" -m mixtral_ms.cli.launch "$WORKER_NUM" "$LOCAL_WORKER" "$MASTER_ADDR" \
+exec "$python" -m mixtral_ms.cli.commands.launch "$WORKER_NUM" "$LOCAL_WORKER" "$MASTER_ADDR" \
   "$MASTER_PORT" "$NODE_RANK" "$LOG_DIR$suffix" "$JOIN" "$CLUSTER_TIME_OUT" "${ORDER[@]}"

@@ -117,7 +117,7 @@ perplexity() {
     sed -nE 's/.*perplexity ([^ ]+).*/\1/p'
 }
 
-tokenizer=$("$VENV_PYTHON" -c 'from mixtral_ms.data.example_tokenizer import \
+tokenizer=$("$VENV_PYTHON" -c 'from mixtral_ms.data.tokenizer.example_tokenizer import \
   find_example_tokenizer; print(find_example_tokenizer())')
 if [ ! -f "$OUT/data/done" ]; then
   echo "== text to records"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mixtral_ms.cli.main_guard import run_command
+from mixtral_ms.cli.support.exit_status import run_command
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
 

@@ -1,0 +1,1 @@
+"""Checkpoints: file formats, folders that are whole or absent, parts of ranks, resharding."""

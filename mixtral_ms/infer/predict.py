@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from mixtral_ms.errors import UserError
-from mixtral_ms.infer.load import LoadedModel
-from mixtral_ms.infer.params import Generation, SamplingParams
+from mixtral_ms.infer.engine.sampling_params import Generation, SamplingParams
+from mixtral_ms.infer.load_model import LoadedModel
 from mixtral_ms.progress import progress_bar
 
 

@@ -8,17 +8,17 @@ from mindspore import dtype as mstype
 from mindspore import nn
 
 from mixtral_ms.errors import UserError
-from mixtral_ms.kernels.attention import (
+from mixtral_ms.kernels.cells.attention import (
     AttentionSizes,
     NativeRotaryAttention,
     PlainRotaryAttention,
 )
-from mixtral_ms.kernels.cross_entropy import LinearCrossEntropy
-from mixtral_ms.kernels.experts import PackedExperts, PaddedExperts
+from mixtral_ms.kernels.cells.cross_entropy import LinearCrossEntropy
+from mixtral_ms.kernels.cells.experts import PackedExperts, PaddedExperts
+from mixtral_ms.kernels.cells.optimizer_update import CpuUpdate, NativeUpdate, PlainUpdate
+from mixtral_ms.kernels.cells.rms_norm import NativeRMSNorm, PlainRMSNorm
 from mixtral_ms.kernels.native.build import native_library
-from mixtral_ms.kernels.native.custom import NUMPY
-from mixtral_ms.kernels.rms_norm import NativeRMSNorm, PlainRMSNorm
-from mixtral_ms.kernels.update import CpuUpdate, NativeUpdate, PlainUpdate
+from mixtral_ms.kernels.native.custom_ops import NUMPY
 
 BACKENDS = ("cpu", "reference", "ascend")
 
@@ -51,13 +51,16 @@ def select_kernels(
     if backend not in BACKENDS:
         raise UserError(f"kernel backend {backend!r}: allowed are {', '.join(BACKENDS)}")
     if backend == "ascend":
-        from mixtral_ms.kernels import ascend  # noqa: PLC0415 - only that backend needs it
+        # only that backend needs them
+        from mixtral_ms.kernels.ascend.flash_attention import FlashRotaryAttention  # noqa: PLC0415
+        from mixtral_ms.kernels.ascend.fused_rms_norm import FusedRMSNorm  # noqa: PLC0415
+        from mixtral_ms.kernels.ascend.grouped_experts import GroupedExperts  # noqa: PLC0415
 
         return KernelChoice(
             "ascend",
-            ascend.GroupedExperts,
-            ascend.FlashRotaryAttention,
-            ascend.FusedRMSNorm,
+            GroupedExperts,
+            FlashRotaryAttention,
+            FusedRMSNorm,
             LinearCrossEntropy,
         )
     if backend == "reference" or dtype != mstype.float32:

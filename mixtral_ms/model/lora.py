@@ -3,15 +3,15 @@
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from mixtral_ms.config.model import MixtralConfig
-from mixtral_ms.config.pet_section import PetSection
+from mixtral_ms.config.sections.lora_section import PetSection
+from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.errors import UserError
-from mixtral_ms.kernels.lora_experts import LowRankExperts, MergedExperts
-from mixtral_ms.model.linear import Linear, empty_parameter
-from mixtral_ms.model.moe import ExpertWeight, RoutedExperts
-from mixtral_ms.model.noise import hash_uniform
-from mixtral_ms.parallel.layout import LORA_A, LORA_B
-from mixtral_ms.parallel.primitives import zeros_like
+from mixtral_ms.kernels.cells.lora_experts import LowRankExperts, MergedExperts
+from mixtral_ms.model.moe.routed_experts import ExpertWeight, RoutedExperts
+from mixtral_ms.model.nn.hash_noise import hash_uniform
+from mixtral_ms.model.nn.linear import Linear, empty_parameter
+from mixtral_ms.parallel.comm.graph_primitives import zeros_like
+from mixtral_ms.parallel.grid.sharding_rules import LORA_A, LORA_B
 
 _KEY = ".lora_key"
 _PLACES = 8  # numbers of a layer: one a module that drops values

@@ -10,26 +10,26 @@ import mindspore
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from mixtral_ms.config.model import MixtralConfig
-from mixtral_ms.config.stages import stage_layers
-from mixtral_ms.kernels.elementwise import rotary_tables
-from mixtral_ms.kernels.experts import PackedExperts
-from mixtral_ms.kernels.kept import Kept
+from mixtral_ms.config.derived.pipeline_stages import stage_layers
+from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.kernels.cells.elementwise import rotary_tables
+from mixtral_ms.kernels.cells.experts import PackedExperts
 from mixtral_ms.kernels.select import KernelChoice, select_kernels
-from mixtral_ms.model.dtypes import compute_type
-from mixtral_ms.model.initialize import initialize
-from mixtral_ms.model.layers import DecoderLayer, RMSNorm
-from mixtral_ms.model.linear import Linear, empty_parameter
+from mixtral_ms.kernels.threaded.saved_activations import Kept
+from mixtral_ms.model.decoder_layer import DecoderLayer, RMSNorm
 from mixtral_ms.model.lora import add_adapters, freeze_weights
-from mixtral_ms.model.router import RouterLosses
-from mixtral_ms.parallel.collectives import (
+from mixtral_ms.model.moe.router import RouterLosses
+from mixtral_ms.model.nn.compute_dtype import compute_type
+from mixtral_ms.model.nn.linear import Linear, empty_parameter
+from mixtral_ms.model.nn.weight_init import initialize
+from mixtral_ms.parallel.comm.collectives import (
     EnterSplit,
     GatherFromRanks,
     LeaveSplit,
     SplitToRanks,
 )
-from mixtral_ms.parallel.layout import parameter_shapes
-from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.parallel.grid.mesh import Mesh
+from mixtral_ms.parallel.grid.sharding_rules import parameter_shapes
 
 
 class TokenEmbedding(nn.Cell):

@@ -1,0 +1,1 @@
+"""The rank grid, communication, and the planner."""

@@ -1,0 +1,1 @@
+"""Training: the Trainer, its step, its state and its report."""

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import Tensor, nn
 
-from mixtral_ms.config.model import MixtralConfig
-from mixtral_ms.data.batch import Batch
+from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.errors import UserError
 from mixtral_ms.model.mixtral import MixtralForCausalLM
-from mixtral_ms.parallel.connection import compile_together, sum_values
+from mixtral_ms.parallel.comm.process_groups import compile_together, sum_values
 from mixtral_ms.progress import progress_bar
-from mixtral_ms.train.micro_batches import segment_tensors
-from mixtral_ms.train.pipeline import Neighbours
-from mixtral_ms.train.plan import Loader
+from mixtral_ms.train.step.gradients import segment_tensors
+from mixtral_ms.train.step.pipeline_gradients import Neighbours
+from mixtral_ms.train.step_plan import Loader
 
 
 @dataclass(frozen=True)

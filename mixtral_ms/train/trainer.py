@@ -5,29 +5,34 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mixtral_ms.checkpoint.folders import list_checkpoints
+from mixtral_ms.checkpoint.store.folders import list_checkpoints
 from mixtral_ms.config import RunConfig, load_config
-from mixtral_ms.config.checks import check_config
-from mixtral_ms.config.resolve import effective_parallel
+from mixtral_ms.config.checks.check_config import check_config
+from mixtral_ms.config.loading.resolve import effective_parallel
+from mixtral_ms.convert.run_weights import open_run_weights
 from mixtral_ms.errors import UserError
-from mixtral_ms.infer.load import LoadedModel, load_model, open_run_weights
-from mixtral_ms.infer.params import Generation
+from mixtral_ms.infer.engine.sampling_params import Generation
+from mixtral_ms.infer.load_model import LoadedModel, load_model
 from mixtral_ms.infer.predict import predict
-from mixtral_ms.infer.prompts import read_prompts
+from mixtral_ms.infer.text.prompts import read_prompts
 from mixtral_ms.log import get_logger
-from mixtral_ms.parallel.connection import connect, started_processes
-from mixtral_ms.parallel.device import set_up_device
-from mixtral_ms.train.agreement import agree_on_storage, configuration_facts, require_alike
-from mixtral_ms.train.build import (
+from mixtral_ms.parallel.comm.device import set_up_device
+from mixtral_ms.parallel.comm.process_groups import connect, started_processes
+from mixtral_ms.train.builders import (
     build_loader,
     build_network,
     metrics_path,
     without_adapters,
 )
-from mixtral_ms.train.checkpointing import checkpoint_root
 from mixtral_ms.train.evaluation import Evaluation, Evaluator
-from mixtral_ms.train.resuming import find_resume
-from mixtral_ms.train.rounding import round_weights
+from mixtral_ms.train.state.rank_agreement import (
+    agree_on_storage,
+    configuration_facts,
+    require_alike,
+)
+from mixtral_ms.train.state.resume import find_resume
+from mixtral_ms.train.state.saver import checkpoint_root
+from mixtral_ms.train.state.weight_rounding import round_weights
 from mixtral_ms.train.training_run import TrainingRun, TrainResult
 
 

@@ -10,23 +10,21 @@ from pathlib import Path
 
 import mindspore
 
-from mixtral_ms.checkpoint.sharded import OpenedSource
+from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource
 from mixtral_ms.config import RunConfig
-from mixtral_ms.config.render import render_config
-from mixtral_ms.config.training_sections import (
+from mixtral_ms.config.loading.render import render_config
+from mixtral_ms.config.sections.training_section import (
     LossMonitorSection,
     MetricsWriterSection,
     ReportSection,
 )
-from mixtral_ms.convert.lora import fingerprint_of
-from mixtral_ms.data.batch import Batch
+from mixtral_ms.convert.adapters.lora_weights import fingerprint_of
+from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.files import write_aside
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.lora import set_dropout_keys
-from mixtral_ms.parallel.mesh import Mesh
-from mixtral_ms.train.adapters import base_of, save_peft, trained_text
-from mixtral_ms.train.agreement import StepAgreement, Storage, require_alike
-from mixtral_ms.train.build import (
+from mixtral_ms.parallel.grid.mesh import Mesh
+from mixtral_ms.train.builders import (
     build_learning_rate,
     build_loader,
     build_network,
@@ -37,17 +35,19 @@ from mixtral_ms.train.build import (
     open_network_weights,
     tensorboard_folder,
 )
-from mixtral_ms.train.checkpointing import Saver, checkpoint_root, write_strategy_files
-from mixtral_ms.train.diagnosis import first_non_finite
 from mixtral_ms.train.evaluation import Evaluation, Evaluator
-from mixtral_ms.train.loss_scale import build_loss_scale
-from mixtral_ms.train.metrics import MetricsWriter, NoMetrics
-from mixtral_ms.train.monitor import StepMonitor, step_line
-from mixtral_ms.train.plan import make_plan
-from mixtral_ms.train.report import write_report
-from mixtral_ms.train.resuming import restore
-from mixtral_ms.train.step import TrainStep
-from mixtral_ms.train.stop_request import StopRequest
+from mixtral_ms.train.report.metrics import MetricsWriter, NoMetrics
+from mixtral_ms.train.report.report import write_report
+from mixtral_ms.train.report.step_monitor import StepMonitor, step_line
+from mixtral_ms.train.state.lora_run import base_of, save_peft, trained_text
+from mixtral_ms.train.state.rank_agreement import StepAgreement, Storage, require_alike
+from mixtral_ms.train.state.resume import restore
+from mixtral_ms.train.state.saver import Saver, checkpoint_root, write_strategy_files
+from mixtral_ms.train.step.loss_scale import build_loss_scale
+from mixtral_ms.train.step.non_finite import first_non_finite
+from mixtral_ms.train.step.train_step import TrainStep
+from mixtral_ms.train.step_plan import make_plan
+from mixtral_ms.train.stop_signals import StopRequest
 
 
 class NotFiniteError(RuntimeError):

@@ -14,10 +14,10 @@ from mindspore import dtype as mstype
 from mindspore.common.api import _cell_graph_executor
 from mindspore.ops.operations import comm_ops
 
-from mixtral_ms.config.parallel_sections import ParallelConfig
+from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.model.mixtral import MixtralForCausalLM
-from mixtral_ms.parallel.mesh import Mesh
-from mixtral_ms.train.micro_batches import MicroBatchGradients
+from mixtral_ms.parallel.grid.mesh import Mesh
+from mixtral_ms.train.step.gradients import MicroBatchGradients
 
 
 def pretend_ascend(rank: int) -> None:

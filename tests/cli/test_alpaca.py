@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mixtral_ms.cli.alpaca import main
-from mixtral_ms.cli.main_guard import run_command
+from mixtral_ms.cli.commands.alpaca import main
+from mixtral_ms.cli.support.exit_status import run_command
 
 ROWS = [
     {"instruction": "Give three tips.", "input": "", "output": "1.Eat.\n2. Sleep \u4f60\u597d."},

@@ -16,11 +16,11 @@ from helpers.answering import CONTEXT, make_model, network
 from helpers.runs import environment, heeding_signals
 
 from mixtral_ms import load_config
-from mixtral_ms.cli.chat import main as chat
-from mixtral_ms.cli.chat_session import ChatSession
-from mixtral_ms.cli.main_guard import run_command
-from mixtral_ms.infer.load import load_model
-from mixtral_ms.infer.template import encode_chat
+from mixtral_ms.cli.commands.chat import main as chat
+from mixtral_ms.cli.support.chat_session import ChatSession
+from mixtral_ms.cli.support.exit_status import run_command
+from mixtral_ms.infer.load_model import load_model
+from mixtral_ms.infer.text.instruct_template import encode_chat
 
 NEW = ("--max_new_tokens", "5")
 CUT = "(cut at 5 tokens; /set max_new_tokens=N)"

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from convert_oracle import MAKERS, huggingface, write_source
+from helpers.convert_oracle import MAKERS, huggingface, write_source
 
-from mixtral_ms.checkpoint.open_file import open_tensors
-from mixtral_ms.cli.convert import main
-from mixtral_ms.cli.main_guard import run_command
-from mixtral_ms.cli.transform import main as transform
+from mixtral_ms.checkpoint.formats.open_file import open_tensors
+from mixtral_ms.cli.commands.convert import main
+from mixtral_ms.cli.commands.transform import main as transform
+from mixtral_ms.cli.support.exit_status import run_command
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,15 +5,15 @@ import shlex
 from pathlib import Path
 
 import pytest
-from convert_oracle import write_source
+from helpers.convert_oracle import write_source
 
-from mixtral_ms.cli.convert import main as convert
-from mixtral_ms.cli.inspect import main as inspect
-from mixtral_ms.cli.main_guard import run_command
-from mixtral_ms.cli.preprocess import main as preprocess
-from mixtral_ms.cli.run import main as run
-from mixtral_ms.cli.transform import main as transform
-from mixtral_ms.data.example_tokenizer import find_example_tokenizer
+from mixtral_ms.cli.commands.convert import main as convert
+from mixtral_ms.cli.commands.inspect import main as inspect
+from mixtral_ms.cli.commands.preprocess import main as preprocess
+from mixtral_ms.cli.commands.run import main as run
+from mixtral_ms.cli.commands.transform import main as transform
+from mixtral_ms.cli.support.exit_status import run_command
+from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]

@@ -17,12 +17,12 @@ from helpers.runs import (
 )
 from mindspore import Tensor
 
-from mixtral_ms.cli.run import main
+from mixtral_ms.cli.commands.run import main
 from mixtral_ms.config import load_config
-from mixtral_ms.data.example_tokenizer import find_example_tokenizer
-from mixtral_ms.data.mindrecord import RecordWriter
-from mixtral_ms.data.records import MindRecords
-from mixtral_ms.data.tokenizer import Tokenizer
+from mixtral_ms.data.mindrecord.reader import MindRecords
+from mixtral_ms.data.mindrecord.writer import RecordWriter
+from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
+from mixtral_ms.data.tokenizer.tokenizer import Tokenizer
 from mixtral_ms.errors import UserError
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.evaluation import dropless

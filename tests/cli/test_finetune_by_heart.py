@@ -14,7 +14,7 @@ from fastchat.conversation import get_conv_template
 from helpers.runs import ROOT, assert_same_run, environment
 from sentencepiece import SentencePieceProcessor
 
-from mixtral_ms.data.example_tokenizer import find_example_tokenizer
+from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(5400)]
 

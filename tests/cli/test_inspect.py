@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from helpers.sharded import folder_hashes, whole_tensors, write_tensors, write_whole
 
-from mixtral_ms.checkpoint.store import save_checkpoint
-from mixtral_ms.checkpoint.transform import TransformOptions, transform
-from mixtral_ms.cli.inspect import main
-from mixtral_ms.cli.main_guard import run_command
+from mixtral_ms.checkpoint.reshard.transform_checkpoint import TransformOptions, transform
+from mixtral_ms.checkpoint.store.store import save_checkpoint
+from mixtral_ms.cli.commands.inspect import main
+from mixtral_ms.cli.support.exit_status import run_command
 
 WQ = "model.layers.0.attention.wq.weight"
 GRID = "dp=2,mp=2,ep=2,pp=2,zero=1"

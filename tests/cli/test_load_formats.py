@@ -4,8 +4,8 @@ import pytest
 from helpers.runs import make_run, run_command
 
 from mixtral_ms import Trainer, load_config
-from mixtral_ms.cli.convert import main as convert
-from mixtral_ms.cli.transform import main as transform
+from mixtral_ms.cli.commands.convert import main as convert
+from mixtral_ms.cli.commands.transform import main as transform
 from mixtral_ms.errors import UserError
 
 

@@ -11,13 +11,13 @@ import pytest
 import yaml
 from helpers.runs import ROOT, environment, make_run
 
-from mixtral_ms.cli.main_guard import run_command
-from mixtral_ms.cli.plan import main
+from mixtral_ms.cli.commands.plan import main
+from mixtral_ms.cli.support.exit_status import run_command
 from mixtral_ms.config import load_config
-from mixtral_ms.config.checks import check_config
-from mixtral_ms.config.overrides import Override
-from mixtral_ms.config.resolve import rank_count
-from mixtral_ms.parallel.memory import memory_plan
+from mixtral_ms.config.checks.check_config import check_config
+from mixtral_ms.config.loading.overrides import Override
+from mixtral_ms.config.loading.resolve import rank_count
+from mixtral_ms.parallel.planner.memory_model import memory_plan
 
 BIG = ROOT / "research/mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
 SIXTEEN = ("--config", BIG, "--devices", "16", "--memory", "64GB")

@@ -16,10 +16,10 @@ from helpers.numpy_runner import random_tensors
 from helpers.runs import ROOT, environment
 
 from mixtral_ms import Trainer, load_config
-from mixtral_ms.cli.complete import main as complete
-from mixtral_ms.cli.main_guard import run_command
-from mixtral_ms.cli.run import main as run
-from mixtral_ms.data.example_tokenizer import find_example_tokenizer
+from mixtral_ms.cli.commands.complete import main as complete
+from mixtral_ms.cli.commands.run import main as run
+from mixtral_ms.cli.support.exit_status import run_command
+from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 from mixtral_ms.errors import UserError
 
 REFERENCE = sentencepiece.SentencePieceProcessor(model_file=str(find_example_tokenizer()))
@@ -180,7 +180,7 @@ def test_flags_reach_the_answer(model, predict, tmp_path, flag, value):
 
 
 def _flags():
-    from mixtral_ms.cli.run_options import FLAGS  # noqa: PLC0415
+    from mixtral_ms.cli.support.run_flags import FLAGS  # noqa: PLC0415
 
     return FLAGS
 

@@ -10,11 +10,11 @@ import pytest
 import sentencepiece
 from mindspore.dataset import MindDataset
 
-from mixtral_ms.cli.main_guard import run_command
-from mixtral_ms.cli.preprocess import main
-from mixtral_ms.data import text as text_module
-from mixtral_ms.data import wiki as wiki_module
-from mixtral_ms.data.example_tokenizer import find_example_tokenizer
+from mixtral_ms.cli.commands.preprocess import main
+from mixtral_ms.cli.support.exit_status import run_command
+from mixtral_ms.data.documents import wikitext as wiki_module
+from mixtral_ms.data.readers import text_blocks as text_module
+from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 from mixtral_ms.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "dataset_preprocess" / "llama_preprocess.py"

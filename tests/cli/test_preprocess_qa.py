@@ -14,9 +14,9 @@ import pytest
 import sentencepiece
 from mindspore.dataset import MindDataset
 
-from mixtral_ms.cli.main_guard import run_command
-from mixtral_ms.cli.preprocess import main
-from mixtral_ms.data.example_tokenizer import find_example_tokenizer
+from mixtral_ms.cli.commands.preprocess import main
+from mixtral_ms.cli.support.exit_status import run_command
+from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "dataset_preprocess" / "llama_preprocess.py"
 MODEL = str(find_example_tokenizer())

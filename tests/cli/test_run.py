@@ -20,9 +20,9 @@ from helpers.runs import (
 )
 from safetensors.numpy import save_file
 
-from mixtral_ms.cli.main_guard import run_command as guarded
-from mixtral_ms.cli.run import main
-from mixtral_ms.cli.run_options import FLAGS, load_from_args, parse_args
+from mixtral_ms.cli.commands.run import main
+from mixtral_ms.cli.support.exit_status import run_command as guarded
+from mixtral_ms.cli.support.run_flags import FLAGS, load_from_args, parse_args
 from mixtral_ms.config import load_config
 from mixtral_ms.log import get_logger
 
@@ -236,8 +236,8 @@ def test_a_flag_without_effect_says_so(flag, monkeypatch):
 
 LOOK = """
 import sys
-from mixtral_ms.cli.main_guard import run_command as guarded
-from mixtral_ms.cli.run import main
+from mixtral_ms.cli.support.exit_status import run_command as guarded
+from mixtral_ms.cli.commands.run import main
 status = main(sys.argv[1:])
 heavy = {"mindspore", "torch", "transformers", "matplotlib"} & set(sys.modules)
 print("heavy modules:", sorted(heavy), file=sys.stderr)

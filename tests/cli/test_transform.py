@@ -9,10 +9,10 @@ import pytest
 from helpers.runs import ROOT, environment
 from helpers.sharded import contents, folder_hashes, network, write_whole
 
-from mixtral_ms.checkpoint.manifest import verify_checkpoint
-from mixtral_ms.checkpoint.transform import TransformOptions, transform
-from mixtral_ms.cli.main_guard import run_command
-from mixtral_ms.cli.transform import main
+from mixtral_ms.checkpoint.reshard.transform_checkpoint import TransformOptions, transform
+from mixtral_ms.checkpoint.store.manifest import verify_checkpoint
+from mixtral_ms.cli.commands.transform import main
+from mixtral_ms.cli.support.exit_status import run_command
 
 TOOL = ROOT / "tools" / "transform_ckpt.py"
 

@@ -7,9 +7,9 @@ import mindspore
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mixtral_ms.config.parallel_sections import ParallelConfig
-from mixtral_ms.parallel import collectives
-from mixtral_ms.parallel.connection import connect
+from mixtral_ms.config.sections.parallel_section import ParallelConfig
+from mixtral_ms.parallel.comm import collectives
+from mixtral_ms.parallel.comm.process_groups import connect
 
 RANKS = 3
 SENT = np.array([[2, 0, 3], [0, 0, 5], [1, 4, 0]], np.int32)

@@ -11,8 +11,8 @@ from helpers.hosts import HostJobs
 from helpers.jobs import assert_close_records, layout_flags
 from helpers.runs import ROOT, make_run, metrics_of
 
-from mixtral_ms.checkpoint.folders import list_checkpoints
-from mixtral_ms.checkpoint.manifest import verify_checkpoint
+from mixtral_ms.checkpoint.store.folders import list_checkpoints
+from mixtral_ms.checkpoint.store.manifest import verify_checkpoint
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 KEYS = (

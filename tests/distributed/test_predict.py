@@ -7,8 +7,8 @@ import pytest
 from helpers.answering import make_model
 from helpers.distributed import ROOT, start_job
 
-from mixtral_ms.cli.main_guard import run_command
-from mixtral_ms.cli.run import main as run
+from mixtral_ms.cli.commands.run import main as run
+from mixtral_ms.cli.support.exit_status import run_command
 
 PROMPTS = ("I love Beijing, because", "hello", "The import statement is used to")
 GREEDY = ("--max_new_tokens", "6", "--set", "generation.logprobs=True")

@@ -6,8 +6,8 @@ import pytest
 from helpers.jobs import assert_close_records, run_layout
 from helpers.runs import make_run, metrics_of
 
-from mixtral_ms.checkpoint.folders import list_checkpoints
-from mixtral_ms.checkpoint.manifest import verify_checkpoint
+from mixtral_ms.checkpoint.store.folders import list_checkpoints
+from mixtral_ms.checkpoint.store.manifest import verify_checkpoint
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 STEPS, STOP = 6, 3

@@ -8,8 +8,8 @@ import pytest
 from helpers.jobs import Job, assert_close_records, layout_flags, run_layout, run_order
 from helpers.runs import ROOT, assert_same_run, make_run, metrics_of, run_command
 
-from mixtral_ms.checkpoint.folders import list_checkpoints
-from mixtral_ms.checkpoint.manifest import verify_checkpoint
+from mixtral_ms.checkpoint.store.folders import list_checkpoints
+from mixtral_ms.checkpoint.store.manifest import verify_checkpoint
 
 pytestmark = pytest.mark.timeout(400)
 STEPS = 8
@@ -109,7 +109,7 @@ def test_a_rank_with_another_configuration_is_named(folder):
     script = folder / "differing.py"
     script.write_text(
         "import os, sys\n"
-        "from mixtral_ms.cli.run import command\n"
+        "from mixtral_ms.cli.commands.run import command\n"
         "sys.argv += ['--seed', str(5 + int(os.environ['RANK_ID']))]\n"
         "sys.exit(command())\n"
     )

@@ -24,17 +24,17 @@ from pathlib import Path
 import mindspore
 import numpy as np
 
-from mixtral_ms.config.model import MixtralConfig
-from mixtral_ms.data.batch import Batch
+from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
-from mixtral_ms.parallel.connection import connect
-from mixtral_ms.parallel.gradients import shard_groups
-from mixtral_ms.parallel.grid_text import parse_grid
-from mixtral_ms.parallel.mesh import Mesh
-from mixtral_ms.train.diagnosis import first_non_finite
+from mixtral_ms.parallel.comm.gradient_reduction import shard_groups
+from mixtral_ms.parallel.comm.process_groups import connect
+from mixtral_ms.parallel.grid.grid_text import parse_grid
+from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.train.evaluation import Evaluator
-from mixtral_ms.train.optimizer import AdamW
-from mixtral_ms.train.step import TrainStep
+from mixtral_ms.train.step.adamw import AdamW
+from mixtral_ms.train.step.non_finite import first_non_finite
+from mixtral_ms.train.step.train_step import TrainStep
 
 _SIZES = {
     "batch_size": 2,

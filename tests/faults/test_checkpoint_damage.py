@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import mixtral_ms
-from mixtral_ms.checkpoint import rank_parts, store
-from mixtral_ms.checkpoint.folders import list_checkpoints
-from mixtral_ms.checkpoint.manifest import verify_checkpoint
-from mixtral_ms.checkpoint.store import (
+from mixtral_ms.checkpoint.store import multi_rank_save as rank_parts
+from mixtral_ms.checkpoint.store import store
+from mixtral_ms.checkpoint.store.folders import list_checkpoints
+from mixtral_ms.checkpoint.store.manifest import verify_checkpoint
+from mixtral_ms.checkpoint.store.store import (
     CheckpointError,
     load_checkpoint,
     resolve_checkpoint,
@@ -28,7 +29,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(mixtral_ms.__file__).parents
 SAVE_FOREVER = """
 import itertools, sys
 import numpy as np
-from mixtral_ms.checkpoint.async_writer import CheckpointWriter
+from mixtral_ms.checkpoint.store.async_writer import CheckpointWriter
 root, first, same_name, asynchronous = sys.argv[1], *map(int, sys.argv[2:])
 writer = CheckpointWriter(root, 2, bool(asynchronous))
 for step in itertools.count(first):
@@ -176,7 +177,7 @@ def test_all_damaged_says_that_no_other_is_whole(damaged):
 SAVE_BEYOND_THE_LIMIT = """
 import resource, signal, sys
 import numpy as np
-from mixtral_ms.checkpoint.store import CheckpointError, save_checkpoint
+from mixtral_ms.checkpoint.store.store import CheckpointError, save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 tensors = {"model": {"w": np.zeros(50_000, np.float32)}}

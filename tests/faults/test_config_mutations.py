@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from mixtral_ms.config import load_config
-from mixtral_ms.config.checks import check_config
+from mixtral_ms.config.checks.check_config import check_config
 from mixtral_ms.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import time
 import pytest
 from helpers.runs import assert_same_run, command, environment, make_run
 
-from mixtral_ms.train.metrics import read_metrics
+from mixtral_ms.train.report.metrics import read_metrics
 
 START_SECONDS = 120  # until the first step, graph compilation included
 FINISH_SECONDS = 400

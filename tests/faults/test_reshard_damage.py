@@ -20,13 +20,13 @@ from helpers.sharded import (
     write_whole,
 )
 
-from mixtral_ms.checkpoint import reshard
-from mixtral_ms.checkpoint.ckpt_file import CkptSource
-from mixtral_ms.checkpoint.manifest import verify_checkpoint
-from mixtral_ms.checkpoint.open_file import open_tensors
-from mixtral_ms.checkpoint.sharded import open_sharded
-from mixtral_ms.checkpoint.tensors import DamagedFileError
-from mixtral_ms.checkpoint.transform import TransformOptions, transform
+from mixtral_ms.checkpoint.formats.mindspore_ckpt_format import CkptSource
+from mixtral_ms.checkpoint.formats.open_file import open_tensors
+from mixtral_ms.checkpoint.formats.tensor_source import DamagedFileError
+from mixtral_ms.checkpoint.reshard import rewrite as reshard
+from mixtral_ms.checkpoint.reshard.open_checkpoint import open_sharded
+from mixtral_ms.checkpoint.reshard.transform_checkpoint import TransformOptions, transform
+from mixtral_ms.checkpoint.store.manifest import verify_checkpoint
 from mixtral_ms.errors import UserError
 
 GRID = "dp=2,mp=2,ep=2,pp=2"
@@ -312,7 +312,7 @@ def test_disk_that_fills_up_meanwhile(cuts, tmp_path):
     before = folder_hashes(tmp_path)
     code = (
         "import resource, signal, sys\n"
-        "from mixtral_ms.cli.transform import command\n"
+        "from mixtral_ms.cli.commands.transform import command\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
         "sys.exit(command())"
@@ -335,8 +335,8 @@ def test_disk_that_fills_up_meanwhile(cuts, tmp_path):
 
 SLOW = """
 import sys, time
-from mixtral_ms.checkpoint import reshard
-from mixtral_ms.cli.transform import command
+from mixtral_ms.checkpoint.reshard import rewrite as reshard
+from mixtral_ms.cli.commands.transform import command
 
 def slow(path, tensors, format_, on_bytes, write=reshard._write_file):
     print(path, flush=True)

@@ -22,12 +22,12 @@ from helpers.runs import (
 )
 
 from mixtral_ms import Trainer, load_config
-from mixtral_ms.checkpoint.store import load_checkpoint, resolve_checkpoint, save_checkpoint
+from mixtral_ms.checkpoint.store.store import load_checkpoint, resolve_checkpoint, save_checkpoint
 from mixtral_ms.errors import UserError
-from mixtral_ms.parallel.mesh import Mesh
-from mixtral_ms.train.agreement import Storage
-from mixtral_ms.train.build import build_network
-from mixtral_ms.train.resuming import find_resume
+from mixtral_ms.parallel.grid.mesh import Mesh
+from mixtral_ms.train.builders import build_network
+from mixtral_ms.train.state.rank_agreement import Storage
+from mixtral_ms.train.state.resume import find_resume
 from mixtral_ms.train.training_run import NotFiniteError
 
 START_SECONDS = 120

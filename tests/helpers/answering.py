@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from helpers.numpy_runner import random_tensors
 from mixtral_ms.config import load_config
-from mixtral_ms.data.example_tokenizer import find_example_tokenizer
+from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 
 CONTEXT = 64
 

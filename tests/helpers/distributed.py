@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 from distributed.worker import model_config
 
-from mixtral_ms.config.parallel_sections import ParallelConfig
-from mixtral_ms.parallel.grid_text import parse_grid
-from mixtral_ms.parallel.layout import (
+from mixtral_ms.config.sections.parallel_section import ParallelConfig
+from mixtral_ms.parallel.grid.grid_text import parse_grid
+from mixtral_ms.parallel.grid.mesh import Mesh
+from mixtral_ms.parallel.grid.sharding_rules import (
     MOMENTS,
     adapter_shapes,
     parameter_shapes,
     placements,
 )
-from mixtral_ms.parallel.mesh import Mesh
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "distributed" / "worker.py"

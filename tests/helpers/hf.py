@@ -5,7 +5,7 @@ import torch
 import transformers
 from mindspore import Tensor
 
-from mixtral_ms.config.model import MixtralConfig
+from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 
 

@@ -1,7 +1,7 @@
 """Every runner of the network, for tests that hold each of them to the same contract."""
 
-from mixtral_ms.infer.runner import select_runner
-from mixtral_ms.infer.weights import InferWeights
+from mixtral_ms.infer.runners.infer_weights import InferWeights
+from mixtral_ms.infer.runners.select_runner import select_runner
 
 RUNNERS = ("native", "graph")
 """Names that `select_runner` takes as its backend."""

@@ -12,8 +12,8 @@ import numpy as np
 
 from helpers.distributed import free_port
 from helpers.runs import ROOT
-from mixtral_ms.parallel.grid_text import parse_grid
-from mixtral_ms.parallel.mesh import Mesh
+from mixtral_ms.parallel.grid.grid_text import parse_grid
+from mixtral_ms.parallel.grid.mesh import Mesh
 
 SECONDS = 200
 

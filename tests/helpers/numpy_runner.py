@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from mixtral_ms.infer.runner import Runner
-from mixtral_ms.parallel.layout import parameter_shapes
+from mixtral_ms.infer.runners.base import Runner
+from mixtral_ms.parallel.grid.sharding_rules import parameter_shapes
 
 
 def random_tensors(config, seed=0, std=0.3):

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from mixtral_ms.checkpoint.sharded import open_source
-from mixtral_ms.data.mindrecord import RecordWriter
-from mixtral_ms.train.metrics import read_metrics, reproducible
+from mixtral_ms.checkpoint.reshard.open_checkpoint import open_source
+from mixtral_ms.data.mindrecord.writer import RecordWriter
+from mixtral_ms.train.report.metrics import read_metrics, reproducible
 
 ROOT = Path(__file__).parents[2]
 SEQ_LENGTH, VOCAB, LAYERS, EXPERTS = 32, 512, 1, 4

@@ -5,11 +5,11 @@ import hashlib
 import numpy as np
 
 from helpers.tiny import tiny_config
-from mixtral_ms.checkpoint.ckpt_file import write_ckpt
-from mixtral_ms.checkpoint.open_file import open_tensors
-from mixtral_ms.checkpoint.safetensors_file import write_safetensors
-from mixtral_ms.checkpoint.tensors import outgoing
-from mixtral_ms.parallel.layout import MOMENTS, parameter_shapes
+from mixtral_ms.checkpoint.formats.mindspore_ckpt_format import write_ckpt
+from mixtral_ms.checkpoint.formats.open_file import open_tensors
+from mixtral_ms.checkpoint.formats.safetensors_format import write_safetensors
+from mixtral_ms.checkpoint.formats.tensor_source import outgoing
+from mixtral_ms.parallel.grid.sharding_rules import MOMENTS, parameter_shapes
 
 
 def network(**changes):

@@ -7,7 +7,7 @@ import mistral_common
 import numpy as np
 import sentencepiece
 
-from mixtral_ms.data.batch import Batch
+from mixtral_ms.data.loader.batch import Batch
 
 VOCABULARY = 32000
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mixtral_ms.config.model import MixtralConfig, MoEConfig
+from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
 
 
 def tiny_config(**changes) -> MixtralConfig:

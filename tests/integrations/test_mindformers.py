@@ -24,7 +24,7 @@ from helpers.runs import ROOT, metrics_of, run_command, write_records
 from helpers.text import standard_library_text
 
 from mixtral_ms import Trainer, load_config
-from mixtral_ms.convert.weights import open_weights
+from mixtral_ms.convert.formats.weight_view import open_weights
 from mixtral_ms.errors import MissingDependencyError
 
 pytestmark = pytest.mark.timeout(400)
@@ -250,7 +250,7 @@ def test_steps_names_and_refusals(folder, ours):
 
 
 def test_our_package_alone_does_not_import_mindformers():
-    statement = "import mixtral_ms, mixtral_ms.cli.run; from mixtral_ms import Trainer"
+    statement = "import mixtral_ms, mixtral_ms.cli.commands.run; from mixtral_ms import Trainer"
     code = f"{statement}; import sys; sys.exit('mindformers' in sys.modules)"
     environment = {"PYTHONPATH": str(ROOT)}
     subprocess.run([mindformers_python(), "-c", code], env=environment, timeout=120, check=True)

@@ -15,10 +15,10 @@ from helpers.tiny import random_ids, tiny_config
 from mindspore import Tensor
 from safetensors.torch import load_file, save_file
 
-from mixtral_ms.checkpoint.store import load_checkpoint
+from mixtral_ms.checkpoint.store.store import load_checkpoint
 from mixtral_ms.config import load_config
-from mixtral_ms.convert.conversion import ConvertOptions, convert, prepare
-from mixtral_ms.convert.model_config import read_config
+from mixtral_ms.convert.formats.foreign_config import read_config
+from mixtral_ms.convert.job.conversion import ConvertOptions, convert, prepare
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 
 pytestmark = pytest.mark.usefixtures("pynative")

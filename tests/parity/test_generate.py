@@ -12,9 +12,9 @@ from helpers.infer_runners import RUNNERS, build_runner
 from helpers.toy_tokenizer import ToyTokenizer
 from mindspore import Tensor
 
-from mixtral_ms.config.model import MixtralConfig, MoEConfig
-from mixtral_ms.infer.engine import Engine
-from mixtral_ms.infer.params import SamplingParams
+from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
+from mixtral_ms.infer.engine.engine import Engine
+from mixtral_ms.infer.engine.sampling_params import SamplingParams
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 
 pytestmark = pytest.mark.usefixtures("device")

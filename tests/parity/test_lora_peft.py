@@ -13,8 +13,8 @@ from helpers.lora import ATTENTION, EVERYTHING, adapted_network, adapters_of, pe
 from helpers.tiny import random_ids, tiny_config
 from mindspore import Tensor
 
-from mixtral_ms.cli.convert import main as convert_weight
-from mixtral_ms.convert.peft import write_peft
+from mixtral_ms.cli.commands.convert import main as convert_weight
+from mixtral_ms.convert.adapters.peft_export import write_peft
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 
 pytestmark = pytest.mark.usefixtures("pynative")

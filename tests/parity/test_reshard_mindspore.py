@@ -8,8 +8,8 @@ import pytest
 from helpers.runs import environment
 from helpers.sharded import contents, write_whole
 
-from mixtral_ms.checkpoint.transform import TransformOptions, transform
-from mixtral_ms.parallel.strategy_file import read_strategies, write_merged_strategy
+from mixtral_ms.checkpoint.formats.strategy_file import read_strategies, write_merged_strategy
+from mixtral_ms.checkpoint.reshard.transform_checkpoint import TransformOptions, transform
 
 EIGHT, FOUR = "dp=2,mp=2,ep=2,pp=2,zero=1", "mp=4,ep=4"
 STEPS = (("whole", "eight"), ("eight", "four"), ("four", "merged"))

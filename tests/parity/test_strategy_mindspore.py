@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from helpers.tiny import tiny_config
 
-from mixtral_ms.parallel import layout
-from mixtral_ms.parallel.grid_text import parse_grid
-from mixtral_ms.parallel.placement import Placement
-from mixtral_ms.parallel.strategy_file import (
+from mixtral_ms.checkpoint.formats.strategy_file import (
     read_strategies,
     write_merged_strategy,
     write_strategies,
 )
+from mixtral_ms.parallel.grid import sharding_rules as layout
+from mixtral_ms.parallel.grid.grid_text import parse_grid
+from mixtral_ms.parallel.grid.placement import Placement
 
 FORMATS = ("ckpt", "safetensors")
 GRIDS = (

@@ -10,10 +10,10 @@ import torch
 from helpers import hf
 from helpers.text import VOCABULARY, batches, standard_library_text
 
-from mixtral_ms.config.model import MixtralConfig, MoEConfig
+from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
 from mixtral_ms.model.mixtral import MixtralForCausalLM
-from mixtral_ms.train.optimizer import AdamW
-from mixtral_ms.train.step import TrainStep
+from mixtral_ms.train.step.adamw import AdamW
+from mixtral_ms.train.step.train_step import TrainStep
 
 BATCH, LENGTH = 4, 64
 PEAK_RATE, WARMUP, LAST_STEP = 3e-4, 10, 200

@@ -9,7 +9,7 @@ import torch
 from helpers import hf
 from mindspore import Tensor
 
-from mixtral_ms.config.model import MixtralConfig, MoEConfig
+from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 
 pytestmark = pytest.mark.usefixtures("device")

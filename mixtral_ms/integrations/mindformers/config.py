@@ -7,9 +7,9 @@ from mindformers import LlamaConfig
 from mindformers.modules.transformer.moe import MoEConfig as UpstreamMoEConfig
 from mindspore import dtype as mstype
 
-from mixtral_ms.config.fields import INERT, UNSUPPORTED
-from mixtral_ms.config.model import MixtralConfig as NetworkConfig
-from mixtral_ms.config.model import MoEConfig
+from mixtral_ms.config.sections.fields import INERT, UNSUPPORTED
+from mixtral_ms.config.sections.model_section import MixtralConfig as NetworkConfig
+from mixtral_ms.config.sections.model_section import MoEConfig
 from mixtral_ms.errors import UserError
 
 _DTYPE_NAMES = {

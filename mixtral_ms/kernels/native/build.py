@@ -1,4 +1,4 @@
-"""Builds the C++ kernels once per machine and source, and says why when it cannot."""
+"""Builds C++ libraries once per machine and source, and says why when it cannot."""
 
 import ctypes
 import fcntl
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from mixtral_ms.errors import UserError
@@ -18,15 +19,6 @@ from mixtral_ms.log import get_logger
 
 SWITCH = "MIXTRAL_MS_NATIVE"
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(
-    _FOLDER / name
-    for name in (
-        *("experts.cpp", "attention.cpp", "norm_and_loss.cpp", "optimizer.cpp"),
-        *("decoder.cpp", "decoder_attention.cpp", "decoder_experts.cpp"),
-        *("decoder_linear.cpp", "decoder_pool.cpp"),
-    )
-)
-_HEADERS = tuple(sorted(_FOLDER.glob("*.hpp")))
 # -ffast-math vectorises expf; infinities and NaN must still flow to the overflow check.
 _COMPILE = ("-O3", "-march=native", "-std=c++17", "-c", "-fPIC", "-fopenmp-simd", "-ffast-math",
             "-fno-finite-math-only")  # fmt: skip
@@ -42,18 +34,21 @@ def native_library() -> Path | None:
 
     None (with one log line) when this machine cannot use them; see `built_library`.
     """
-    library = built_library()
+    library = built_library("kernels", _FOLDER)
     if library is None or ctypes.CDLL(str(library)).native_ready():
         return library
     return _unusable("MindSpore's oneDNN does not export the matrix product they call")
 
 
 @functools.cache
-def built_library() -> Path | None:
-    """Path of the built kernels, or None (with one log line) when this machine cannot use them.
+def built_library(name: str, folder: Path) -> Path | None:
+    """Path of the built library, or None (with one log line) when this machine cannot use it.
 
-    Generation needs no more than this: its kernels do without MindSpore. The environment variable
-    MIXTRAL_MS_NATIVE chooses: "auto" (default), "0" never, "1" must.
+    The environment variable MIXTRAL_MS_NATIVE chooses: "auto" (default), "0" never, "1" must.
+
+    Args:
+        name: what the file is called, and the log calls it.
+        folder: of its sources, all *.cpp there; they may include headers of this folder too.
 
     Raises:
         UserError: MIXTRAL_MS_NATIVE=1 and the kernels cannot be built, or another value.
@@ -66,11 +61,13 @@ def built_library() -> Path | None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         return _unusable("no g++ on this machine")
-    path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
+    sources = sorted(folder.glob("*.cpp"))
+    headers = sorted({*folder.glob("*.hpp"), *_FOLDER.glob("*.hpp")})
+    path = _cache_folder() / f"{name}-{_fingerprint(compiler, [*sources, *headers])}.so"
     try:
         with _locked(path.with_suffix(".lock")):
             if not path.exists():
-                _compile(compiler, path)
+                _compile(compiler, sources, path)
         ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         return _unusable(f"building them failed: {error}")
@@ -88,14 +85,14 @@ def _cache_folder() -> Path:
     return Path(base) / "mixtral_ms"
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, files: Sequence[Path]) -> str:
     """Changes with anything that the binary depends on, the processor's features included."""
     cpu_flags = ""
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         cpu_flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     flags = " ".join(_COMPILE + _LINK)
-    texts = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
+    texts = [path.read_bytes() for path in files]
     others = (compiler, flags, cpu_flags, importlib.metadata.version("mindspore"))
     return hashlib.sha256(b"\0".join(texts + [s.encode() for s in others])).hexdigest()[:16]
 
@@ -114,12 +111,12 @@ class _locked:  # noqa: N801 - reads as a verb in `with _locked(path)`
         self._file.close()
 
 
-def _compile(compiler: str, path: Path) -> None:
-    get_logger().info("building the C++ kernels (once on this machine)")
+def _compile(compiler: str, sources: Sequence[Path], path: Path) -> None:
+    get_logger().info("building the C++ %s (once on this machine)", path.stem.partition("-")[0])
     with tempfile.TemporaryDirectory() as folder, write_aside(path) as aside:
-        objects = [str(Path(folder) / f"{source.stem}.o") for source in _SOURCES]
-        for source, compiled in zip(_SOURCES, objects, strict=True):
-            _run([compiler, *_COMPILE, str(source), "-o", compiled])
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        for source, compiled in zip(sources, objects, strict=True):
+            _run([compiler, *_COMPILE, f"-I{_FOLDER}", str(source), "-o", compiled])
         _run([compiler, *objects, "-o", str(aside), *_LINK])
 
 

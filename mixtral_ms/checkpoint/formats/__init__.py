@@ -1,0 +1,1 @@
+"""File formats of tensors, read through maps and written as streams."""

@@ -1,0 +1,101 @@
+"""Opening a file of tensors, whatever its format, or several files as one."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mixtral_ms.checkpoint.formats.mindspore_ckpt_format import CkptSource
+from mixtral_ms.checkpoint.formats.safetensors_format import SafetensorsSource
+from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorSource
+from mixtral_ms.checkpoint.formats.torch_format import TorchZipSource
+from mixtral_ms.errors import UserError
+
+_FORMATS = {
+    ".safetensors": SafetensorsSource,
+    ".ckpt": CkptSource,
+    ".bin": TorchZipSource,
+    ".pt": TorchZipSource,
+    ".pth": TorchZipSource,
+}
+_ZIP_START = b"PK\x03\x04"
+_PART = re.compile(r"(?P<whole>.+)-split(?P<number>\d+)")
+
+
+def open_tensors(path: Path) -> TensorSource:
+    """The tensors of a .safetensors, .ckpt, .bin, .pt or .pth file.
+
+    The beginning of the file decides, then its suffix. Of a PyTorch file that was split into
+    `name-split0`, `name-split1`, ... the name or any part stands for all.
+
+    Raises:
+        UserError: there is no such file, or it is none that can be read.
+        DamagedFileError: it is not what its format says.
+    """
+    if parts := _split_parts(path):
+        return TorchZipSource(parts)
+    if not path.is_file():
+        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start.startswith(_ZIP_START):
+        return TorchZipSource(path)
+    if start[5:] == b"\0\0\0{":  # a JSON header of less than a terabyte
+        return SafetensorsSource(path)
+    if path.suffix not in _FORMATS:
+        raise UserError(
+            f"{path} is not a file of tensors that can be read; these are {', '.join(_FORMATS)} "
+            "and PyTorch files in parts (name-split0, name-split1, ...)"
+        )
+    return _FORMATS[path.suffix](path)
+
+
+def _split_parts(path: Path) -> list[Path]:
+    """All parts of a split file, in order; empty when `path` is none.
+
+    Raises:
+        UserError: a part is missing.
+    """
+    match = _PART.fullmatch(path.name)
+    if path.is_file() and not match:
+        return []
+    whole = match["whole"] if match else path.name
+    found = {}
+    for part in path.parent.glob("*"):
+        if (one := _PART.fullmatch(part.name)) and one["whole"] == whole:
+            found[int(one["number"])] = part
+    missing = sorted(set(range(max(found, default=0))) - set(found))
+    if missing:
+        raise UserError(
+            f"{path.parent / whole}-split{missing[0]} is missing: the parts there are "
+            f"{', '.join(found[number].name for number in sorted(found))}"
+        )
+    return [found[number] for number in sorted(found)]
+
+
+class MergedSource(TensorSource):
+    """Several sources as one.
+
+    Args:
+        path: what the user named.
+        sources: read in this order.
+
+    Raises:
+        UserError: a tensor is in two of them.
+    """
+
+    def __init__(self, path: Path, sources: Sequence[TensorSource]) -> None:
+        self.path, self.infos = path, {}
+        self._owners: dict[str, TensorSource] = {}
+        for source in sources:
+            for name, info in source.infos.items():
+                if name in self._owners:
+                    raise UserError(
+                        f"tensor {name!r} is in {self._owners[name].path} and in {source.path}"
+                    )
+                self._owners[name], self.infos[name] = source, info
+
+    def read(self, name: str, region: Region | None = None) -> np.ndarray:
+        """See TensorSource."""
+        return self._owners[name].read(name, region)

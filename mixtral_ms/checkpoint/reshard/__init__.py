@@ -1,0 +1,1 @@
+"""Checkpoints cut for other rank grids, and merged."""

@@ -1,0 +1,76 @@
+"""A checkpoint of which this host holds some ranks' files only."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mixtral_ms.checkpoint.formats.strategy_file import read_strategies
+from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorInfo, TensorSource
+from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource
+from mixtral_ms.checkpoint.shards.assemble import Strategies, open_ranks, places_of
+from mixtral_ms.checkpoint.store.manifest import STATE, Manifest
+from mixtral_ms.checkpoint.store.multi_rank_save import STRATEGY_FOLDER
+from mixtral_ms.errors import UserError
+
+
+def held_files(path: Path, manifest: Manifest) -> list[str]:
+    """Files of tensors that are here, by their names in the manifest."""
+    return [name for name in manifest.files if (path / name).is_file()]
+
+
+def files_of_rank(manifest: Manifest, rank: int) -> list[str]:
+    """Names of a rank's files of tensors."""
+    return [name for name in manifest.files if name.startswith(f"rank_{rank}/")]
+
+
+def open_own_part(path: Path, manifest: Manifest, rank: int) -> OpenedSource:
+    """A checkpoint as a source of the parts that one of its ranks wrote.
+
+    Args:
+        path: the checkpoint's folder.
+        manifest: its manifest.
+        rank: whose files are here; it now asks for the same parts of each tensor.
+    """
+    strategies = read_strategies(path / STRATEGY_FOLDER)
+    (own,) = open_ranks([[path / name for name in files_of_rank(manifest, rank)]])
+    source = _OwnPart(path, own, _global_infos(manifest, strategies), strategies, rank)
+    state = json.loads((path / STATE).read_bytes())
+    return OpenedSource(path, source, manifest.world, "safetensors", True, state)
+
+
+def _global_infos(manifest: Manifest, strategies: Strategies) -> dict[str, TensorInfo]:
+    """Every tensor of the checkpoint with its global shape."""
+    entries = {n: one for file in manifest.files.values() for n, one in file.tensors.items()}
+    shapes = {
+        name: next(iter(places_of(name, strategies).values())).global_shape(entry.shape)
+        for name, entry in entries.items()
+    }
+    return {name: TensorInfo(shapes[name], entry.dtype) for name, entry in entries.items()}
+
+
+class _OwnPart(TensorSource):
+    """One rank's files behind global names and shapes."""
+
+    def __init__(
+        self,
+        path: Path,
+        files: TensorSource,
+        infos: dict[str, TensorInfo],
+        strategies: Strategies,
+        rank: int,
+    ) -> None:
+        self.path, self.infos = path, infos
+        self._files = files
+        self._regions = {
+            name: place.region(infos[name].shape, rank)
+            for name in files.infos
+            for place in places_of(name, strategies).values()
+            if rank in place.ranks
+        }
+
+    def read(self, name: str, region: Region | None = None) -> np.ndarray:
+        """The rank's own region only; another one is on another host."""
+        if region != self._regions.get(name):
+            raise UserError(f"{self.path}: {name} {region} lies on another host")
+        return self._files.read(name)

@@ -1,0 +1,216 @@
+"""Opening a checkpoint folder for what it holds in all: one rank's files, or those of many.
+
+What is checked without reading everything: every rank and tensor is there, shapes agree with the
+strategy and with each other, samples of replicas are equal. With a manifest all bytes are compared
+with their hashes first. Without one, a flipped bit outside the samples cannot be seen.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mixtral_ms.checkpoint.formats.open_file import MergedSource, open_tensors
+from mixtral_ms.checkpoint.formats.strategy_file import read_strategies
+from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
+from mixtral_ms.checkpoint.shards.assemble import Strategies, assemble, layout_sha256, open_ranks
+from mixtral_ms.checkpoint.shards.network_from_shapes import (
+    known_network,
+    shape_contradiction,
+    source_strategies,
+)
+from mixtral_ms.checkpoint.shards.rank_files import (
+    STEMS,
+    SUFFIXES,
+    find_rank_files,
+    is_rank_folders,
+)
+from mixtral_ms.checkpoint.shards.sharded_source import ShardedSource
+from mixtral_ms.checkpoint.store.folders import list_checkpoints
+from mixtral_ms.checkpoint.store.manifest import (
+    MANIFEST,
+    STATE,
+    DamagedManifestError,
+    Manifest,
+    read_manifest,
+    verify_checkpoint,
+)
+from mixtral_ms.checkpoint.store.multi_rank_save import STRATEGY_FOLDER
+from mixtral_ms.checkpoint.store.store import find_checkpoint, require_undamaged
+from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.errors import UserError
+from mixtral_ms.log import get_logger
+
+_PROBLEMS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A checkpoint that was opened and checked."""
+
+    folder: Path
+    """It, or the file."""
+    tensors: TensorSource
+    """Global."""
+    ranks: int
+    format: Literal["ckpt", "safetensors"]
+    own_layout: bool = False
+    """Weights and optimizer state are in files of our own names, a state beside them."""
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_sharded(
+    ckpt_dir: str | Path,
+    strategy: str | Path,
+    *,
+    prefix: str | None = None,
+    verify: bool = True,
+    every_replica: bool = False,
+) -> TensorSource:
+    """The global tensors of a sharded checkpoint.
+
+    Args:
+        ckpt_dir: holds `rank_0/`, `rank_1/`, …
+        strategy: MindSpore's strategy file, or the folder of those of all ranks or stages.
+        prefix: take only files whose names begin so.
+        verify: compare everything with the manifest first, where there is one.
+        every_replica: compare all values of parts that must be equal, not only samples.
+
+    Raises:
+        UserError: a rank or tensor is missing, the checkpoint is damaged, or the strategy is not
+            its own; rank, file and tensor are named.
+        DamagedFileError: a file is not what its format says.
+    """
+    opened = open_source(
+        Path(ckpt_dir),
+        strategy=Path(strategy),
+        prefix=prefix,
+        verify=verify,
+        every_replica=every_replica,
+    )
+    return opened.tensors
+
+
+def open_source(
+    path: Path,
+    *,
+    strategy: Path | None = None,
+    grid: str | None = None,
+    prefix: str | None = None,
+    known: MixtralConfig | None = None,
+    verify: bool = True,
+    every_replica: bool = False,
+) -> OpenedSource:
+    """A checkpoint: a file, a folder of files, of ranks, or of our own checkpoints.
+
+    Args:
+        path: what the user named.
+        strategy: strategy file or folder. Without one and without `grid` the checkpoint is of one
+            rank, or `strategy/` lies in it.
+        grid: the strategy as text, for a checkpoint of this network.
+        prefix: take only files whose names begin so.
+        known: the network as a configuration says it.
+        verify: compare everything with the manifest first, where there is one.
+        every_replica: compare all values of parts that must be equal, not only samples.
+
+    Raises:
+        UserError: see `open_sharded`.
+        DamagedFileError: a file is not what its format says.
+    """
+    path = checkpoint_folder(path)
+    if not is_rank_folders(path):
+        if strategy or grid:
+            raise UserError(f"{path} holds no folders rank_0, rank_1, … that a strategy could cut")
+        return _open_whole(path)
+    manifest = _checked_manifest(path, verify)
+    state = json.loads((path / STATE).read_bytes()) if (path / STATE).is_file() else {}
+    files = find_rank_files(path, prefix)
+    if manifest and len(files) != manifest.world:
+        raise UserError(f"{path} has {len(files)} ranks, by its manifest {manifest.world}")
+    ranks = open_ranks(files)
+    places = _strategies(path, ranks, strategy, grid, known or known_network(state))
+    tensors = ranks[0]
+    if places is not None:
+        tensors = assemble(path, ranks, places, every_replica=every_replica)
+        _check_layout(path, tensors, manifest)
+        if contradiction := shape_contradiction(tensors.infos):
+            raise UserError(
+                f"{path}: by the strategy {contradiction}: it is not this checkpoint's strategy"
+            )
+    own = bool(state) and all(file.stem in STEMS for file in files[0])
+    return OpenedSource(path, tensors, len(ranks), _format_of(files[0][0]), own, state)
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """`path`, or the latest checkpoint in it where it is the folder of our own checkpoints.
+
+    Raises:
+        UserError: there is no such file or folder.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if not path.is_dir() or is_rank_folders(path) or not list_checkpoints(path):
+        return path
+    return find_checkpoint(path)
+
+
+def _open_whole(path: Path) -> OpenedSource:
+    """A file, or all the tensor files of a folder."""
+    if path.is_file():
+        return OpenedSource(path, open_tensors(path), 1, _format_of(path))
+    files = sorted(one for one in path.iterdir() if one.suffix in SUFFIXES and one.is_file())
+    if not files:
+        raise UserError(f"{path} holds no rank_0, rank_1, … and no .ckpt or .safetensors file")
+    sources = [open_tensors(file) for file in files]
+    return OpenedSource(path, MergedSource(path, sources), 1, _format_of(files[0]))
+
+
+def _format_of(file: Path) -> Literal["ckpt", "safetensors"]:
+    return "ckpt" if file.suffix == ".ckpt" else "safetensors"
+
+
+def _checked_manifest(path: Path, verify: bool) -> Manifest | None:
+    if not (path / MANIFEST).exists():
+        return None
+    if verify:
+        require_undamaged(path, verify_checkpoint(path))
+    try:
+        return read_manifest(path)
+    except DamagedManifestError as error:
+        require_undamaged(path, [str(error)])
+
+
+def _strategies(
+    path: Path,
+    ranks: list[TensorSource],
+    strategy: Path | None,
+    grid: str | None,
+    known: MixtralConfig | None,
+) -> Strategies | None:
+    """Where the tensors are; None where one rank holds them whole."""
+    if grid is not None:
+        return source_strategies(path, ranks, grid, "--src_strategy", known)
+    if strategy is None and (path / STRATEGY_FOLDER).is_dir():
+        strategy = path / STRATEGY_FOLDER
+        get_logger().info("%s: its strategy is taken from %s", path, strategy)
+    if strategy is not None:
+        return read_strategies(strategy)
+    if len(ranks) > 1:
+        raise UserError(
+            f"{path} holds the files of {len(ranks)} ranks: give the strategy they were cut by "
+            "with --src_ckpt_strategy"
+        )
+    return None
+
+
+def _check_layout(path: Path, tensors: ShardedSource, manifest: Manifest | None) -> None:
+    """The manifest knows which rank holds what."""
+    if manifest is None or manifest.layout_sha256 is None:
+        return
+    if layout_sha256(tensors.regions_of_ranks()) != manifest.layout_sha256:
+        raise UserError(
+            f"{path}: the strategy is not the one that this checkpoint was written with"
+            + (f" ({manifest.strategy})" if manifest.strategy else "")
+            + f": its own is in {path / STRATEGY_FOLDER}"
+        )

@@ -1,0 +1,1 @@
+"""Folders of checkpoints, with a hash for every tensor."""

@@ -1,0 +1,53 @@
+"""What `--check_config` prints: the resolved configuration and what it will need."""
+
+from mixtral_ms.config import RunConfig
+from mixtral_ms.config.checks.check_paths import check_paths
+from mixtral_ms.config.loading.render import render_config
+from mixtral_ms.config.loading.resolve import rank_count, rows_per_micro_step
+from mixtral_ms.parallel.grid.sharding_rules import active_parameter_count, parameter_count
+from mixtral_ms.parallel.planner.memory_model import (
+    RankMemory,
+    format_bytes,
+    format_memory_plan,
+    memory_plan,
+)
+
+
+def describe(config: RunConfig) -> str:
+    """The resolved YAML, parameter count, batch, memory of each rank, and files still missing."""
+    model = config.model.model_config
+    plan = memory_plan(config)
+    lines = [
+        render_config(config),
+        f"parameters: {parameter_count(model):,}, of which a token meets "
+        f"{active_parameter_count(model):,}",
+        f"ranks: {rank_count(config)}",
+    ]
+    if config.run_mode in ("train", "finetune"):
+        lines.append(_batch(config))
+    lines += ["memory of each rank, estimated:", format_memory_plan(plan)]
+    lines += _too_large(config, plan)
+    missing = check_paths(config)
+    if missing:
+        lines.append("before this runs:")
+        lines += [f"  {problem}" for problem in missing]
+    return "\n".join(lines)
+
+
+def _batch(config: RunConfig) -> str:
+    rows = rows_per_micro_step(config) * config.runner_config.gradient_accumulation_steps
+    tokens = rows * config.model.model_config.seq_length
+    return f"one step: {rows:,} rows, {tokens:,} tokens"
+
+
+def _too_large(config: RunConfig, plan: list[RankMemory]) -> list[str]:
+    """Stages that will not fit what an Ascend device may use."""
+    if config.context.device_target != "Ascend":
+        return []
+    limit = float(config.context.max_device_memory.removesuffix("GB")) * 2**30
+    return [
+        f"stage {rank.stage} needs {format_bytes(rank.total)}, but context.max_device_memory is "
+        f"{config.context.max_device_memory}: more ranks, recompute or a smaller batch_size help"
+        for rank in plan
+        if rank.total > limit
+    ]

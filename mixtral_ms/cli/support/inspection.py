@@ -1,0 +1,244 @@
+"""What a checkpoint holds and what is wrong with it, gathered for `inspect`."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixtral_ms.checkpoint.formats.open_file import open_tensors
+from mixtral_ms.checkpoint.formats.regions import region_shape, row_major_blocks, whole_region
+from mixtral_ms.checkpoint.formats.strategy_file import read_strategies
+from mixtral_ms.checkpoint.formats.tensor_source import TensorInfo, TensorSource
+from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry, TensorEntry
+from mixtral_ms.checkpoint.reshard.open_checkpoint import STRATEGY_FOLDER, checkpoint_folder
+from mixtral_ms.checkpoint.shards.assemble import Strategies, assemble, open_ranks
+from mixtral_ms.checkpoint.shards.network_from_shapes import (
+    network_of,
+    parameter_shapes_of,
+    source_strategies,
+)
+from mixtral_ms.checkpoint.shards.rank_files import find_rank_files, is_rank_folders
+from mixtral_ms.checkpoint.store.manifest import (
+    MANIFEST,
+    STATE,
+    DamagedManifestError,
+    read_manifest,
+    verify_checkpoint,
+    verify_file,
+)
+from mixtral_ms.convert.formats.detect_format import detect_format
+from mixtral_ms.convert.formats.foreign_config import read_json
+from mixtral_ms.convert.formats.open_weight_files import open_source
+from mixtral_ms.convert.formats.weight_names import OURS
+from mixtral_ms.errors import UserError
+from mixtral_ms.parallel.grid.sharding_rules import MOMENTS, parameter_of, rule_of
+
+_PIECE_VALUES = 2 << 20
+
+
+@dataclass
+class Inspection:
+    """Everything that was found out; `problems` are lines, none for a whole checkpoint."""
+
+    path: Path
+    ranks: int = 1
+    file_format: str = ""
+    names: str = ""
+    """Whose names the tensors have: a format of the conversion, or unknown."""
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    """With global shapes where the layout is known, else as rank 0 (or its holder) has them."""
+    local: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shape of a part, where that is not the whole."""
+    size: int = 0
+    """Bytes of all ranks' values."""
+    layout: str = ""
+    manifest: str = "none: damage that leaves the files readable cannot be seen"
+    state: dict[str, Any] = field(default_factory=dict)
+    source: TensorSource | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def inspect_checkpoint(
+    path: Path, *, strategy: Path | None = None, grid: str | None = None, verify: bool = True
+) -> Inspection:
+    """Open whatever is at `path` and look for everything that is wrong with it.
+
+    Args:
+        path: a file, or a folder of ranks, of our checkpoints or of Hugging Face.
+        strategy: strategy file or folder of a sharded one; by default the one that lies in it.
+        grid: the same as text.
+        verify: compare with the manifest, where there is one: reads everything.
+
+    Raises:
+        UserError: there is nothing, or nothing that holds tensors.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    found = Inspection(path)
+    try:
+        found.path = checkpoint_folder(path)
+    except UserError as error:
+        found.problems.append(str(error))
+        return found
+    try:
+        _read_record(found, verify)
+        if is_rank_folders(found.path):
+            _open_ranks(found, strategy, grid)
+        else:
+            found.source = open_source(found.path, "inspect")
+            _take(found, found.source)
+    except UserError as error:
+        found.problems.append(str(error))
+    _name_format(found)
+    found.problems = list(dict.fromkeys(found.problems))
+    return found
+
+
+def _take(found: Inspection, source: TensorSource) -> None:
+    found.tensors = dict(source.infos)
+    found.size = found.size or sum(info.nbytes for info in source.infos.values())
+    found.file_format = found.file_format or _suffixes([source.path])
+
+
+def _suffixes(files: Iterable[Path]) -> str:
+    return ", ".join(sorted({file.suffix.lstrip(".") for file in files if file.suffix}))
+
+
+def _read_record(found: Inspection, verify: bool) -> None:
+    """The manifest of a checkpoint, or the record of a conversion, and what they say."""
+    folder = found.path
+    if (folder / STATE).is_file():
+        found.state = read_json(folder / STATE)
+    if (folder / MANIFEST).is_file():
+        problems = verify_checkpoint(folder) if verify else _readable(folder)
+        found.problems += problems
+        found.manifest = _verdict(problems, verify)
+    elif record := _conversion_record(folder):
+        place, files = record
+        entries = {place.parent / name: _entry(one) for name, one in files.items()}
+        problems = [
+            line for file, entry in entries.items() if verify for line in verify_file(file, entry)
+        ]
+        found.problems += problems
+        found.manifest = _verdict(problems, verify)
+
+
+def _verdict(problems: list[str], verify: bool) -> str:
+    if problems:
+        return f"{len(problems)} difference{'s' * (len(problems) > 1)}"
+    return "every file and tensor has its hash" if verify else "there, not compared"
+
+
+def _readable(folder: Path) -> list[str]:
+    try:
+        read_manifest(folder)
+    except DamagedManifestError as error:
+        return [str(error)]
+    return []
+
+
+def _conversion_record(path: Path) -> tuple[Path, Mapping[str, Any]] | None:
+    """The hashes that a conversion has left beside its output."""
+    places = [path / "conversion.json"] if path.is_dir() else [path.with_name(path.name + ".json")]
+    for place in places:
+        if place.is_file():
+            files = read_json(place).get("files")
+            return (place, files) if files else None
+    return None
+
+
+def _entry(fields: Mapping[str, Any]) -> FileEntry:
+    tensors = {
+        name: TensorEntry(**{**one, "shape": tuple(one["shape"])})
+        for name, one in fields["tensors"].items()
+    }
+    return FileEntry(**{**fields, "tensors": tensors})
+
+
+def _open_ranks(found: Inspection, strategy: Path | None, grid: str | None) -> None:
+    files = find_rank_files(found.path)
+    found.ranks, found.file_format = len(files), _suffixes(file for one in files for file in one)
+    for file in (file for one in files for file in one):
+        try:
+            open_tensors(file)
+        except UserError as error:
+            found.problems.append(str(error))
+    ranks = open_ranks(files)
+    found.size = sum(info.nbytes for source in ranks for info in source.infos.values())
+    found.tensors = {name: info for source in ranks for name, info in source.infos.items()}
+    if strategy is None and grid is None and (found.path / STRATEGY_FOLDER).is_dir():
+        strategy = found.path / STRATEGY_FOLDER
+    if len(ranks) == 1 and strategy is None and grid is None:
+        found.source, found.layout = ranks[0], "whole"
+        return
+    if strategy is None and grid is None:
+        found.layout = "unknown: give --strategy or --grid to have the parts checked"
+        return
+    if grid is not None:
+        places = source_strategies(found.path, ranks, grid, "--grid")
+    else:
+        places = read_strategies(strategy)
+    found.layout = layout_text(places)
+    found.source = source = assemble(found.path, ranks, places)
+    found.tensors = dict(source.infos)
+    for name, parts in source.parts.items():
+        if (local := region_shape(parts[0].region)) != source.infos[name].shape:
+            found.local[name] = local
+
+
+def layout_text(strategies: Strategies) -> str:
+    """The grid that a strategy is of, as far as it shows: `2 stages of 4 ranks, mp=2, ep=2`."""
+    stages = {stage for places in strategies.values() for stage in places}
+    ranks = max(len(place.ranks) for places in strategies.values() for place in places.values())
+    tensor, expert, zero = 1, 1, False
+    for name, places in strategies.items():
+        place = next(iter(places.values()))
+        try:
+            rule = rule_of(parameter_of(name))
+        except UserError:
+            continue
+        if rule.expert_axis is not None:
+            expert = max(expert, place.cuts[rule.expert_axis])
+        elif rule.tensor_axis is not None:
+            tensor = max(tensor, place.cuts[rule.tensor_axis])
+        zero = zero or (name.startswith(MOMENTS) and place.shards > 1)
+    text = f"dp={ranks // tensor},mp={tensor},ep={expert},pp={len(stages)}"
+    return text + (",zero=1" if zero else "") + f" ({len(stages) * ranks} ranks)"
+
+
+def _name_format(found: Inspection) -> None:
+    """Whose names the tensors have; of our own the network is checked too."""
+    if not found.tensors:
+        return
+    parameters = {n: one for n, one in found.tensors.items() if parameter_of(n) == n}
+    try:
+        found.names = detect_format(parameters, found.path, None).name
+    except UserError:
+        found.names = "unknown"
+    if found.names == OURS.name and found.source is not None:
+        try:
+            network_of(parameter_shapes_of(found.tensors))
+        except UserError as error:
+            found.problems.append(str(error))
+    found.problems += _moment_problems(found.tensors)
+
+
+def _moment_problems(tensors: Mapping[str, TensorInfo]) -> Iterable[str]:
+    """Moments come in pairs, of parameters that are there."""
+    for name in tensors:
+        if parameter_of(name) == name:
+            continue
+        for partner in (prefix + parameter_of(name) for prefix in MOMENTS):
+            if partner not in tensors:
+                yield f"{name} is there, {partner} is not"
+
+
+def tensor_sha256(source: TensorSource, name: str) -> str:
+    """Hash of a tensor's values in row-major order, whatever the format and the cut."""
+    digest = hashlib.sha256()
+    for block in row_major_blocks(whole_region(source.infos[name].shape), _PIECE_VALUES):
+        digest.update(np.ascontiguousarray(source.read(name, block)))
+    return digest.hexdigest()

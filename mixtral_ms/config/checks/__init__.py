@@ -1,0 +1,1 @@
+"""Contradictions that are found before anything is built."""

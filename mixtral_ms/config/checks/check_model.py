@@ -1,0 +1,142 @@
+"""Contradictions within the network and between it and the rank grid."""
+
+import re
+from collections.abc import Iterator
+
+from mixtral_ms.config.derived.expert_grid import expert_matrix
+from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
+from mixtral_ms.config.loading.resolve import effective_parallel
+from mixtral_ms.config.sections.lora_section import ADAPTABLE
+from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.config.sections.run_section import RunConfig
+from mixtral_ms.errors import UserError
+
+_MAX_CAPACITY_FACTOR = 64.0
+
+
+def check_model(config: RunConfig) -> Iterator[str]:
+    """What is wrong with model_config and moe_config, and with splitting them."""
+    model = config.model.model_config
+    yield from _check_attention(model)
+    yield from _check_experts(model)
+    yield from _check_tokens(model)
+    yield from _check_adapters(model)
+    yield from _check_split(config)
+    yield from _check_stages(config)
+
+
+def _divides(value: int, by: int, value_key: str, by_key: str) -> Iterator[str]:
+    if value % by:
+        yield f"{value_key} {value} is not divisible by {by_key} {by}"
+
+
+def _check_attention(model: MixtralConfig) -> Iterator[str]:
+    heads, kv_heads = model.num_heads, model.n_kv_heads
+    yield from _divides(heads, kv_heads, "model_config.num_heads", "model_config.n_kv_heads")
+    if model.head_dim < 2 or model.head_dim % 2:
+        yield (
+            f"model_config.head_dim {model.head_dim} (unless given: hidden_size "
+            f"{model.hidden_size} / num_heads {heads}) must be even and at least 2: rotary "
+            "embedding turns pairs of values"
+        )
+    if model.seq_length > model.max_position_embedding:
+        yield (
+            f"model_config.seq_length {model.seq_length} is longer than "
+            f"model_config.max_position_embedding {model.max_position_embedding}"
+        )
+
+
+def _check_experts(model: MixtralConfig) -> Iterator[str]:
+    moe = model.moe_config
+    if moe.num_experts_chosen > moe.expert_num:
+        yield (
+            f"moe_config.num_experts_chosen {moe.num_experts_chosen} is more than "
+            f"moe_config.expert_num {moe.expert_num}"
+        )
+    if moe.capacity_factor > _MAX_CAPACITY_FACTOR:
+        yield (
+            f"moe_config.capacity_factor {moe.capacity_factor} is more than "
+            f"{_MAX_CAPACITY_FACTOR:g}: 1 to 4 are usual, 0 or less drops no token"
+        )
+
+
+def _check_tokens(model: MixtralConfig) -> Iterator[str]:
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(model, key)
+        lowest = -1 if key == "pad_token_id" else 0  # -1: the data holds no padding
+        if not lowest <= token < model.vocab_size:
+            yield (
+                f"model_config.{key} {token} is not in {lowest} … vocab_size - 1 = "
+                f"{model.vocab_size - 1}"
+            )
+    if 0 <= model.ignore_token_id < model.vocab_size:
+        yield (
+            f"model_config.ignore_token_id {model.ignore_token_id} is a token of vocab_size "
+            f"{model.vocab_size}: every label of that token would be left out; use -100"
+        )
+
+
+def _check_adapters(model: MixtralConfig) -> Iterator[str]:
+    if (pet := model.pet_config) is None:
+        return
+    given = f"model_config.pet_config.target_modules {pet.target_modules!r}"
+    try:
+        found = pet.modules(model.num_layers)
+    except re.error as error:
+        yield f"{given} is not a regular expression: {error}"
+        return
+    if not found:
+        yield (
+            f"{given} means no module: it must match a whole name such as model.layers.0."
+            f"{ADAPTABLE[0]}; the modules of a layer are {', '.join(ADAPTABLE)}"
+        )
+
+
+def _check_split(config: RunConfig) -> Iterator[str]:
+    """Everything that is cut must divide."""
+    model, grid = config.model.model_config, effective_parallel(config)
+    moe, tensor = model.moe_config, grid.model_parallel
+    cut = {
+        "model_config.num_heads": model.num_heads,
+        "model_config.n_kv_heads": model.n_kv_heads,
+        "model_config.intermediate_size": model.intermediate_size,
+        "model_config.vocab_size": model.vocab_size,
+    }
+    for key, size in cut.items():
+        yield from _divides(size, tensor, key, "parallel_config.model_parallel")
+    experts = grid.expert_parallel
+    yield from _divides(
+        moe.expert_num, experts, "moe_config.expert_num", "parallel_config.expert_parallel"
+    )
+    try:
+        expert_matrix(grid)
+    except UserError as error:
+        yield str(error)
+    split_sequence = grid.context_parallel * (tensor if grid.use_seq_parallel else 1)
+    yield from _divides(
+        model.seq_length,
+        split_sequence,
+        "model_config.seq_length",
+        "the parallel_config.context_parallel (and use_seq_parallel's model_parallel) product",
+    )
+
+
+def _check_stages(config: RunConfig) -> Iterator[str]:
+    model, grid = config.model.model_config, effective_parallel(config)
+    try:
+        layers_per_stage(model, grid.pipeline_stage)
+    except UserError as error:
+        yield str(error)
+    if config.run_mode == "predict":
+        for key in ("pipeline_stage", "context_parallel"):
+            if (size := getattr(grid, key)) > 1:
+                yield (
+                    f"parallel_config.{key} {size} with run_mode predict: a network that answers "
+                    "is split over model_parallel and expert_parallel only: set it to 1"
+                )
+    training = config.run_mode in ("train", "finetune")
+    if training and grid.pipeline_stage > 1 and grid.micro_batch_num < grid.pipeline_stage:
+        yield (
+            f"parallel_config.micro_batch_num {grid.micro_batch_num} is less than "
+            f"parallel_config.pipeline_stage {grid.pipeline_stage}: stages would stand idle"
+        )

@@ -1,0 +1,1 @@
+"""The sections of the YAML as dataclasses: the full list of keys."""

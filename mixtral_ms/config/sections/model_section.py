@@ -1,0 +1,200 @@
+"""The network's configuration: the fields of MindFormers' `LlamaConfig` and `MoEConfig`.
+
+Section 2 of the Mixtral paper (arXiv 2401.04088) gives the sizes of 8x7B.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mixtral_ms.config.sections.fields import Dtype, inert, unsupported
+from mixtral_ms.config.sections.lora_section import PetSection
+from mixtral_ms.errors import UserError
+
+_MULTI_DEVICE = "it tunes collectives on Ascend only"
+_OTHER_MODEL = "Mixtral has no such part"
+
+
+@dataclass
+class MoEConfig:
+    """`moe_config`: router and experts."""
+
+    expert_num: int = 8
+    num_experts_chosen: int = 2
+    capacity_factor: float = -1.0
+    """Slots per expert relative to an even load; 0 or less means dropless (nothing is dropped)."""
+    enable_sdrop: bool = False
+    """Hand out slots token by token (True) or all first choices before all second ones (False)."""
+    routing_policy: Literal["TopkRouterV2"] = "TopkRouterV2"
+    aux_loss_factor: float = 0.0
+    """Weight of the load-balancing loss; 0.01-0.05 are usual, 0 switches it off."""
+    z_loss_factor: float = 0.0
+    """Weight of mean(logsumexp(router logits)^2); 1e-3 is usual."""
+    router_dense_type: Dtype = inert("float32", "the router is computed in float32")
+    router_jitter: float = 0.0
+    """Multiply the router's input by uniform(1-j, 1+j) in training; 0 switches it off."""
+    uniform_routing: bool = False
+    """Debug switch: send tokens to the experts in turn, whatever the router says."""
+    norm_topk_prob: bool = True
+    expert_group_size: int | None = unsupported(None, "capacity is counted per data-parallel group")
+    group_wise_a2a: bool = inert(False, _MULTI_DEVICE)
+    comp_comm_parallel: bool = inert(False, _MULTI_DEVICE)
+    comp_comm_parallel_degree: int = inert(2, _MULTI_DEVICE)
+    save_token_distribution: bool = inert(False, "expert load is always in metrics.jsonl")
+    cur_layer: int = inert(0, "it is set by the network")
+    enable_cold_hot_expert: bool = unsupported(False, _OTHER_MODEL)
+    update_step: int = inert(10000, _OTHER_MODEL)
+    hot_expert_num: int = inert(0, _OTHER_MODEL)
+    cold_token_percent: float = inert(1.0, _OTHER_MODEL)
+    moe_module_name: str = inert("", _OTHER_MODEL)
+    use_fused_ops_topkrouter: bool = inert(False, "the backend chooses its kernels")
+    use_fused_ops_permute: bool = inert(False, "the backend chooses its kernels")
+    use_gmm: bool = inert(False, "dropless experts always use the grouped matmul")
+    enable_gmm_safe_tokens: bool = inert(False, "empty experts are always safe")
+    shared_expert_num: int = unsupported(0, _OTHER_MODEL)
+    use_shared_expert_gating: bool = unsupported(False, _OTHER_MODEL)
+    max_router_load: int = inert(128 * 1024, _OTHER_MODEL)
+    topk_method: str = unsupported("greedy", _OTHER_MODEL)
+    topk_group: int | None = unsupported(None, _OTHER_MODEL)
+    n_group: int | None = unsupported(None, _OTHER_MODEL)
+    first_k_dense_replace: int = unsupported(0, _OTHER_MODEL)
+    moe_intermediate_size: int | None = unsupported(None, "use intermediate_size")
+    routed_scaling_factor: float = unsupported(1.0, _OTHER_MODEL)
+    aux_loss_types: list | None = unsupported(None, "aux_loss_factor weighs the one auxiliary loss")
+    aux_loss_factors: list | None = unsupported(
+        None, "aux_loss_factor weighs the one auxiliary loss"
+    )
+    balance_via_topk_bias: bool = unsupported(False, _OTHER_MODEL)
+    topk_bias_update_rate: float = inert(0.0, _OTHER_MODEL)
+    use_allgather_dispatcher: bool = inert(False, _MULTI_DEVICE)
+    expert_model_parallel: int | None = inert(None, "experts are split as parallel_config says")
+    use_gating_sigmoid: bool = unsupported(False, _OTHER_MODEL)
+    enable_deredundency: bool = inert(False, _MULTI_DEVICE)
+    npu_nums_per_device: int = inert(8, _MULTI_DEVICE)
+    callback_moe_droprate: bool = inert(False, "the drop rate is always in metrics.jsonl")
+
+    @property
+    def dropless(self) -> bool:
+        """Whether every assignment is kept."""
+        return self.capacity_factor <= 0
+
+
+@dataclass
+class MixtralConfig:
+    """`model.model_config`: the network (MindFormers' `LlamaConfig`, `type: LlamaConfig`)."""
+
+    type: Literal["LlamaConfig", "MixtralConfig"] = "MixtralConfig"
+    # sizes
+    batch_size: int = 1
+    seq_length: int = 2048
+    hidden_size: int = 4096
+    num_layers: int = 32
+    num_heads: int = 32
+    n_kv_heads: int | None = None
+    """Key/value heads of grouped-query attention; empty means as many as num_heads."""
+    head_dim: int | None = None
+    """Width of a head; empty means hidden_size / num_heads."""
+    vocab_size: int = 32000
+    intermediate_size: int | None = None
+    """Width of an expert; empty means the LLaMA rule from the two keys below."""
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    max_position_embedding: int | None = None
+    """Longest position; empty means seq_length."""
+    # numerics
+    rms_norm_eps: float = 1e-5
+    theta: float = 10000.0
+    """Base of the rotary embedding; Mixtral uses 1e6."""
+    compute_dtype: Dtype = "float16"
+    param_init_type: Dtype = inert("float32", "parameters are kept in float32")
+    layernorm_compute_type: Dtype = inert("float32", "norms are computed in float32")
+    softmax_compute_type: Dtype = "float32"
+    rotary_dtype: Dtype = "float32"
+    residual_dtype: Dtype | None = None
+    embedding_init_type: Dtype | None = inert(None, "parameters are kept in float32")
+    init_method_std: float = 0.02
+    # tokens
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+    ignore_token_id: int = -100
+    # structure
+    sliding_window: int | None = None
+    """Each position sees itself and this many - 1 before it; empty means all before it."""
+    qkv_has_bias: bool = False
+    attn_proj_has_bias: bool = False
+    tie_word_embeddings: bool = False
+    moe_config: MoEConfig = field(default_factory=MoEConfig)
+    pet_config: PetSection | None = None
+    """Train low-rank adapters instead of the weights."""
+    # generation
+    use_past: bool = False
+    block_size: int = 16
+    num_blocks: int = 512
+    top_k: int = 5
+    top_p: float = 1.0
+    temperature: float = 1.0
+    repetition_penalty: float = 1.0
+    max_decode_length: int = 1024
+    max_new_tokens: int | None = None
+    do_sample: bool = True
+    # execution
+    use_flash_attention: bool = inert(False, "the backend chooses its kernels")
+    offset: int | list[int] = 0
+    """Uneven pipeline stages: layers added to (or taken from) each stage."""
+    pp_interleave_num: int = inert(1, "the pipeline schedule is plain 1F1B")
+    pipeline_stage: dict | None = inert(None, "parallel_config.pipeline_stage says it")
+    checkpoint_name_or_path: str | None = None
+    qkv_concat: bool = inert(False, "checkpoints keep wq, wk and wv apart")
+    rl_config: dict | None = unsupported(None, _OTHER_MODEL)
+    quant_config: dict | None = unsupported(None, "weights are not quantised")
+    extend_method: str = unsupported("None", "Mixtral scales no positions")
+    scaling_factor: float | dict = unsupported(1.0, "Mixtral scales no positions")
+    is_dynamic: bool = inert(False, "the engine chooses its shapes")
+    use_rope_slice: bool = inert(False, "rotary tables are computed once")
+    use_ring_attention: bool = inert(False, "parallel_config.context_parallel chooses it")
+    use_attn_mask_compression: bool = inert(False, "the backend chooses its kernels")
+    fused_rms_norm: bool = inert(True, "the backend chooses its kernels")
+    rmsnorm_compute_2d: bool = inert(False, "the backend chooses its kernels")
+    parallel_optimizer: bool = inert(False, "parallel.enable_parallel_optimizer chooses it")
+    fine_grain_interleave: int = inert(1, _MULTI_DEVICE)
+    input_sliced_sig: bool = inert(False, "records hold seq_length + 1 ids and are sliced here")
+    chunk_prefill: bool = inert(False, "the engine always fills in chunks")
+    calculate_per_token_loss: bool = inert(True, "the loss is always per token")
+    return_hidden_states: bool = inert(False, _OTHER_MODEL)
+    mlp_has_gate: bool = unsupported(True, "experts are always SwiGLU")
+    llm_backend: str = inert("", "the backend is chosen by device_target")
+    pretrain_seqlen: int | None = inert(None, "seq_length says it")
+    compute_in_2d: bool = inert(True, "tensors have the shapes the kernels like best")
+    use_past_shard: bool = inert(False, "the cache is split as the heads are")
+    max_length: int | None = inert(None, "max_decode_length says it")
+    hidden_act: Literal["silu"] = "silu"
+    parallel_decoding_params: dict | None = inert(None, _OTHER_MODEL)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.moe_config, dict):
+            self.moe_config = MoEConfig(**self.moe_config)
+        if isinstance(self.pet_config, dict):
+            self.pet_config = PetSection(**self.pet_config)
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.num_heads
+        if self.head_dim is None:
+            if self.num_heads < 1 or self.hidden_size % self.num_heads:
+                raise UserError(
+                    f"model_config.hidden_size {self.hidden_size} is not divisible by "
+                    f"model_config.num_heads {self.num_heads}: change one of them or give head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_heads
+        if self.max_position_embedding is None:
+            self.max_position_embedding = self.seq_length
+        if self.intermediate_size is None:
+            self.intermediate_size = _llama_intermediate_size(self)
+
+
+def _llama_intermediate_size(config: MixtralConfig) -> int:
+    """LLaMA's rule: 8/3 of the hidden size, scaled, rounded up to a multiple."""
+    size = int(2 * 4 * config.hidden_size / 3)
+    if config.ffn_dim_multiplier is not None:
+        size = int((config.ffn_dim_multiplier + 0.01) * size)
+    if config.multiple_of < 1:
+        raise UserError(f"model_config.multiple_of must be 1 or more, not {config.multiple_of}")
+    return config.multiple_of * ((size + config.multiple_of - 1) // config.multiple_of)

@@ -1,0 +1,1 @@
+"""LoRA adapters merged into weights, and in PEFT's format."""

@@ -1,0 +1,140 @@
+"""LoRA adapters written in the format of the library `peft`, for Hugging Face's Mixtral.
+
+In transformers 5 attention is modules, while router and experts are parameters, the experts' two
+stacked ones: gate_up_proj (E, 2F, D), with w1 above w3, and down_proj. peft adapts parameters by
+`target_parameters`, with A of all experts as (E * r, in) and B as (out, r * E). The adapters of w1
+and w3 become one of rank 2r: A one above the other, B block-diagonal.
+
+Legend: D hidden, F intermediate, E experts, r rank.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixtral_ms.checkpoint.formats.safetensors_format import write_safetensors
+from mixtral_ms.checkpoint.formats.tensor_source import outgoing
+from mixtral_ms.config.sections.lora_section import PetSection
+from mixtral_ms.files import write_aside
+from mixtral_ms.parallel.grid.sharding_rules import LAYER, LORA_A, LORA_B
+
+CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
+
+Pair = tuple[np.ndarray, np.ndarray]
+"""A and B."""
+
+
+def write_peft(
+    folder: Path, adapters: Mapping[str, np.ndarray], pet: PetSection, base: str
+) -> None:
+    """Write adapters, under our names, as adapter_config.json and adapter_model.safetensors.
+
+    What stands in these two files is replaced.
+
+    Args:
+        folder: made when missing.
+        adapters: every A and B of the network.
+        pet: rank and scale.
+        base: what PEFT is told of the weights that they are for.
+    """
+    modules = {name.removesuffix(LORA_A) for name in adapters if name.endswith(LORA_A)}
+    layers = sorted({int(module.split(".")[2]) for module in modules})
+    export = _Export(adapters)
+    for layer in layers:
+        export.add_layer(layer)
+    tensors = [outgoing(name, np.ascontiguousarray(a)) for name, a in export.tensors.items()]
+    with write_aside(folder / TENSORS_FILE) as aside:
+        write_safetensors(aside, tensors, {"format": "pt"})
+    with write_aside(folder / CONFIG_FILE) as aside:
+        config = _config(export, pet, base)
+        aside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class _Export:
+    """What becomes of each layer's adapters."""
+
+    def __init__(self, adapters: Mapping[str, np.ndarray]) -> None:
+        self._adapters = adapters
+        self.tensors: dict[str, np.ndarray] = {}
+        self.modules: list[str] = []
+        self.parameters: list[str] = []
+        self.doubled: list[str] = []
+        """Parameters whose adapter has twice the rank."""
+
+    def add_layer(self, layer: int) -> None:
+        """Take over the adapters of one layer."""
+        ours, theirs = LAYER.format(layer=layer), f"model.layers.{layer}."
+        for name, their_name in _ATTENTION.items():
+            if pair := self._pair(f"{ours}attention.{name}"):
+                self._put(f"{theirs}self_attn.{their_name}", pair)
+                self.modules.append(f"{theirs}self_attn.{their_name}")
+        routed = f"{ours}feed_forward.routed_experts."
+        if pair := self._pair(f"{routed}router.dense"):
+            self._put(f"{theirs}mlp.gate", pair)
+            self.parameters.append(f"{theirs}mlp.gate.weight")
+        self._add_experts(routed + "ffn.", f"{theirs}mlp.experts")
+
+    def _add_experts(self, ours: str, theirs: str) -> None:
+        """One wrapper lies in the other: gate_up_proj's in down_proj's, where both are there."""
+        gate, down, up = (self._pair(ours + name) for name in ("w1", "w2", "w3"))
+        if gate or up:
+            inner = f"{theirs}.base_layer" if down else theirs
+            self._put(inner, _flat(_joined(gate, up)))
+            self.parameters.append(f"{theirs}.gate_up_proj")
+            self.doubled.append(f"{theirs}.gate_up_proj")
+        if down:
+            self._put(theirs, _flat(down))
+            self.parameters.append(f"{theirs}.down_proj")
+
+    def _pair(self, module: str) -> Pair | None:
+        if module + LORA_A not in self._adapters:
+            return None
+        return self._adapters[module + LORA_A], self._adapters[module + LORA_B]
+
+    def _put(self, module: str, pair: Pair) -> None:
+        for letter, array in zip("AB", pair, strict=True):
+            self.tensors[f"{_PREFIX}{module}.lora_{letter}.weight"] = array
+
+
+def _joined(gate: Pair | None, up: Pair | None) -> Pair:
+    """The adapter of w1 above w3; an absent one is of zeros."""
+    a_ErD, b_EFr = gate or up
+    experts, width, rank = b_EFr.shape
+    a = np.zeros((experts, 2 * rank, a_ErD.shape[2]), np.float32)
+    b = np.zeros((experts, 2 * width, 2 * rank), np.float32)
+    for index, pair in enumerate((gate, up)):
+        if pair:
+            a[:, index * rank : (index + 1) * rank] = pair[0]
+            rows = slice(index * width, (index + 1) * width)
+            b[:, rows, index * rank : (index + 1) * rank] = pair[1]
+    return a, b
+
+
+def _flat(pair: Pair) -> Pair:
+    """A (E, r, in) -> (E * r, in); B (E, out, r) -> (out, r * E)."""
+    a, b = pair
+    return a.reshape(-1, a.shape[2]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+
+
+def _config(export: _Export, pet: PetSection, base: str) -> dict[str, Any]:
+    rank, alpha = pet.lora_rank, pet.lora_alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "bias": "none",
+        "r": rank,
+        "lora_alpha": alpha,
+        # peft cannot drop inputs where it adapts parameters
+        "lora_dropout": 0.0 if export.parameters else pet.lora_dropout,
+        "target_modules": export.modules,
+        "target_parameters": export.parameters or None,
+        "rank_pattern": {name.replace(".", r"\."): 2 * rank for name in export.doubled},
+        "alpha_pattern": {name.replace(".", r"\."): 2 * alpha for name in export.doubled},
+    }

@@ -1,0 +1,1 @@
+"""Names and layouts of weights in every format."""

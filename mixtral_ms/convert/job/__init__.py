@@ -1,0 +1,1 @@
+"""A conversion from its plan to its output."""

@@ -1,0 +1,235 @@
+"""A conversion from the first look at the input to the output in its place."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
+from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.convert.adapters.lora_weights import AdaptedWeights, adapted, is_adapter
+from mixtral_ms.convert.formats.conversion_record import recorded_format
+from mixtral_ms.convert.formats.detect_format import (
+    Measured,
+    detect_format,
+    measure,
+    measured_config,
+)
+from mixtral_ms.convert.formats.foreign_config import (
+    FoundConfig,
+    check_sizes,
+    find_config,
+    read_config,
+    to_huggingface,
+    to_yaml_section,
+)
+from mixtral_ms.convert.formats.open_weight_files import open_source
+from mixtral_ms.convert.formats.weight_names import FORMATS, NATIVE, OURS, Format
+from mixtral_ms.convert.formats.weight_view import open_weights
+from mixtral_ms.convert.job.conversion_plan import Plan, make_plan
+from mixtral_ms.convert.job.execute import Outcome, execute
+from mixtral_ms.convert.job.output import (
+    Destination,
+    complete,
+    copy_tokenizer,
+    destination,
+    put_output,
+    require_free,
+)
+from mixtral_ms.convert.job.output_record import description
+from mixtral_ms.convert.job.workspace import open_workspace
+from mixtral_ms.errors import UserError
+from mixtral_ms.files import write_aside
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to convert and how; the flags' names are for messages."""
+
+    input_path: Path
+    output_path: Path
+    to: str
+    """Name of the target's format."""
+    input_flag: str = "--input_path"
+    output_flag: str = "--output_path"
+    input_format: str | None = None
+    """Name of the source's format, where its shapes leave it open."""
+    dtype: str | None = None
+    """Of the output; None keeps the source's."""
+    config: Path | None = None
+    """YAML or JSON with the network's configuration, where none lies with the input."""
+    strategy_dir: Path | None = None
+    max_shard_bytes: int = 5_000_000_000
+    merge_lora: Path | None = None
+    """A LoRA run's checkpoints, to be added to the weights."""
+    workers: int = 2
+    overwrite: bool = False
+    emit_yaml: Path | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that can be done: everything that can be checked before is."""
+
+    options: ConvertOptions
+    plan: Plan
+    target: Destination
+    config: MixtralConfig | None
+    """The network's; None where none was found and none is needed."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was done."""
+
+    outcome: Outcome
+    seconds: float
+    tokenizer_files: list[str]
+
+
+def prepare(options: ConvertOptions) -> Conversion:
+    """Look at the input and plan the conversion; writes nothing.
+
+    Raises:
+        UserError: naming the flag, file, key or tensor that is wrong.
+        DamagedFileError: a file is not what its format says.
+    """
+    to = FORMATS[options.to]
+    target = destination(options.output_path, options.output_flag, huggingface=not to.mindspore)
+    require_free(target, options.input_path, options.output_flag, options.overwrite)
+    if is_adapter(options.input_path):
+        raise UserError(
+            f"{options.input_flag}: {options.input_path} holds an adapter: give the weights that "
+            f"it is for, and --merge_lora {options.input_path}"
+        )
+    source = open_source(options.input_path, options.input_flag, options.strategy_dir)
+    named = options.input_format or recorded_format(source.path)
+    source_format = detect_format(source.infos, source.path, named)
+    sizes = measure(source.infos, source_format, source.path)
+    measured = measured_config(source.infos, source_format, sizes)
+    found = read_config(options.config) if options.config else find_config(source.path)
+    if found:
+        check_sizes(found, sizes, measured.tie_word_embeddings)
+    else:
+        _require_config_not_needed(source, source_format, to, sizes)
+    config, dtype = found.config if found else measured, options.dtype
+    if options.merge_lora:
+        config.pet_config = None  # a YAML's of the run that made the adapter
+        source, source_format = _merged(options, config), OURS
+        dtype = dtype or source.stored_dtype
+    plan = make_plan(
+        source,
+        source_format,
+        to,
+        config,
+        dtype=dtype,
+        file_pattern=target.file_pattern,
+        max_shard_bytes=options.max_shard_bytes if target.kind == "huggingface" else None,
+    )
+    config = _with_compute_dtype(found, plan)
+    _require_yaml_possible(options, config)
+    return Conversion(options, plan, target, config)
+
+
+def _merged(options: ConvertOptions, config: MixtralConfig) -> AdaptedWeights:
+    """The input's weights under our names, with the adapter added."""
+    weights = open_weights(
+        options.input_path, config, strategy=options.strategy_dir, flag=options.input_flag
+    )
+    return adapted(weights, options.merge_lora, config, "--merge_lora")
+
+
+def _require_yaml_possible(options: ConvertOptions, config: MixtralConfig | None) -> None:
+    if options.emit_yaml is None:
+        return
+    if config is None:
+        raise UserError("--emit_yaml: no configuration lies with the input; give one with --config")
+    if options.emit_yaml.exists() and not options.overwrite:
+        raise UserError(
+            f"--emit_yaml: {options.emit_yaml} exists: add --overwrite, or name another"
+        )
+
+
+def _require_config_not_needed(
+    source: TensorSource, source_format: Format, to: Format, sizes: dict[str, Measured]
+) -> None:
+    """Without a configuration only MindSpore's formats are converted into one another.
+
+    Raises:
+        UserError: it is needed; the message has all sizes that the tensors show.
+    """
+    if source_format.mindspore and to.mindspore:
+        return
+    if not source_format.mindspore:
+        name = "params.json" if source_format.name.startswith(NATIVE.name) else "config.json"
+        raise UserError(
+            f"{source.path}: there is no {name}, so rope_theta and the number of heads are not "
+            f"known: put the release's {name} there or give --config a YAML or JSON that has them"
+        )
+    known = {
+        "vocab_size": sizes["vocab_size"].value,
+        "hidden_size": sizes["hidden_size"].value,
+        "intermediate_size": sizes["intermediate_size"].value,
+        "num_hidden_layers": sizes["num_layers"].value,
+        "num_local_experts": sizes["expert_num"].value,
+    }
+    widths = (
+        f"num_attention_heads * head_dim is {sizes['query_width'].value}, "
+        f"num_key_value_heads * head_dim is {sizes['key_value_width'].value}"
+    )
+    raise UserError(
+        f"{source.path}: no configuration lies with it, and config.json needs num_attention_heads, "
+        "num_key_value_heads, num_experts_per_tok, rms_norm_eps and rope_theta, which tensors do "
+        "not show: give --config the YAML that the network was trained with, or a JSON file with "
+        f"these and {json.dumps(known)} ({widths})"
+    )
+
+
+def _with_compute_dtype(found: FoundConfig | None, plan: Plan) -> MixtralConfig | None:
+    """The configuration; compute in what the weights are stored in, where no YAML says other."""
+    if found is None:
+        return None
+    if found.names:  # from another system's file
+        found.config.compute_dtype = plan.targets[0].info.dtype
+    return found.config
+
+
+def convert(conversion: Conversion) -> Summary:
+    """Carry out a conversion; the output is at its place when all of it is whole.
+
+    Raises:
+        UserError: not enough disk space, or another process converts to the same place.
+        ConversionError: the disk is full or cannot be written; a rerun goes on.
+    """
+    options, plan, target = conversion.options, conversion.plan, conversion.target
+    began = time.monotonic()
+    with open_workspace(target.path) as workspace:
+        outcome = execute(plan, workspace, options.workers)
+        tokenizer: list[str] = []
+        if target.kind != "file":
+            tokenizer = copy_tokenizer(plan.source.path, workspace.output)
+        complete(
+            workspace.output,
+            target,
+            outcome.files,
+            description(plan, conversion.config),
+            _huggingface_config(conversion),
+        )
+        put_output(workspace.output, target)
+    if options.emit_yaml:
+        emit_yaml(conversion)
+    return Summary(outcome, time.monotonic() - began, tokenizer)
+
+
+def _huggingface_config(conversion: Conversion) -> dict | None:
+    if conversion.target.kind != "huggingface":
+        return None
+    return to_huggingface(conversion.config, conversion.plan.targets[0].info.dtype)
+
+
+def emit_yaml(conversion: Conversion) -> None:
+    """Write the YAML's model section."""
+    with write_aside(conversion.options.emit_yaml) as aside:
+        aside.write_text(yaml.safe_dump(to_yaml_section(conversion.config), sort_keys=False))

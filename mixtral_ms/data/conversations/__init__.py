@@ -1,0 +1,1 @@
+"""Conversations to records for fine-tuning."""

@@ -1,0 +1,121 @@
+"""From conversations to a MindRecord for fine-tuning.
+
+A record has int32 `input_ids` and `labels` of seq_length + 1 ids each, a supervised id standing in
+`labels` at its own place and -100 elsewhere. This is what MindFormers writes and reads: its network
+drops the last input and the first label when it trains, and so does our loader. Packed records have
+`segment_ids` too.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from mixtral_ms.data.conversations.conversation_samples import ConversationOptions, Conversations
+from mixtral_ms.data.conversations.sample_encoder import Sample
+from mixtral_ms.data.conversations.sample_packing import Row, lay_out
+from mixtral_ms.data.conversations.skipped_rows import RowLog
+from mixtral_ms.data.mindrecord.writer import RecordWriter
+from mixtral_ms.data.readers.text_blocks import find_inputs
+from mixtral_ms.errors import UserError
+from mixtral_ms.files import write_aside
+from mixtral_ms.progress import progress_bar
+
+
+@dataclass
+class QaOptions(ConversationOptions):
+    """What to preprocess and how; the fields are the command's flags."""
+
+    input_glob: str = ""
+    output_file: str = ""
+    file_partition: int = 1
+    overwrite: bool = False
+
+
+@dataclass
+class QaSummary:
+    """What was read and written."""
+
+    log: RowLog
+    files: list[Path] = field(default_factory=list)
+    """The MindRecord data files."""
+    named_rows: Path | None = None
+    """Where the rows left out, cut or shortened are listed; None when there are none."""
+    input_files: int = 0
+    records: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    padding: int = 0
+
+
+def preprocess_qa(options: QaOptions) -> QaSummary:
+    """Encode the conversations of all files and write them; memory stays flat.
+
+    Raises UserError for input, model or options that cannot be used; then nothing is written.
+    """
+    inputs = find_inputs(options.input_glob)
+    listing = _listing_of(options)
+    if not options.file_partition >= 1:
+        raise UserError(f"--file_partition {options.file_partition} must be at least 1")
+    columns = ("input_ids", "labels", *["segment_ids"] * options.packing)
+    writer = RecordWriter(
+        options.output_file, columns, partitions=options.file_partition, overwrite=options.overwrite
+    )
+    log = RowLog()
+    data = Conversations(inputs, options, log)
+    summary = QaSummary(log, input_files=len(inputs))
+    with _named_rows(listing, log), writer:
+        with progress_bar(data.total_bytes, "preprocess", "B", scale=True) as bar:
+            _write(data, data.rows(bar.update), writer, summary)
+        if not writer.records:
+            raise _nothing_usable(options, log)
+    summary.files, summary.records = writer.files, writer.records
+    summary.named_rows = listing if log.named else None
+    return summary
+
+
+def first_samples(options: QaOptions, count: int) -> tuple[Conversations, list[Sample]]:
+    """The first so many samples, without writing anything; reads no further than needed."""
+    log = RowLog()
+    data = Conversations(find_inputs(options.input_glob), options, log)
+    samples = list(islice(data.samples(lambda _: None), count))
+    if not samples:
+        raise _nothing_usable(options, log)
+    return data, samples
+
+
+def _write(
+    data: Conversations, rows: Iterator[Row], writer: RecordWriter, summary: QaSummary
+) -> None:
+    batch = writer.batch_rows(data.row_length)
+    while some := list(islice(rows, batch)):
+        columns = lay_out(some, data.row_length, data.pad_id, packed=data.options.packing)
+        writer.write(**columns)
+        tokens = sum(len(sample.ids) for row in some for sample in row)
+        summary.tokens += tokens
+        summary.supervised_tokens += sum(int(one.supervised.sum()) for row in some for one in row)
+        summary.padding += len(some) * data.row_length - tokens
+
+
+def _listing_of(options: QaOptions) -> Path:
+    """Where named rows are listed. Raises UserError for one that is there already."""
+    path = Path(f"{options.output_file}.rows.jsonl").absolute()
+    if path.exists() and not options.overwrite:
+        raise UserError(f"{path} exists; give --overwrite to replace it, or another --output_file")
+    return path
+
+
+@contextlib.contextmanager
+def _named_rows(path: Path, log: RowLog) -> Iterator[None]:
+    """Lets the log write to `path`; without named rows there is no such file in the end."""
+    with write_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        log.file = file
+        yield
+    if not log.named:
+        path.unlink()
+
+
+def _nothing_usable(options: QaOptions, log: RowLog) -> UserError:
+    reasons = "".join(f"\n  {one}" for one in log.first)
+    return UserError(f"none of the {log.read} rows of {options.input_glob!r} can be used{reasons}")

@@ -1,0 +1,177 @@
+"""From text files to MindRecord: read documents, encode, pack, write; memory stays flat."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mixtral_ms.data.documents.json_documents import read_wikipedia
+from mixtral_ms.data.documents.token_packer import TokenPacker
+from mixtral_ms.data.documents.wikitext import read_wiki
+from mixtral_ms.data.mindrecord.writer import MAX_ROW_LENGTH, RecordWriter
+from mixtral_ms.data.readers.text_blocks import Advance, Piece, find_inputs
+from mixtral_ms.data.tokenizer.tokenizer import Backend, Tokenizer
+from mixtral_ms.errors import UserError
+from mixtral_ms.progress import progress_bar
+
+# From here on the fastest tokenizer makes up for the time that it takes to load.
+_BULK_BYTES = 32 << 20
+
+
+@dataclass
+class PreprocessOptions:
+    """What to preprocess and how; the fields are the command's flags."""
+
+    input_glob: str
+    model_file: str
+    output_file: str
+    dataset_type: str = "wiki"
+    seq_length: int = 2048
+    file_partition: int = 1
+    repeat: int = 1
+    samples_num: int | None = None
+    """Stop after so many records; None means all."""
+    text_column: str = "text"
+    add_bos: bool = True
+    add_eos: bool = True
+    clean_text: bool = True
+    overwrite: bool = False
+    tokenizer_backend: Backend = "auto"
+
+
+@dataclass
+class PreprocessSummary:
+    """What was read and written."""
+
+    files: list[Path] = field(default_factory=list)
+    """The MindRecord data files."""
+    input_files: int = 0
+    documents: int = 0
+    tokens: int = 0
+    records: int = 0
+    dropped_tokens: int = 0
+    """Tokens encoded but not written: they did not fill a last record, or came after the limit."""
+
+
+Reader = Callable[[PreprocessOptions, Path, Advance, bool], Iterator[Piece]]
+
+
+def _wiki(
+    options: PreprocessOptions, path: Path, advance: Advance, split_long: bool
+) -> Iterator[Piece]:
+    return read_wiki(path, advance, clean=options.clean_text, split_long=split_long)
+
+
+def _wikipedia(
+    options: PreprocessOptions, path: Path, advance: Advance, split_long: bool
+) -> Iterator[Piece]:
+    return read_wikipedia(path, advance, text_column=options.text_column, split_long=split_long)
+
+
+DATASET_TYPES: dict[str, Reader] = {"wiki": _wiki, "wikipedia": _wikipedia}
+"""Dataset types by name: each reads one file's documents."""
+
+
+def preprocess(options: PreprocessOptions) -> PreprocessSummary:
+    """Encode and pack the documents of all files into records of seq_length + 1 ids.
+
+    Raises UserError for input, model or options that cannot be used, before or while reading; then
+    nothing is written.
+    """
+    _check(options)
+    inputs = find_inputs(options.input_glob)
+    total = sum(path.stat().st_size for path in inputs) * options.repeat
+    tokenizer = Tokenizer(options.model_file, options.tokenizer_backend, bulk=total >= _BULK_BYTES)
+    _check_special_ids(options, tokenizer)
+    writer = RecordWriter(
+        options.output_file, partitions=options.file_partition, overwrite=options.overwrite
+    )
+    packer = TokenPacker(options.seq_length + 1)
+    summary = PreprocessSummary(input_files=len(inputs))
+    with writer, progress_bar(total, "preprocess", "B", scale=True) as bar:
+        pieces = _all_pieces(options, inputs, bar, tokenizer.splits_at_spaces)
+        with closing(pieces):
+            _encode_and_write(options, tokenizer, packer, writer, pieces, summary)
+        if not writer.records:
+            raise _too_little(options, inputs, packer.tokens)
+    summary.files = writer.files
+    summary.tokens = packer.tokens
+    summary.records = writer.records
+    summary.dropped_tokens = packer.tokens - writer.records * packer.row_length
+    return summary
+
+
+def _encode_and_write(
+    options: PreprocessOptions,
+    tokenizer: Tokenizer,
+    packer: TokenPacker,
+    writer: RecordWriter,
+    pieces: Iterator[Piece],
+    summary: PreprocessSummary,
+) -> None:
+    """Run the documents through; fills the packer, the writer and the count of documents."""
+    before = np.array([tokenizer.bos_id] * options.add_bos, np.int32)
+    after = np.array([tokenizer.eos_id] * options.add_eos, np.int32)
+    nothing = np.empty(0, np.int32)
+    batch = writer.batch_rows(packer.row_length)
+    limit = options.samples_num
+
+    def room() -> int | None:
+        return None if limit is None else limit - writer.records
+
+    for text, starts, ends in pieces:
+        summary.documents += starts
+        ids = tokenizer.encode_array(text)
+        packer.add(before if starts else nothing, ids, after if ends else nothing)
+        if packer.ready >= batch or (limit is not None and packer.ready >= room()):
+            writer.write(input_ids=packer.take(room()))
+            if limit is not None and writer.records >= limit:
+                return
+    writer.write(input_ids=packer.take(room()))
+
+
+def _all_pieces(
+    options: PreprocessOptions, inputs: list[Path], bar: tqdm, split_long: bool
+) -> Iterator[Piece]:
+    reader = DATASET_TYPES[options.dataset_type]
+    for _ in range(options.repeat):
+        for path in inputs:
+            yield from reader(options, path, bar.update, split_long)
+
+
+def _check(options: PreprocessOptions) -> None:
+    if options.dataset_type not in DATASET_TYPES:
+        raise UserError(
+            f"--dataset_type {options.dataset_type!r} is not available; "
+            f"choose one of: {', '.join(sorted(DATASET_TYPES))}"
+        )
+    if not 1 <= options.seq_length < MAX_ROW_LENGTH:
+        raise UserError(
+            f"--seq_length {options.seq_length} is not between 1 and {MAX_ROW_LENGTH - 1}"
+        )
+    for name in ("repeat", "file_partition", "samples_num"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
+
+
+def _check_special_ids(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
+    for flag, wanted, one in (
+        ("--add_bos", options.add_bos, tokenizer.bos_id),
+        ("--add_eos", options.add_eos, tokenizer.eos_id),
+    ):
+        if wanted and one < 0:
+            raise UserError(f"{options.model_file} has no such id; give {flag} False")
+
+
+def _too_little(options: PreprocessOptions, inputs: list[Path], tokens: int) -> UserError:
+    what = f"{len(inputs)} file{'s' if len(inputs) > 1 else ''} of {options.input_glob!r}"
+    if not tokens:
+        return UserError(f"no text found in {what}")
+    return UserError(
+        f"{what} hold {tokens} tokens, fewer than one record of seq_length + 1 = "
+        f"{options.seq_length + 1}; give more text, a smaller --seq_length or --repeat"
+    )

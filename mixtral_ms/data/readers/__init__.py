@@ -1,0 +1,1 @@
+"""Text and rows from files."""

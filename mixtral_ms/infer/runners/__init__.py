@@ -1,0 +1,1 @@
+"""What runs the network for the engine."""

@@ -1,0 +1,1 @@
+"""The network in C++, called with numpy arrays."""

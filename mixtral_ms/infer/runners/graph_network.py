@@ -1,0 +1,309 @@
+"""The network with a cache, in MindSpore operators and with static shapes.
+
+Over several ranks each has a part of the heads, of the experts and of the vocabulary, and the same
+tokens as all others; what they add up is summed.
+
+Legend: N sequences, t tokens of each, T = N * t tokens, D hidden, H heads, K kv heads, G heads per
+kv head, d head_dim, S keys that a sequence may see, E experts, k experts a token, F intermediate,
+P places of the cache, V vocabulary.
+
+Batch invariance. MindSpore's products on CPU are not the same bits for a row at another place, or
+among another number of rows. They are when the weight is the left operand, the rows are the
+columns of the right one, and there is always the same number of them. So products here are
+weight @ x^T; a decoding step always has ROWS tokens, padded where there are fewer. Batched products
+(attention, experts), softmax and means were measured to be the same whatever stands beside a row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.kernels.cells.elementwise import apply_rotary, swiglu
+from mixtral_ms.kernels.select import KernelChoice
+from mixtral_ms.model.moe.token_dispatch import CombineTokens, Dispatch, PermuteTokens
+from mixtral_ms.parallel.comm import transports
+from mixtral_ms.parallel.grid.mesh import ALONE, Mesh, ProcessGroup
+from mixtral_ms.parallel.grid.sharding_rules import EMBEDDING, FINAL_NORM, LAYER, LM_HEAD
+
+ROWS = 8
+"""Tokens of a decoding step, and rows of a product with the head."""
+_GATE_EPS = 1e-9
+
+
+class Weight(nn.Cell):
+    """A tensor of `InferWeights`, as float32."""
+
+    def __init__(self, value: Parameter, scale: Parameter | None) -> None:
+        super().__init__(auto_prefix=False)
+        self.value, self.scale = value, scale
+
+    def construct(self) -> Tensor:
+        """The values, times their rows' scales."""
+        value = ops.cast(self.value, mstype.float32)
+        return value if self.scale is None else value * ops.expand_dims(self.scale, -1)
+
+
+@dataclass(frozen=True)
+class SharedParameters:
+    """What all compiled shapes have in common."""
+
+    tensors: Mapping[str, Parameter]
+    scales: Mapping[str, Parameter]
+    keys: tuple[Parameter, ...]
+    """(P, K, d) of each layer."""
+    values: tuple[Parameter, ...]
+    mesh: Mesh = field(default_factory=Mesh)
+
+    def weight(self, name: str) -> Weight:
+        """The cell of one tensor."""
+        return Weight(self.tensors[name], self.scales.get(name))
+
+
+class Projection(nn.Cell):
+    """y = x W^T + b, computed as W x^T; `terms` are the ranks whose products are summed."""
+
+    def __init__(self, shared: SharedParameters, name: str, terms: ProcessGroup = ALONE) -> None:
+        super().__init__(auto_prefix=False)
+        self.sum = transports.all_reduce(terms) if terms.size > 1 else None
+        self.weight = shared.weight(f"{name}.weight")
+        bias = f"{name}.bias"
+        self.bias = shared.weight(bias) if bias in shared.tensors else None
+        self.product = ops.MatMul(transpose_b=True)
+
+    def construct(self, x_TD: Tensor) -> Tensor:
+        """Returns (T, outputs)."""
+        y = ops.transpose(self.product(self.weight(), x_TD), (1, 0))
+        if self.sum is not None:
+            y = self.sum(y)
+        return y if self.bias is None else y + self.bias()
+
+
+class CachedAttention(nn.Cell):
+    """Writes keys and values to their places and attends to all that a sequence may see."""
+
+    def __init__(
+        self, config: MixtralConfig, shared: SharedParameters, layer: int, sequences: int
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        prefix = LAYER.format(layer=layer) + "attention."
+        ranks = shared.mesh.tensor
+        self.wq, self.wk, self.wv = (
+            Projection(shared, prefix + name) for name in ("wq", "wk", "wv")
+        )
+        self.wo = Projection(shared, prefix + "wo", ranks)
+        self.keys, self.values = shared.keys[layer], shared.values[layer]
+        self.sequences, self.head_dim = sequences, config.head_dim
+        self.kv_heads = config.n_kv_heads // ranks.size
+        self.groups = config.num_heads // config.n_kv_heads
+        self.scale = 1.0 / float(np.sqrt(config.head_dim))
+        self.write = ops.ScatterUpdate()
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.weighted = ops.BatchMatMul()
+        self.softmax = ops.Softmax(-1)
+
+    def construct(
+        self,
+        x_TD: Tensor,
+        cos_T1d: Tensor,
+        sin_T1d: Tensor,
+        places_T: Tensor,
+        seen_NS: Tensor,
+        mask_N1tS: Tensor,
+    ) -> Tensor:
+        """Returns (T, D)."""
+        tokens, heads, groups = x_TD.shape[0], self.kv_heads, self.groups
+        count, per = self.sequences, tokens // self.sequences
+        q = ops.reshape(self.wq(x_TD), (tokens, heads * groups, self.head_dim))
+        k = ops.reshape(self.wk(x_TD), (tokens, heads, self.head_dim))
+        v = ops.reshape(self.wv(x_TD), (tokens, heads, self.head_dim))
+        self.write(self.keys, places_T, apply_rotary(k, cos_T1d, sin_T1d))
+        self.write(self.values, places_T, v)
+        k_NKSd = ops.transpose(ops.gather(self.keys, seen_NS, 0), (0, 2, 1, 3))
+        v_NKSd = ops.transpose(ops.gather(self.values, seen_NS, 0), (0, 2, 1, 3))
+        q = apply_rotary(q, cos_T1d, sin_T1d) * self.scale
+        q = ops.reshape(q, (count, per, heads, groups, self.head_dim))
+        q = ops.reshape(
+            ops.transpose(q, (0, 2, 3, 1, 4)), (count, heads, groups * per, self.head_dim)
+        )
+        scores = ops.reshape(self.scores(q, k_NKSd), (count, heads * groups, per, -1)) + mask_N1tS
+        weights = ops.reshape(self.softmax(scores), (count, heads, groups * per, -1))
+        out = ops.reshape(
+            self.weighted(weights, v_NKSd), (count, heads, groups, per, self.head_dim)
+        )
+        out = ops.reshape(ops.transpose(out, (0, 3, 1, 2, 4)), (tokens, -1))
+        return self.wo(out)
+
+
+class Routing(nn.Cell):
+    """`model.router.Router` for inference, with the product of this file."""
+
+    def __init__(self, config: MixtralConfig, shared: SharedParameters, prefix: str) -> None:
+        super().__init__(auto_prefix=False)
+        self.dense = Projection(shared, prefix + "router.dense")
+        self.top_k = config.moe_config.num_experts_chosen
+        self.normalise = config.moe_config.norm_topk_prob
+        self.softmax = ops.Softmax(-1)
+        self.top = ops.TopK(sorted=True)
+
+    def construct(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns gates_Tk and expert_Tk (int32)."""
+        gates_Tk, expert_Tk = self.top(self.softmax(self.dense(x_TD)), self.top_k)
+        if self.normalise:
+            gates_Tk = gates_Tk / (ops.sum(gates_Tk, 1, keepdim=True) + _GATE_EPS)
+        return gates_Tk, expert_Tk
+
+
+class _Experts(nn.Cell):
+    """What both ways of computing the experts have."""
+
+    def __init__(self, config: MixtralConfig, shared: SharedParameters, layer: int) -> None:
+        super().__init__(auto_prefix=False)
+        prefix = LAYER.format(layer=layer) + "feed_forward.routed_experts."
+        self.routing = Routing(config, shared, prefix)
+        self.w1, self.w2, self.w3 = (
+            shared.weight(f"{prefix}ffn.{name}.weight") for name in ("w1", "w2", "w3")
+        )
+        self.experts = config.moe_config.expert_num
+        mesh = shared.mesh
+        here = self.experts // mesh.grid.expert_parallel
+        self.first, self.end = mesh.expert_part * here, (mesh.expert_part + 1) * here
+        ranks = mesh.expert_ranks
+        self.sum = transports.all_reduce(ranks) if ranks.size > 1 else None
+
+    def summed(self, y: Tensor) -> Tensor:
+        """What the experts of all ranks add up to."""
+        return y if self.sum is None else self.sum(y)
+
+
+class SparseExperts(_Experts):
+    """For many tokens: each expert computes those that were sent to it; none is dropped."""
+
+    def __init__(
+        self, config: MixtralConfig, shared: SharedParameters, layer: int, kernels: KernelChoice
+    ) -> None:
+        super().__init__(config, shared, layer)
+        self.network = kernels.experts()
+        here = range(self.first, self.end)
+        self.dispatch = Dispatch(self.experts, None, False, self.network.layout, here)
+        self.permute = PermuteTokens(config.moe_config.num_experts_chosen)
+        self.combine = CombineTokens(config.moe_config.num_experts_chosen)
+
+    def construct(self, x_TD: Tensor, valid_T: Tensor) -> Tensor:
+        """Returns (T, D); tokens that are not valid go to no expert."""
+        gates_Tk, expert_Tk = self.routing(x_TD)
+        valid_Tk = ops.broadcast_to(ops.expand_dims(valid_T, 1), expert_Tk.shape)
+        row_Tk, kept_Tk, assignment_R, sizes_e, *_ = self.dispatch(expert_Tk, valid_Tk)
+        gates_Tk = ops.where(kept_Tk, gates_Tk, ops.zeros_like(gates_Tk))
+        x_RD = self.permute(x_TD, assignment_R, row_Tk, kept_Tk)
+        y_RD = self.network(x_RD, self.w1(), self.w3(), self.w2(), sizes_e)
+        return self.summed(self.combine(y_RD, gates_Tk, assignment_R, row_Tk, kept_Tk))
+
+
+class DenseExperts(_Experts):
+    """For the few tokens of a decoding step: every expert computes all of them.
+
+    It costs no more memory traffic than gathering copies of the chosen experts' weights would.
+    """
+
+    def __init__(self, config: MixtralConfig, shared: SharedParameters, layer: int) -> None:
+        super().__init__(config, shared, layer)
+        self.into = ops.BatchMatMul(transpose_b=True)
+        self.out = ops.BatchMatMul()
+
+    def construct(self, x_TD: Tensor, valid_T: Tensor) -> Tensor:
+        """Returns (T, D)."""
+        tokens, hidden = x_TD.shape
+        gates_Tk, expert_Tk = self.routing(x_TD)
+        ids_E = ops.arange(self.first, self.end, 1, dtype=mstype.int32)
+        chosen_TkE = ops.equal(ops.expand_dims(expert_Tk, 2), ids_E)
+        gates_TE = ops.sum(ops.cast(chosen_TkE, mstype.float32) * ops.expand_dims(gates_Tk, 2), 1)
+        here = self.end - self.first
+        x_ETD = ops.broadcast_to(ops.expand_dims(x_TD, 0), (here, tokens, hidden))
+        act_EFT = swiglu(self.into(self.w1(), x_ETD), self.into(self.w3(), x_ETD))
+        y_EDT = self.out(self.w2(), act_EFT)
+        gates_E1T = ops.expand_dims(ops.transpose(gates_TE, (1, 0)), 1)
+        # where, not the product alone: what an expert not chosen gives may be no number.
+        y_EDT = ops.where(gates_E1T > 0, y_EDT * gates_E1T, ops.zeros_like(y_EDT))
+        return self.summed(ops.transpose(ops.sum(y_EDT, 0), (1, 0)))
+
+
+class CachedNetwork(nn.Cell):
+    """Embedding, layers and the last norm, for one static shape.
+
+    Args:
+        config: the network's sizes.
+        shared: weights and cache.
+        kernels: the backend's operators.
+        sequences: N; ROWS for a decoding step, 1 for a piece of a prompt.
+    """
+
+    def __init__(
+        self, config: MixtralConfig, shared: SharedParameters, kernels: KernelChoice, sequences: int
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        self.embedding = shared.tensors[EMBEDDING]
+        self.norm = kernels.rms_norm(config.rms_norm_eps)
+        attention, experts, norms = [], [], []
+        for layer in range(config.num_layers):
+            attention.append(CachedAttention(config, shared, layer, sequences))
+            if sequences == 1:
+                experts.append(SparseExperts(config, shared, layer, kernels))
+            else:
+                experts.append(DenseExperts(config, shared, layer))
+            prefix = LAYER.format(layer=layer)
+            norms += [
+                shared.weight(f"{prefix}{name}.weight") for name in ("attention_norm", "ffn_norm")
+            ]
+        self.attention = nn.CellList(attention, auto_prefix=False)
+        self.experts = nn.CellList(experts, auto_prefix=False)
+        self.norms = nn.CellList([*norms, shared.weight(FINAL_NORM)], auto_prefix=False)
+
+    def construct(
+        self,
+        token_ids_T: Tensor,
+        valid_T: Tensor,
+        cos_T1d: Tensor,
+        sin_T1d: Tensor,
+        places_T: Tensor,
+        seen_NS: Tensor,
+        mask_N1tS: Tensor,
+    ) -> Tensor:
+        """Returns what the head takes, (T, D).
+
+        Args:
+            token_ids_T: int32; 0 for padding.
+            valid_T: which tokens are no padding.
+            cos_T1d, sin_T1d: rotary tables at the tokens' positions.
+            places_T: int32, where each token's key and value are written.
+            seen_NS: int32, places of the keys of each sequence.
+            mask_N1tS: added to the scores, far below 0 where a token must not see a key.
+        """
+        x = ops.gather(self.embedding, token_ids_T, 0)
+        for i in range(len(self.attention)):
+            normed = self.norm(x, self.norms[2 * i]())
+            x = x + self.attention[i](normed, cos_T1d, sin_T1d, places_T, seen_NS, mask_N1tS)
+            x = x + self.experts[i](self.norm(x, self.norms[2 * i + 1]()), valid_T)
+        return self.norm(x, self.norms[-1]())
+
+
+class Head(nn.Cell):
+    """Logits of ROWS tokens."""
+
+    def __init__(self, config: MixtralConfig, shared: SharedParameters) -> None:
+        super().__init__(auto_prefix=False)
+        self.weight = shared.weight(EMBEDDING if config.tie_word_embeddings else LM_HEAD)
+        self.product = ops.MatMul(transpose_b=True)
+        # a tied embedding is whole on every rank
+        split = shared.mesh.tensor.size > 1 and not config.tie_word_embeddings
+        self.gather = transports.all_gather(shared.mesh.tensor) if split else None
+
+    def construct(self, x_TD: Tensor) -> Tensor:
+        """Returns (V, T)."""
+        scores = self.product(self.weight(), x_TD)
+        if self.gather is None:
+            return scores
+        return ops.reshape(self.gather(scores), (-1, x_TD.shape[0]))

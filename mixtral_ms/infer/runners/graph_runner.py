@@ -1,0 +1,176 @@
+"""The runner in MindSpore operators: for devices, and machines without a C++ compiler.
+
+Legend: as graph_network.py.
+"""
+
+from collections.abc import Iterable
+
+import mindspore
+import numpy as np
+from mindspore import Parameter, Tensor, ops
+
+from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.infer.runners.base import Runner, StepInput
+from mixtral_ms.infer.runners.graph_network import ROWS, CachedNetwork, Head, SharedParameters
+from mixtral_ms.infer.runners.infer_weights import InferWeights
+from mixtral_ms.kernels.cells.elementwise import rotary_tables
+from mixtral_ms.kernels.select import select_kernels
+from mixtral_ms.parallel.grid.mesh import Mesh
+
+_MASKED = -3.0e4
+_FEWEST_TOKENS, _FEWEST_KEYS = 16, 64
+_GROWTH = 4  # a step's shapes are rounded up to 16, 64, 256 ... tokens and 64, 256 ... keys
+_PADDING_PLACES = 2
+
+
+class GraphRunner(Runner):
+    """Compiles a graph for each rounded shape, at its first use; computes in float32.
+
+    MindSpore is set to graph mode.
+
+    Args:
+        config: the network's sizes.
+        weights: its tensors.
+        num_blocks, block_size: of the cache, which is allocated at once.
+        mesh: the ranks, which all take the same steps; `weights` are this one's parts.
+    """
+
+    name = "graph"
+
+    def __init__(
+        self,
+        config: MixtralConfig,
+        weights: InferWeights,
+        num_blocks: int,
+        block_size: int,
+        mesh: Mesh | None = None,
+    ) -> None:
+        mesh = mesh or Mesh()
+        mindspore.set_context(mode=mindspore.GRAPH_MODE)
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self._config = config
+        device = "cpu" if mindspore.get_context("device_target") == "CPU" else "ascend"
+        self._kernels = select_kernels(device, dropless=True)
+        # After the blocks: a place of zeros to read for keys that are none, and one to write to.
+        self._zero_place = num_blocks * block_size
+        kv_heads = config.n_kv_heads // mesh.tensor.size
+        shape = (self._zero_place + _PADDING_PLACES, kv_heads, config.head_dim)
+        layers = range(config.num_layers)
+        self._shared = SharedParameters(
+            {name: _parameter(name, value) for name, value in weights.tensors.items()},
+            {name: _parameter(f"{name}.scale", value) for name, value in weights.scales.items()},
+            tuple(_parameter(f"keys.{i}", np.zeros(shape, np.float32)) for i in layers),
+            tuple(_parameter(f"values.{i}", np.zeros(shape, np.float32)) for i in layers),
+            mesh,
+        )
+        self._cos, self._sin = rotary_tables(config.seq_length, config.head_dim, config.theta)
+        self._networks: dict[tuple[int, int, int], CachedNetwork] = {}
+        self._head = Head(config, self._shared)
+
+    def step(self, inputs: StepInput) -> np.ndarray:
+        """As `Runner.step`."""
+        count = len(inputs.starts) - 1
+        tokens = len(inputs.token_ids_T)
+        if tokens > count:
+            lengths_N = np.diff(inputs.starts)
+            groups = [
+                self._run(inputs, slice(i, i + 1), 1, _rounded(int(length), _FEWEST_TOKENS))
+                if length > 1
+                else self._run(inputs, slice(i, i + 1), ROWS, 1)
+                for i, length in enumerate(lengths_N)
+            ]
+        else:
+            groups = [
+                self._run(inputs, slice(begin, min(begin + ROWS, count)), ROWS, 1)
+                for begin in range(0, count, ROWS)
+            ]
+        return self._logits(np.concatenate(groups)[inputs.logit_rows_R])
+
+    def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """As `Runner.copy_blocks`."""
+        pairs = np.array(list(pairs), np.int32).reshape(-1, 2)
+        if not len(pairs):
+            return
+        places = pairs[:, :, None] * self.block_size + np.arange(self.block_size, dtype=np.int32)
+        source, target = (Tensor(places[:, i].reshape(-1)) for i in (0, 1))
+        for cache in (*self._shared.keys, *self._shared.values):
+            ops.scatter_update(cache, target, ops.gather(cache, source, 0))
+
+    def _run(self, inputs: StepInput, chosen: slice, rows: int, per: int) -> np.ndarray:
+        """Hidden states (tokens, D) of the chosen sequences, padded to `rows` of `per` tokens."""
+        begin, end = inputs.starts[chosen.start], inputs.starts[chosen.stop]
+        positions_T = inputs.positions_T[begin:end]
+        tables_NM = inputs.block_tables_NM[chosen]
+        tokens, count = end - begin, len(tables_NM)
+        positions_Nt = positions_T.reshape(count, -1)
+        window = self._config.sliding_window or self._config.seq_length
+        first_N1 = np.maximum(positions_Nt[:, :1] - window + 1, 0)
+        keys = _rounded(int((positions_Nt[:, -1:] - first_N1).max()) + 1, _FEWEST_KEYS)
+        key_positions_NS = first_N1 + np.arange(keys, dtype=np.int32)
+
+        seen_NS = np.full((rows, keys), self._zero_place, np.int32)
+        exists_NS = key_positions_NS <= positions_Nt[:, -1:]
+        seen_NS[:count] = np.where(
+            exists_NS, self._places(tables_NM, key_positions_NS), self._zero_place
+        )
+        distance_NtS = positions_Nt[:, :, None] - key_positions_NS[:, None]
+        mask_NtS = np.full((rows, per, keys), _MASKED, np.float32)
+        mask_NtS[:count, : positions_Nt.shape[1]] = np.where(
+            (distance_NtS >= 0) & (distance_NtS < window), 0, _MASKED
+        )
+        total = rows * per
+        token_ids_T = _padded(inputs.token_ids_T[begin:end], total, 0)
+        places_T = self._places(tables_NM, positions_Nt).reshape(-1)
+        rotary_T = _padded(positions_T, total, 0)
+        network = self._network(rows, per, keys)
+        hidden_TD = network(
+            Tensor(token_ids_T),
+            Tensor(np.arange(total) < tokens),
+            Tensor(self._cos[rotary_T][:, None]),
+            Tensor(self._sin[rotary_T][:, None]),
+            Tensor(_padded(places_T, total, self._zero_place + 1)),
+            Tensor(seen_NS),
+            Tensor(mask_NtS[:, None]),
+        )
+        return hidden_TD.asnumpy()[:tokens]
+
+    def _places(self, tables_NM: np.ndarray, positions_NS: np.ndarray) -> np.ndarray:
+        """Places in the cache; whatever lies behind a table's end is not to be used."""
+        block_NS = np.minimum(positions_NS // self.block_size, tables_NM.shape[1] - 1)
+        blocks_NS = np.take_along_axis(tables_NM, block_NS, 1)
+        return blocks_NS * self.block_size + positions_NS % self.block_size
+
+    def _network(self, rows: int, per: int, keys: int) -> CachedNetwork:
+        shape = (rows, per, keys)
+        if shape not in self._networks:
+            self._networks[shape] = CachedNetwork(self._config, self._shared, self._kernels, rows)
+        return self._networks[shape]
+
+    def _logits(self, hidden_RD: np.ndarray) -> np.ndarray:
+        logits_RV = np.empty((len(hidden_RD), self._config.vocab_size), np.float32)
+        for begin in range(0, len(hidden_RD), ROWS):
+            group = hidden_RD[begin : begin + ROWS]
+            padded = np.zeros((ROWS, group.shape[1]), np.float32)
+            padded[: len(group)] = group
+            logits_RV[begin : begin + len(group)] = (
+                self._head(Tensor(padded)).asnumpy().T[: len(group)]
+            )
+        return logits_RV
+
+
+def _parameter(name: str, value: np.ndarray) -> Parameter:
+    # from_numpy shares the array's memory, which must be writable.
+    value = value if value.flags.writeable else value.copy()
+    return Parameter(Tensor.from_numpy(value), name=name, requires_grad=False)
+
+
+def _rounded(size: int, least: int) -> int:
+    while least < size:
+        least *= _GROWTH
+    return least
+
+
+def _padded(values_T: np.ndarray, size: int, filler: int) -> np.ndarray:
+    result = np.full(size, filler, np.int32)
+    result[: len(values_T)] = values_T
+    return result

@@ -1,0 +1,53 @@
+"""The one place that chooses what runs the network for generation."""
+
+from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.errors import UserError
+from mixtral_ms.infer.runners.base import Runner, RunnerUnavailableError
+from mixtral_ms.infer.runners.infer_weights import InferWeights
+from mixtral_ms.log import get_logger
+from mixtral_ms.parallel.grid.mesh import Mesh
+
+BACKENDS = ("auto", "native", "graph")
+
+
+def select_runner(
+    config: MixtralConfig,
+    weights: InferWeights,
+    num_blocks: int | None = None,
+    block_size: int | None = None,
+    *,
+    backend: str = "auto",
+    mesh: Mesh | None = None,
+) -> Runner:
+    """The C++ runner where it can be had, else the graph runner; the log says which.
+
+    Over several ranks it is the graph runner.
+
+    Args:
+        config: the network's sizes.
+        weights: its tensors.
+        num_blocks: blocks of the cache; None takes `num_blocks` of the configuration.
+        block_size: positions in a block; None takes `block_size` of the configuration.
+        backend: "auto", or "native" or "graph" for that one and no other.
+        mesh: the ranks; None for one process.
+
+    Raises:
+        UserError: another backend.
+        RunnerUnavailableError: "native" was asked for by name and cannot be had.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"runner {backend!r}: allowed are {', '.join(BACKENDS)}")
+    num_blocks, block_size = num_blocks or config.num_blocks, block_size or config.block_size
+    over_ranks = mesh is not None and mesh.world_size > 1
+    if backend in ("auto", "native") and not over_ranks:
+        from mixtral_ms.infer.runners.cpp_runner import NativeRunner  # noqa: PLC0415 - it compiles
+
+        try:
+            return NativeRunner(config, weights, num_blocks, block_size)
+        except RunnerUnavailableError as error:
+            if backend == "native":
+                raise
+            get_logger().info("the C++ runner cannot be used: %s", error)
+    from mixtral_ms.infer.runners.graph_runner import GraphRunner  # noqa: PLC0415 - imports MindSpore
+
+    return GraphRunner(config, weights, num_blocks, block_size, mesh)

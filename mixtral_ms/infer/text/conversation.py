@@ -1,0 +1,107 @@
+"""A conversation that may grow longer than the context: what is kept, sent and saved."""
+
+import json
+from pathlib import Path
+
+from mixtral_ms.errors import UserError
+from mixtral_ms.files import write_aside
+from mixtral_ms.infer.text.detokenizer import TokenizerLike
+from mixtral_ms.infer.text.instruct_template import encode_chat
+
+Message = dict[str, str]
+
+
+class Conversation:
+    """Messages in turn, with an optional system text.
+
+    Args:
+        tokenizer: of the network.
+        eos_id: what ends each answer.
+    """
+
+    def __init__(self, tokenizer: TokenizerLike, eos_id: int) -> None:
+        self._tokenizer, self._eos_id = tokenizer, eos_id
+        self.system = ""
+        self.turns: list[tuple[str, str]] = []
+        """Questions with their answers, oldest first."""
+
+    @property
+    def messages(self) -> list[Message]:
+        """As {"role": "system" | "user" | "assistant", "content": text}."""
+        return _messages(self.system, self.turns)
+
+    def prompt_ids(self, question: str, room: int) -> tuple[list[int], int]:
+        """Ids of the next question behind as many of the newest turns as fit.
+
+        Args:
+            question: what the user asks now.
+            room: most ids; without any earlier turn it may become more.
+
+        Returns:
+            The ids, and how many of the oldest turns were left out.
+
+        Raises:
+            UserError: the question is empty or no Unicode text.
+        """
+        for dropped in range(len(self.turns) + 1):
+            messages = _messages(self.system, self.turns[dropped:])
+            messages.append({"role": "user", "content": question})
+            ids = encode_chat(self._tokenizer, messages, self._eos_id)
+            if len(ids) <= room:
+                break
+        return ids, dropped
+
+    def save(self, path: Path) -> None:
+        """Write the conversation as JSON.
+
+        Raises:
+            UserError: there is such a file already, or it cannot be written.
+        """
+        if path.exists():
+            raise UserError(f"{path} already exists: choose another name")
+        try:
+            with write_aside(path) as aside:
+                text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1)
+                aside.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+    def load(self, path: Path) -> None:
+        """Take a saved conversation instead of this one, which stays when that fails.
+
+        Raises:
+            UserError: the file cannot be read, or holds no conversation.
+        """
+        try:
+            messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{path} is no saved conversation: JSON with "messages"') from None
+        self.system, self.turns = _taken_apart(messages, path)
+
+
+def _messages(system: str, turns: list[tuple[str, str]]) -> list[Message]:
+    before = [{"role": "system", "content": system}] if system else []
+    return before + [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _taken_apart(messages: object, path: Path) -> tuple[str, list[tuple[str, str]]]:
+    wrong = UserError(
+        f"{path} is no conversation of texts: an optional system message, then user and "
+        "assistant in turn, ended by the assistant"
+    )
+    if not isinstance(messages, list):
+        raise wrong
+    pairs = [(m.get("role"), m.get("content")) if isinstance(m, dict) else () for m in messages]
+    if any(len(pair) != 2 or not isinstance(pair[1], str) or not pair[1] for pair in pairs):
+        raise wrong
+    system = pairs.pop(0)[1] if pairs and pairs[0][0] == "system" else ""
+    roles, texts = [role for role, _ in pairs], [text for _, text in pairs]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        raise wrong
+    return system, list(zip(texts[::2], texts[1::2], strict=True))

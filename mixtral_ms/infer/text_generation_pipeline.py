@@ -1,0 +1,127 @@
+"""One line from a model to text: `pipeline("text_generation", model=DIR)("hello", top_k=3)`."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mixtral_ms.checkpoint.reshard.open_checkpoint import checkpoint_folder
+from mixtral_ms.config import RunConfig, load_config
+from mixtral_ms.config.checks.check_config import check_config
+from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.config.sections.run_section import ModelSection
+from mixtral_ms.convert.formats.foreign_config import find_config
+from mixtral_ms.errors import UserError
+from mixtral_ms.infer.engine.sampling_params import SamplingParams
+from mixtral_ms.infer.load_model import LoadedModel, load_model
+from mixtral_ms.infer.predict import predict
+
+TASK = "text_generation"
+_YAML = (".yaml", ".yml")
+
+
+class TextGenerationPipeline:
+    """Texts to texts. Made by `pipeline`."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+
+    def __call__(self, inputs: str | Sequence[str], **options: Any) -> list[dict[str, list[str]]]:
+        """Continue one text or several.
+
+        Args:
+            inputs: the prompts.
+            options: fields of SamplingParams (top_k, max_new_tokens, seed, ...); those that are
+                not given are as the configuration says.
+
+        Returns:
+            One {"text_generation_text": [prompt + answer]} a prompt, as MindFormers' pipeline.
+
+        Raises:
+            UserError: an option is unknown or out of range, or a prompt cannot be answered.
+        """
+        prompts = [inputs] if isinstance(inputs, str) else list(inputs)
+        for one in prompts:
+            if not isinstance(one, str):
+                raise UserError(f"prompt {one!r}: must be a text")
+        answers = predict(self.model, prompts, self._params(options))
+        for number, one in enumerate(answers, 1):
+            if one.error is not None:
+                raise UserError(f"prompt {number} of {len(answers)}: {one.error}")
+        return [{f"{TASK}_text": [one.prompt + one.text]} for one in answers]
+
+    def _params(self, options: dict[str, Any]) -> SamplingParams:
+        known = SamplingParams.__dataclass_fields__
+        for name in options:
+            if name not in known:
+                raise UserError(
+                    f"{name!r} is no generation parameter: allowed are {', '.join(known)}"
+                )
+        if options.get("max_new_tokens") is not None:
+            options = {"max_length": None, **options}
+        return replace(self.model.params, **options)
+
+
+def pipeline(
+    task: str,
+    model: str | os.PathLike[str] | RunConfig,
+    *,
+    load_checkpoint: str | os.PathLike[str] | None = None,
+    vocab_file: str | os.PathLike[str] | None = None,
+    weight_dtype: str | None = None,
+    batch_size: int | None = None,
+) -> TextGenerationPipeline:
+    """Load a model for text generation.
+
+    Args:
+        task: "text_generation".
+        model: a folder or file of weights, in any format, with config.json, params.json or our
+            own record beside it; a run's YAML; or its configuration.
+        load_checkpoint: the weights, where a YAML or configuration does not name them.
+        vocab_file: the tokenizer.model, where it does not lie beside the weights.
+        weight_dtype: "float32", "float16" or "int8".
+        batch_size: most prompts at a time.
+
+    Raises:
+        UserError: another task, no configuration found, or as `load_model`.
+    """
+    if task != TASK:
+        raise UserError(f"task {task!r}: there is only {TASK!r}")
+    config = model if isinstance(model, RunConfig) else _config_of(Path(model))
+    given = {
+        "load_checkpoint": load_checkpoint and os.fspath(load_checkpoint),
+        "weight_dtype": weight_dtype,
+        "predict_batch_size": batch_size,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    if vocab_file is not None:
+        tokenizer = replace(config.processor.tokenizer, vocab_file=os.fspath(vocab_file))
+        changes["processor"] = replace(config.processor, tokenizer=tokenizer)
+    config = replace(config, run_mode="predict", **changes)
+    check_config(config, needs_paths=False)
+    return TextGenerationPipeline(load_model(config))
+
+
+def _config_of(path: Path) -> RunConfig:
+    if not path.exists():
+        raise UserError(f"model: {path} does not exist")
+    if path.suffix in _YAML:
+        return load_config(path)
+    found = find_config(checkpoint_folder(path))
+    if found is None:
+        raise UserError(
+            f"model: there is no configuration with {path} (config.json, params.json or our own "
+            "record): give the run's YAML as model, and these weights as load_checkpoint"
+        )
+    return _predicting(found.config, path)
+
+
+def _predicting(network: MixtralConfig, weights: Path) -> RunConfig:
+    config = RunConfig(
+        load_checkpoint=str(weights),
+        model=ModelSection(model_config=replace(network, use_past=True)),
+        moe_config=network.moe_config,
+    )
+    config.context.device_target = "CPU"
+    return config

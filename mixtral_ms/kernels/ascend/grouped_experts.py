@@ -1,0 +1,33 @@
+"""Experts by Ascend's grouped matrix product.
+
+Legend: R rows, D hidden, F intermediate, E experts.
+"""
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.ops.auto_generate import GroupedMatmul
+
+from mixtral_ms.kernels.cells.elementwise import swiglu
+
+
+class GroupedExperts(nn.Cell):
+    """Expert networks by the grouped matrix product; its weights are (E, inputs, outputs)."""
+
+    layout = "packed"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product = GroupedMatmul(split_item=3, group_type=0)
+
+    def construct(
+        self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
+    ) -> Tensor:
+        """Rows past the groups are not written by the kernel, and nothing reads them."""
+        ends_E = ops.cast(ops.cumsum(sizes_E, 0), mstype.int64)
+        gate = self._grouped(x_RD, w1_EFD, ends_E)
+        up = self._grouped(x_RD, w3_EFD, ends_E)
+        return self._grouped(swiglu(gate, up), w2_EDF, ends_E)
+
+    def _grouped(self, x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
+        transposed = ops.transpose(weight, (0, 2, 1))
+        return self.product([x], [transposed], None, None, None, None, None, ends_E)[0]

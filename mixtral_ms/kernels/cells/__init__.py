@@ -1,0 +1,1 @@
+"""Operators as cells: the plain reference, and those that call threaded or native ones."""

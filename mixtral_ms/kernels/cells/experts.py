@@ -1,0 +1,137 @@
+"""The expert SwiGLU networks over rows grouped by expert.
+
+Legend: R rows, D hidden, F intermediate, E experts, C capacity.
+Each cell says how it wants its rows laid out (`layout`, read by model/dispatch.py):
+  packed  groups follow each other without gaps;
+  padded  each group has C rows, used or not.
+"""
+
+from collections.abc import Callable
+
+from mindspore import Parameter, Tensor, nn, ops
+
+from mixtral_ms.kernels.cells.elementwise import swiglu
+from mixtral_ms.kernels.native import custom_ops
+from mixtral_ms.kernels.threaded import numpy_experts
+from mixtral_ms.kernels.threaded.saved_activations import Kept
+from mixtral_ms.parallel.comm.graph_primitives import zeros_like
+
+
+class PaddedExperts(nn.Cell):
+    """Experts of equal capacity as one batched matrix product."""
+
+    layout = "padded"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product = ops.BatchMatMul(transpose_b=True)
+
+    def construct(
+        self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
+    ) -> Tensor:
+        """R = E * C; rows past a group's size give what their input gives."""
+        experts, _, hidden = w1_EFD.shape
+        x_ECD = ops.reshape(x_RD, (experts, -1, hidden))
+        act_ECF = swiglu(self.product(x_ECD, w1_EFD), self.product(x_ECD, w3_EFD))
+        return ops.reshape(self.product(act_ECF, w2_EDF), (-1, hidden))
+
+
+class PackedExperts(nn.Cell):
+    """Experts of any number of rows on the CPU: only used rows are computed.
+
+    Args:
+        library: where the kernels are; the C++ ones take float32.
+    """
+
+    layout = "packed"
+
+    def __init__(self, library: custom_ops.Library = custom_ops.NUMPY) -> None:
+        super().__init__()
+        self.library = library
+        self.network = _PackedNetwork(library)
+
+    def read_in_place(self, weights: Callable[[], tuple[Parameter, ...]]) -> None:
+        """From now on `construct` is given these float32 parameters, and nothing else, as weights.
+
+        MindSpore gives an operator in numpy a copy of each input and keeps it until the next run:
+        twice all experts. C++ reads in place anyway.
+
+        Args:
+            weights: gives w1, w3 and w2, whose place other parameters may take meanwhile.
+        """
+        if self.library == custom_ops.NUMPY:
+            self.network = _InPlaceNetwork(weights)
+
+    def keep_in(self, kept: Kept) -> None:
+        """Have one place for what the backward reads, in common with other layers.
+
+        For layers that are to be recomputed: only one at a time keeps something then, and backward
+        computes it again. MindSpore itself recomputes no operator whose backward is given.
+        """
+        if isinstance(self.network, _InPlaceNetwork):
+            self.network.kernel.kept = kept
+
+    def construct(
+        self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
+    ) -> Tensor:
+        """Rows past the groups give zero."""
+        return self.network(x_RD, w1_EFD, w3_EFD, w2_EDF, sizes_E)[0]
+
+
+class _PackedNetwork(nn.Cell):
+    def __init__(self, library: custom_ops.Library) -> None:
+        super().__init__()
+        self.forward = custom_ops.expert_ffn_forward(library)
+        self.backward = custom_ops.expert_ffn_backward(library)
+
+    def construct(
+        self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
+    ) -> tuple:
+        return self.forward(x_RD, w1_EFD, w3_EFD, w2_EDF, sizes_E)
+
+    def bprop(  # noqa: PLR0913 - MindSpore's signature: inputs, outputs, their gradients
+        self,
+        x_RD: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor,
+        w2_EDF: Tensor,
+        sizes_E: Tensor,
+        out: tuple,
+        dout: tuple,
+    ) -> tuple:
+        _, gate_RF, up_RF = out
+        dx, dw1, dw3, dw2 = self.backward(
+            x_RD, w1_EFD, w3_EFD, w2_EDF, sizes_E, gate_RF, up_RF, dout[0]
+        )
+        return dx, dw1, dw3, dw2, zeros_like(sizes_E)
+
+
+class _InPlaceNetwork(nn.Cell):
+    """As `_PackedNetwork` in numpy; weights are inputs only so that they have a gradient."""
+
+    def __init__(self, weights: Callable[[], tuple[Parameter, ...]]) -> None:
+        super().__init__()
+        self.kernel = numpy_experts.InPlaceExperts(
+            lambda: tuple(weight.asnumpy() for weight in weights()), lambda: self.training
+        )
+        self.forward, self.backward = custom_ops.expert_ffn_in_place(
+            self.kernel, [list(weight.shape) for weight in weights()]
+        )
+
+    def construct(
+        self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
+    ) -> tuple:
+        return self.forward(x_RD, sizes_E)
+
+    def bprop(  # noqa: PLR0913 - MindSpore's signature: inputs, outputs, their gradients
+        self,
+        x_RD: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor,
+        w2_EDF: Tensor,
+        sizes_E: Tensor,
+        out: tuple,
+        dout: tuple,
+    ) -> tuple:
+        dx, dw1, dw3, dw2 = self.backward(x_RD, sizes_E, out[1], dout[0])
+        return dx, dw1, dw3, dw2, zeros_like(sizes_E)

@@ -1,0 +1,1 @@
+"""The CPU's operators in numpy, on threads."""

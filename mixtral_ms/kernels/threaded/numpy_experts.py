@@ -1,0 +1,180 @@
+"""The experts' SwiGLU networks over rows grouped by expert, in numpy: nothing is padded.
+
+MindSpore runs both functions as `ops.Custom` operators on the CPU. Groups have sizes that are known
+only when they run, for which MindSpore itself would pad them and gather a weight for each block.
+
+Legend: R rows sorted by expert, D hidden, F intermediate, E experts, N rows of one group.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from mixtral_ms.kernels.threaded.parallel_blocks import empty, matmul, parallel_for
+from mixtral_ms.kernels.threaded.saved_activations import NO_TICKET, Kept
+
+_ROW_BLOCK = 128  # rows whose activations stay in the cache between two products
+_WEIGHT_BLOCK = 1024  # columns of F per task: narrower products are a third slower
+
+
+class InPlaceExperts:
+    """`forward` and `backward` on weights where they lie, in float32; gate and up stay here.
+
+    Args:
+        read: gives w1, w3 and w2.
+        keeping: whether a forward is to keep gate and up; a backward computes what was not kept.
+    """
+
+    def __init__(
+        self, read: Callable[[], tuple[np.ndarray, ...]], keeping: Callable[[], bool]
+    ) -> None:
+        self.read, self.keeping, self.kept = read, keeping, Kept()
+
+    def forward(self, x_RD: np.ndarray, sizes_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns y (R, D) and the backward's ticket (1)."""
+        self.kept.drop()
+        y_RD, *inner = forward(x_RD, *self.read(), sizes_E)
+        return y_RD, self.kept.keep(*inner) if self.keeping() else NO_TICKET
+
+    def backward(
+        self, x_RD: np.ndarray, sizes_E: np.ndarray, ticket: np.ndarray, dy_RD: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """Returns dx, dw1, dw3, dw2, shaped as x and the weights."""
+        weights, inner = self.read(), self.kept.take(ticket)
+        if inner is None:
+            _, *inner = forward(x_RD, *weights, sizes_E)
+        return backward(x_RD, *weights, sizes_E, *inner, dy_RD)
+
+
+def forward(
+    x_RD: np.ndarray,
+    w1_EFD: np.ndarray,
+    w3_EFD: np.ndarray,
+    w2_EDF: np.ndarray,
+    sizes_E: np.ndarray,
+) -> tuple[np.ndarray, ...]:
+    """Returns y (R, D), gate (R, F), up (R, F) in x's dtype; rows past the groups are zero in y."""
+    dtype = x_RD.dtype
+    x_RD, w1_EFD, w3_EFD, w2_EDF = (as_float32(value) for value in (x_RD, w1_EFD, w3_EFD, w2_EDF))
+    rows, intermediate = len(x_RD), w1_EFD.shape[1]
+    y_RD = empty(*x_RD.shape)
+    gate_RF, up_RF = empty(rows, intermediate), empty(rows, intermediate)
+
+    def block(task: tuple[int, slice]) -> None:
+        e, own = task
+        gate = matmul(x_RD[own], w1_EFD[e].T, gate_RF[own])
+        up = matmul(x_RD[own], w3_EFD[e].T, up_RF[own])
+        act = np.negative(gate, out=np.empty_like(gate))
+        np.exp(act, out=act)
+        act += 1.0
+        np.divide(gate, act, out=act)
+        act *= up
+        matmul(act, w2_EDF[e].T, y_RD[own])
+
+    parallel_for(block, _row_blocks(sizes_E))
+    used = int(sizes_E.sum())
+    for value in (y_RD, gate_RF, up_RF):
+        value[used:] = 0.0
+    return tuple(value.astype(dtype, copy=False) for value in (y_RD, gate_RF, up_RF))
+
+
+def backward(  # noqa: PLR0913, PLR0917 - the operator's inputs
+    x_RD: np.ndarray,
+    w1_EFD: np.ndarray,
+    w3_EFD: np.ndarray,
+    w2_EDF: np.ndarray,
+    sizes_E: np.ndarray,
+    gate_RF: np.ndarray,
+    up_RF: np.ndarray,
+    dy_RD: np.ndarray,
+) -> tuple[np.ndarray, ...]:
+    """Returns dx, dw1, dw3, dw2, shaped as x and the weights."""
+    dtype = x_RD.dtype
+    x_RD, w1_EFD, w3_EFD, w2_EDF, gate_RF, up_RF, dy_RD = (
+        as_float32(value) for value in (x_RD, w1_EFD, w3_EFD, w2_EDF, gate_RF, up_RF, dy_RD)
+    )
+    dx_RD = empty(*x_RD.shape)
+    act_RF, d_gate_RF, d_up_RF = (empty(*gate_RF.shape) for _ in range(3))
+
+    def block(task: tuple[int, slice]) -> None:
+        e, own = task
+        d_act = matmul(dy_RD[own], w2_EDF[e], np.empty_like(gate_RF[own]))
+        _swiglu_backward(gate_RF[own], up_RF[own], d_act, act_RF[own], d_gate_RF[own], d_up_RF[own])
+        matmul(d_gate_RF[own], w1_EFD[e], dx_RD[own])
+        matmul(d_up_RF[own], w3_EFD[e], dx_RD[own], add=True)
+
+    parallel_for(block, _row_blocks(sizes_E))
+    dx_RD[int(sizes_E.sum()) :] = 0.0
+
+    dw1_EFD, dw3_EFD, dw2_EDF = (empty(*w.shape) for w in (w1_EFD, w3_EFD, w2_EDF))
+
+    def weight_block(task: tuple[int, slice, slice]) -> None:
+        e, group, columns = task
+        matmul(d_gate_RF[group, columns].T, x_RD[group], dw1_EFD[e, columns])
+        matmul(d_up_RF[group, columns].T, x_RD[group], dw3_EFD[e, columns])
+        matmul(dy_RD[group].T, act_RF[group, columns], dw2_EDF[e, :, columns])
+
+    parallel_for(weight_block, _weight_blocks(sizes_E, gate_RF.shape[1]))
+    return tuple(x.astype(dtype, copy=False) for x in (dx_RD, dw1_EFD, dw3_EFD, dw2_EDF))
+
+
+def _swiglu_backward(  # noqa: PLR0913, PLR0917 - three values and three gradients
+    gate: np.ndarray,
+    up: np.ndarray,
+    d_out: np.ndarray,
+    out: np.ndarray,
+    d_gate: np.ndarray,
+    d_up: np.ndarray,
+) -> None:
+    """out = silu(gate) up and the gradients of gate and up; out first holds other values."""
+    slope = sigmoid(gate)
+    silu = np.multiply(gate, slope, out=out)
+    np.multiply(silu, d_out, out=d_up)
+    # d silu / d gate = sigmoid + silu (1 - sigmoid)
+    np.subtract(1.0, slope, out=d_gate)
+    d_gate *= silu
+    d_gate += slope
+    d_gate *= up
+    d_gate *= d_out
+    silu *= up
+
+
+def groups(sizes_E: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end of rows) of every group that has rows."""
+    end = 0
+    for expert, size in enumerate(sizes_E.tolist()):
+        begin, end = end, end + size
+        if size:
+            yield expert, begin, end
+
+
+def _row_blocks(sizes_E: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """Blocks of equal size, rather than full ones and a small rest, balance the threads."""
+    for expert, begin, end in groups(sizes_E):
+        count = -(-(end - begin) // _ROW_BLOCK)
+        for i in range(count):
+            first, last = ((end - begin) * j // count for j in (i, i + 1))
+            yield expert, slice(begin + first, begin + last)
+
+
+def _weight_blocks(sizes_E: np.ndarray, intermediate: int) -> Iterator[tuple[int, slice, slice]]:
+    """(expert, its rows, some of the columns); a group without rows has an empty product: 0."""
+    end, count = 0, -(-intermediate // _WEIGHT_BLOCK)
+    for expert, size in enumerate(sizes_E.tolist()):
+        begin, end = end, end + size
+        for i in range(count):
+            first, last = (intermediate * j // count for j in (i, i + 1))
+            yield expert, slice(begin, end), slice(first, last)
+
+
+def as_float32(values: np.ndarray) -> np.ndarray:
+    """The values in float32: numpy multiplies float16 matrices without BLAS."""
+    return values.astype(np.float32, copy=False)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x))."""
+    result = np.negative(x)
+    np.exp(result, out=result)
+    result += 1.0
+    return np.reciprocal(result, out=result)

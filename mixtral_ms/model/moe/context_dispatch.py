@@ -1,0 +1,56 @@
+"""Token dispatch where context-parallel ranks share a batch.
+
+Legend: B batch, S positions of this rank, W of the whole sequence, T = B * S tokens, E experts,
+k experts a token.
+"""
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from mixtral_ms.model.moe.token_dispatch import Dispatch
+from mixtral_ms.parallel.comm import transports
+from mixtral_ms.parallel.comm.graph_primitives import zeros_like
+from mixtral_ms.parallel.grid.mesh import ProcessGroup
+
+
+class DispatchOverRanks(nn.Cell):
+    """As `Dispatch`, where several ranks share a batch.
+
+    Every rank hands out the places of the whole batch, in its order, and reads off its own.
+
+    Args:
+        group: the ranks that split the sequence.
+        shape: (B, S).
+        whole: hands out places among all tokens.
+        own: gives this rank's assignments that have a place their rows.
+    """
+
+    def __init__(
+        self, group: ProcessGroup, shape: tuple[int, int], whole: Dispatch, own: Dispatch
+    ) -> None:
+        super().__init__()
+        self.batch, self.length = shape
+        self.index, self.size = group.index, group.size
+        self.whole, self.own = whole, own
+        self.gather = transports.all_gather(group)
+
+    def construct(self, expert_Tk: Tensor, valid_Tk: Tensor) -> tuple:
+        """As `Dispatch`; counts_E and taken_E are those of all ranks."""
+        top_k = expert_Tk.shape[1]
+        expert_all = self._of_all(ops.where(valid_Tk, expert_Tk, Tensor(-1, mstype.int32)), top_k)
+        _, kept_all, _, _, counts_E, taken_E = self.whole(expert_all, expert_all >= 0)
+        kept_all = ops.reshape(kept_all, (self.batch, self.size, self.length, top_k))
+        kept_Tk = ops.reshape(kept_all[:, self.index], expert_Tk.shape)
+        row_Tk, kept_Tk, assignment_R, sizes_e, _, _ = self.own(expert_Tk, kept_Tk)
+        return row_Tk, kept_Tk, assignment_R, sizes_e, counts_E, taken_E
+
+    def bprop(self, expert_Tk: Tensor, valid_Tk: Tensor, out: tuple, dout: tuple) -> tuple:
+        """Places have no gradient."""
+        return zeros_like(expert_Tk), zeros_like(valid_Tk)
+
+    def _of_all(self, expert_Tk: Tensor, top_k: int) -> Tensor:
+        """(B * W, k), the batch's rows one after another."""
+        parts = self.gather(ops.cast(expert_Tk, mstype.float32))
+        parts = ops.reshape(parts, (self.size, self.batch, self.length, top_k))
+        whole = ops.transpose(parts, (1, 0, 2, 3))
+        return ops.cast(ops.reshape(whole, (-1, top_k)), mstype.int32)

@@ -1,0 +1,231 @@
+"""Where each token's copies go: slots by index, never by a one-hot product.
+
+Legend: T tokens, k experts a token, A = T * k assignments, R rows, E experts, e those that rows are
+made of here, C capacity, D hidden.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from mixtral_ms.parallel.comm.graph_primitives import running_sum, sum_before, sum_over, zeros_like
+
+
+def expert_capacity(
+    tokens: int, top_k: int, experts: int, capacity_factor: float, multiple_of: int = 1
+) -> int:
+    """Slots per expert, C = min(ceil(k * N * factor / E), N), rounded up to `multiple_of`.
+
+    Args:
+        tokens: N, the tokens of one data-parallel group.
+        top_k: k, experts a token.
+        experts: E.
+        capacity_factor: above 0.
+        multiple_of: ranks that share an expert's slots (expert tensor parallel).
+
+    Source: TopkRouterV2 of MindFormers.
+    """
+    # The product in Python floats, as upstream: 1.1 * 2 * 40 / 8 is 11.000000000000002 -> 12.
+    capacity = min(math.ceil(top_k * tokens * capacity_factor / experts), tokens)
+    return multiple_of * math.ceil(capacity / multiple_of)
+
+
+class Dispatch(nn.Cell):
+    """Gives every assignment (token, choice) a row of its expert's group, or drops it.
+
+    Args:
+        experts: E.
+        capacity: C, slots per expert; None for dropless.
+        token_first: hand out slots token by token (sdrop) instead of choice by choice (kdrop).
+        layout: how the experts want their rows: "packed" or "padded".
+        here: of which experts rows are made at all, in ascending order; None for all. The others'
+            assignments take their places as ever, but are not kept here.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        capacity: int | None,
+        token_first: bool,
+        layout: str,
+        here: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts, self.capacity = experts, capacity
+        self.layout = layout
+        # kdrop goes through all first choices, then all second ones; both orders undo themselves
+        self.order, self.turn = (0, 1) if token_first else (1, 0), ops.Transpose()
+        self.ids_E = Tensor(np.arange(experts, dtype=np.int32))
+        self.scatter, self.slice = ops.ScatterNd(), ops.Slice()
+        self.here_e = self.is_here_E = None
+        if here is not None:
+            self.here_e = Tensor(np.array(here, np.int32))
+            self.is_here_E = Tensor(np.isin(np.arange(experts), here).astype(np.int32))
+
+    def rows(self, assignments: int) -> int:
+        """R, the static number of rows that this many assignments may need."""
+        if self.layout == "padded":
+            return self.experts * self.capacity
+        return assignments
+
+    def construct(self, expert_Tk: Tensor, valid_Tk: Tensor) -> tuple:
+        """Places the assignments of expert_Tk (int32); invalid ones (of padding) nowhere.
+
+        Returns:
+            row_Tk: the row of each assignment, 0 where it has none.
+            kept_Tk: whether it has a row.
+            assignment_R: index into the flattened (T, k) of what fills each row, -1 for empty.
+            sizes_e: rows used by each expert, or by each of those `here`.
+            counts_E: assignments to each expert before dropping.
+            taken_E: assignments to each expert that were not dropped.
+        """
+        ordered = self.turn(expert_Tk, self.order)
+        expert_A1 = ops.reshape(ordered, (-1, 1))
+        valid_A1 = ops.reshape(self.turn(valid_Tk, self.order), (-1, 1))
+        chosen_AE = ops.logical_and(ops.equal(expert_A1, self.ids_E), valid_A1)
+        chosen_AE = ops.cast(chosen_AE, mstype.int32)
+        counts_E = sum_over(chosen_AE, 0)
+        # A place in the queue of each expert, read off at the assignment's own expert.
+        place_A = sum_over(running_sum(chosen_AE, 0) * chosen_AE, 1) - 1
+        kept_A = ops.reshape(valid_A1, (-1,))
+        taken_E = counts_E
+        if self.capacity is not None:
+            kept_A = ops.logical_and(kept_A, place_A < self.capacity)
+            taken_E = ops.minimum(counts_E, Tensor(self.capacity, mstype.int32))
+        if self.here_e is None:
+            sizes_e = taken_E
+            offsets_E = self._offsets(taken_E)
+        else:
+            sizes_e = ops.gather(taken_E, self.here_e, 0)
+            offsets_E = self._offsets(taken_E * self.is_here_E)
+            kept_A = ops.logical_and(kept_A, sum_over(chosen_AE * self.is_here_E, 1) > 0)
+        row_A = sum_over(chosen_AE * offsets_E, 1) + place_A
+        row_A = ops.where(kept_A, row_A, Tensor(0, mstype.int32))
+        row_Tk = self.turn(ops.reshape(row_A, ordered.shape), self.order)
+        kept_Tk = self.turn(ops.reshape(kept_A, ordered.shape), self.order)
+        return row_Tk, kept_Tk, self._inverse(row_Tk, kept_Tk), sizes_e, counts_E, taken_E
+
+    def bprop(self, expert_Tk: Tensor, valid_Tk: Tensor, out: tuple, dout: tuple) -> tuple:
+        """Places have no gradient."""
+        return zeros_like(expert_Tk), zeros_like(valid_Tk)
+
+    def _offsets(self, sizes_E: Tensor) -> Tensor:
+        """First row of each expert's group."""
+        if self.layout == "padded":
+            return self.ids_E * self.capacity
+        return sum_before(sizes_E, 0)
+
+    def _inverse(self, row_Tk: Tensor, kept_Tk: Tensor) -> Tensor:
+        """The assignment of each row; dropped ones are scattered to a row past the end."""
+        count = row_Tk.shape[0] * row_Tk.shape[1]
+        rows = self.rows(count)
+        target_Tk = ops.where(kept_Tk, row_Tk, Tensor(rows, mstype.int32))
+        # ScatterNd starts from zero, so assignment a is written as a + 1 and empty rows read -1.
+        numbers_A = ops.arange(1, count + 1, 1, dtype=mstype.int32)
+        filled = self.scatter(ops.reshape(target_Tk, (count, 1)), numbers_A, (rows + 1,))
+        return self.slice(filled, (0,), (rows,)) - 1
+
+
+class PermuteTokens(nn.Cell):
+    """Copies tokens to their rows; the gradient comes back by index too, without a scatter."""
+
+    def __init__(self, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+
+    def construct(
+        self, x_TD: Tensor, assignment_R: Tensor, row_Tk: Tensor, kept_Tk: Tensor
+    ) -> Tensor:
+        """Returns (R, D); empty rows hold token 0, and nothing reads them."""
+        token_R = ops.maximum(assignment_R, Tensor(0, mstype.int32)) // self.top_k
+        return ops.gather(x_TD, token_R, 0)
+
+    def bprop(  # noqa: PLR0913 - MindSpore's signature: inputs, output, its gradient
+        self,
+        x_TD: Tensor,
+        assignment_R: Tensor,
+        row_Tk: Tensor,
+        kept_Tk: Tensor,
+        out: Tensor,
+        dout: Tensor,
+    ) -> tuple:
+        """Each token sums the gradients of its own rows."""
+        tokens, hidden = x_TD.shape
+        d_AD = ops.gather(dout, ops.reshape(row_Tk, (tokens * self.top_k,)), 0)
+        d_TkD = _without_dropped(ops.reshape(d_AD, (tokens, self.top_k, hidden)), kept_Tk)
+        return (
+            ops.sum(d_TkD, 1),
+            zeros_like(assignment_R),
+            zeros_like(row_Tk),
+            zeros_like(kept_Tk),
+        )
+
+
+class CombineTokens(nn.Cell):
+    """Sums each token's expert outputs, weighted by its gates; dropped assignments add nothing."""
+
+    def __init__(self, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+
+    def construct(
+        self, y_RD: Tensor, gates_Tk: Tensor, assignment_R: Tensor, row_Tk: Tensor, kept_Tk: Tensor
+    ) -> Tensor:
+        """Returns (T, D)."""
+        y_TkD = self._picked(y_RD, row_Tk, kept_Tk)
+        return ops.sum(y_TkD * _along(gates_Tk, 2, y_TkD), 1)
+
+    def _picked(self, y_RD: Tensor, row_Tk: Tensor, kept_Tk: Tensor) -> Tensor:
+        tokens = row_Tk.shape[0]
+        y_AD = ops.gather(y_RD, ops.reshape(row_Tk, (tokens * self.top_k,)), 0)
+        y_TkD = ops.reshape(y_AD, (tokens, self.top_k, y_RD.shape[1]))
+        return _without_dropped(y_TkD, kept_Tk)
+
+    def bprop(  # noqa: PLR0913 - MindSpore's signature: inputs, output, its gradient
+        self,
+        y_RD: Tensor,
+        gates_Tk: Tensor,
+        assignment_R: Tensor,
+        row_Tk: Tensor,
+        kept_Tk: Tensor,
+        out: Tensor,
+        dout: Tensor,
+    ) -> tuple:
+        """Each row takes its token's gradient times its gate; empty rows take none."""
+        filled_R = assignment_R >= 0
+        index_R = ops.maximum(assignment_R, Tensor(0, mstype.int32))
+        gates_A = ops.reshape(gates_Tk, (gates_Tk.shape[0] * self.top_k,))
+        gate_R = ops.gather(gates_A, index_R, 0) * ops.cast(filled_R, gates_Tk.dtype)
+        dout_RD = ops.gather(dout, index_R // self.top_k, 0)
+        d_y_RD = dout_RD * _along(gate_R, 1, dout_RD)
+        y_TkD = self._picked(y_RD, row_Tk, kept_Tk)
+        d_gates_Tk = ops.sum(y_TkD * _along(dout, 1, y_TkD), 2)
+        return (
+            d_y_RD,
+            d_gates_Tk,
+            zeros_like(assignment_R),
+            zeros_like(row_Tk),
+            zeros_like(kept_Tk),
+        )
+
+
+def _without_dropped(x_TkD: Tensor, kept_Tk: Tensor) -> Tensor:
+    """0 for dropped assignments, whose row is not their own.
+
+    Not a product with 0: where no row is kept at all, nobody wrote the row that they read, and on
+    Ascend such rows hold whatever the memory held before, NaN included.
+    """
+    dropped_Tk = ops.logical_not(kept_Tk)
+    return ops.masked_fill(x_TkD, _along(dropped_Tk, 2, x_TkD), 0.0)
+
+
+def _along(x: Tensor, axis: int, like: Tensor) -> Tensor:
+    """x repeated along a new axis, to the shape of `like`.
+
+    Products and the like broadcast by themselves too, but their CPU kernels then keep, for good,
+    two or three lists of indices with 8 bytes for each value of the result.
+    """
+    return ops.broadcast_to(ops.expand_dims(x, axis), like.shape)

@@ -1,0 +1,1 @@
+"""What the layers are made of."""

@@ -1,0 +1,1 @@
+"""Processes that meet, and what they send."""

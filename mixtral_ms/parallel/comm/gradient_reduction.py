@@ -1,0 +1,95 @@
+"""Which ranks' gradients of a parameter are added, and what of the sum this rank's optimizer needs.
+
+A rank's backward pass sees its own tokens, so gradients are added over the ranks with other tokens.
+Ranks that hold the same parameter for the same tokens have the same gradient, except where each of
+them met the parameter with a part of the work: of the sequence, or of a LoRA product.
+"""
+
+import functools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mindspore import Tensor
+
+from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.parallel.comm.process_groups import own_part, sum_and_scatter, sum_tensor
+from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
+from mixtral_ms.parallel.grid.placement import Placement
+from mixtral_ms.parallel.grid.sharding_rules import LORA_A, LORA_B, MOMENTS, placements, rule_of
+
+_SEQUENCE_PART = re.compile(r".*norm(_out)?\.weight|.*\.attention\.wo\.bias")
+"""What use_seq_parallel applies to a part of the sequence on each rank."""
+_ADAPTER = re.compile(rf".*\.attention\..*({LORA_A}|{LORA_B})")
+
+
+@dataclass(frozen=True)
+class GradientRule:
+    """What becomes of this rank's gradient of one parameter."""
+
+    groups: tuple[ProcessGroup, ...]
+    """Over which it is added, one after the other."""
+    shard: ProcessGroup | None
+    """The replicas that share out its optimizer moments along axis 0; None keeps them whole."""
+    counted: bool
+    """Whether this rank's part of the sum counts in the norm; of equal parts one does."""
+
+    def reduce(self, gradient: Tensor) -> Tensor:
+        """The part of the summed gradient that this rank's moments are of."""
+        first, *others = self.groups
+        if self.shard is None:
+            gradient = sum_tensor(first, gradient)
+        elif self.shard.ranks == first.ranks:
+            gradient = sum_and_scatter(first, gradient)
+        else:
+            gradient = own_part(self.shard, sum_tensor(first, gradient))
+        for group in others:
+            gradient = sum_tensor(group, gradient)
+        return gradient
+
+
+def gradient_rules(
+    config: MixtralConfig, mesh: Mesh, names: Iterable[str], *, zero: bool
+) -> dict[str, GradientRule]:
+    """The rules of this rank's parameters, by name.
+
+    Args:
+        config: the network.
+        mesh: this rank. Groups that do not exist yet are made, so all ranks of a stage must call
+            this with the same names.
+        names: parameters on this rank's stage.
+        zero: cut the optimizer moments over replicas, as `layout.placements` says.
+    """
+    names = list(names)
+    placed = placements(config, mesh.grid, [MOMENTS[0] + name for name in names], zero=zero)
+    return {name: _rule(name, placed[MOMENTS[0] + name], mesh) for name in names}
+
+
+def shard_groups(
+    config: MixtralConfig, mesh: Mesh, names: Iterable[str]
+) -> dict[str, ProcessGroup]:
+    """For ZeRO-1: of each parameter whose moments are cut, the replicas that share them out."""
+    rules = gradient_rules(config, mesh, names, zero=True)
+    return {name: rule.shard for name, rule in rules.items() if rule.shard is not None}
+
+
+def _rule(name: str, places: dict[int, Placement], mesh: Mesh) -> GradientRule:
+    place = places[mesh.stage]
+    replicas = mesh.group(_replicas(place, mesh.rank))
+    groups = [replicas if _partial(name, mesh) else mesh.tokens]
+    groups += [mesh.pair(mesh.beside(other)) for other in places if other != mesh.stage]
+    shard = replicas if place.shards > 1 else None
+    first = mesh.stage == min(places) and (shard is not None or replicas.index == 0)
+    return GradientRule(tuple(groups), shard, first)
+
+
+@functools.lru_cache
+def _replicas(place: Placement, rank: int) -> tuple[int, ...]:
+    return place.replicas_of(rank)
+
+
+def _partial(name: str, mesh: Mesh) -> bool:
+    """Whether every replica has but a part of the gradient, tensor-parallel ones included."""
+    if rule_of(name).expert_axis is not None or _ADAPTER.fullmatch(name):
+        return True
+    return mesh.grid.use_seq_parallel and _SEQUENCE_PART.fullmatch(name) is not None

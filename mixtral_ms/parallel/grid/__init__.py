@@ -1,0 +1,1 @@
+"""Ranks, their groups, and where each tensor lies on them."""

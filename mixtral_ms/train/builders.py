@@ -1,0 +1,151 @@
+"""From a configuration to the objects of a run."""
+
+import dataclasses
+from pathlib import Path
+
+from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
+from mixtral_ms.config import RunConfig
+from mixtral_ms.config.loading.resolve import is_zero
+from mixtral_ms.config.sections.data_section import DatasetSection
+from mixtral_ms.config.sections.training_section import (
+    MetricsWriterSection,
+    SampleMonitorSection,
+    TensorBoardSection,
+)
+from mixtral_ms.convert.adapters.lora_weights import open_adapter
+from mixtral_ms.convert.run_weights import open_run_weights
+from mixtral_ms.data.loader.record_loader import RecordLoader
+from mixtral_ms.log import get_logger
+from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.parallel.comm.gradient_reduction import shard_groups
+from mixtral_ms.parallel.grid.mesh import Mesh
+from mixtral_ms.train.report.metrics import METRICS_FILE
+from mixtral_ms.train.sample_answers import Samples
+from mixtral_ms.train.state.parameter_loading import load_parameters
+from mixtral_ms.train.step.adamw import AdamW
+from mixtral_ms.train.step.lr_schedule import Schedule, build_schedule, constant_schedule
+
+
+def without_adapters(config: RunConfig) -> RunConfig:
+    """For a network that is not trained: its weights have the adapter, if one is given, added."""
+    network = config.model.model_config
+    if network.pet_config is None:
+        return config
+    if not config.adapter:
+        get_logger().warning(
+            "model_config.pet_config has no effect on run_mode %s: set adapter to the checkpoints "
+            "of the LoRA run",
+            config.run_mode,
+        )
+    plain = dataclasses.replace(network, pet_config=None)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, model_config=plain))
+
+
+def build_network(config: RunConfig, mesh: Mesh) -> MixtralForCausalLM:
+    """The rank's part of the network, its weights fresh or from load_checkpoint.
+
+    Its shapes are those of a micro batch.
+    """
+    network = MixtralForCausalLM(
+        config.model.model_config,
+        seed=config.seed,
+        batch_size=config.runner_config.batch_size,
+        mesh=mesh,
+    )
+    if config.recompute_config.recompute:
+        network.recompute_layers()
+    adapters = network.config.pet_config is not None
+    if config.load_checkpoint and (adapters or not config.resume_training):
+        weights = open_network_weights(config)
+        load_parameters(network, weights, partial=config.allow_partial)
+        get_logger().info("weights from %s", weights.path)
+    if adapters and config.adapter and not config.resume_training:
+        adapter = open_adapter(Path(config.adapter), network.config)
+        load_parameters(network, adapter.tensors, adapters=True)
+        get_logger().info("adapter from %s", adapter.path)
+    return network
+
+
+def open_network_weights(config: RunConfig) -> TensorSource:
+    """Those of load_checkpoint, with the adapter added where the network has no place for it."""
+    if config.model.model_config.pet_config is not None:
+        config = dataclasses.replace(config, adapter="")
+    return open_run_weights(config)
+
+
+def build_loader(
+    config: RunConfig, section: DatasetSection, mesh: Mesh, *, training: bool
+) -> RecordLoader:
+    """The loader of this rank's share of train_dataset or eval_dataset."""
+    model = config.model.model_config
+    return RecordLoader(
+        section,
+        seq_length=model.seq_length,
+        batch_size=section.batch_size or config.runner_config.batch_size,
+        seed=config.seed,
+        shuffle=training and section.data_loader.shuffle,
+        keep_partial=not training,
+        vocab_size=model.vocab_size,
+        pad_token_id=model.pad_token_id,
+        ignore_token_id=model.ignore_token_id,
+        tokenizer_file=config.processor.tokenizer.vocab_file,
+        rank=mesh.data_index,
+        world=mesh.grid.data_parallel,
+        part=mesh.context_index,
+        parts=mesh.grid.context_parallel,
+    )
+
+
+def build_optimizer(config: RunConfig, network: MixtralForCausalLM) -> AdamW:
+    """AdamW, whichever of its names the YAML uses."""
+    section, parameters = config.optimizer, network.trainable_params()
+    shards = {}
+    if is_zero(config):
+        shards = shard_groups(network.config, network.mesh, [one.name for one in parameters])
+    return AdamW(parameters, section.moment_decay, section.eps, section.weight_decay, shards)
+
+
+def build_learning_rate(config: RunConfig, total_steps: int) -> Schedule:
+    """lr_schedule, or the optimizer's constant rate without one."""
+    if config.lr_schedule is not None:
+        return build_schedule(config.lr_schedule, total_steps)
+    return constant_schedule(config.optimizer.learning_rate)
+
+
+def callback(config: RunConfig, kind: type) -> object | None:
+    """The first callback section of a kind, None without one."""
+    return next((c for c in config.callbacks if isinstance(c, kind)), None)
+
+
+def build_samples(config: RunConfig, network: MixtralForCausalLM) -> Samples | None:
+    """What SampleMonitor asks, of rows of eval_dataset or else of the training's; None without."""
+    section = callback(config, SampleMonitorSection)
+    if section is None:
+        return None
+    grid = network.mesh.grid
+    if grid.model_parallel * grid.pipeline_stage * grid.context_parallel > 1:
+        get_logger().info(
+            "SampleMonitor has no effect here: it asks a network that is whole on each rank, not "
+            "one cut by model_parallel, pipeline_stage or context_parallel"
+        )
+        return None
+    held_back = config.eval_dataset and config.eval_dataset.data_loader.dataset_dir
+    data = config.eval_dataset if held_back else config.train_dataset
+    # all ranks ask the same, as experts may be anywhere
+    loader = build_loader(config, data, Mesh(), training=not held_back)
+    return Samples(config, section, network, loader)
+
+
+def metrics_path(config: RunConfig) -> Path:
+    """The run's metrics file."""
+    section = callback(config, MetricsWriterSection)
+    named = section.path if section else None
+    return Path(named or Path(config.output_dir) / METRICS_FILE)
+
+
+def tensorboard_folder(config: RunConfig) -> str | None:
+    """Where TensorBoard events go; None when they were not asked for."""
+    section = callback(config, TensorBoardSection)
+    if section is None:
+        return None
+    return section.log_dir or f"{config.output_dir}/tensorboard"

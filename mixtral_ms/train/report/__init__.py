@@ -1,0 +1,1 @@
+"""Metrics of a run and what people see of them."""

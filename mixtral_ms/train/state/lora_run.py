@@ -1,0 +1,56 @@
+"""What a LoRA run has besides any run: the weights that it is for, and PEFT's files."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from mixtral_ms.config import MixtralConfig, RunConfig
+from mixtral_ms.convert.adapters.lora_weights import (
+    base_record,
+    fingerprint,
+    fingerprint_of,
+    open_adapter,
+)
+from mixtral_ms.convert.adapters.peft_export import write_peft
+from mixtral_ms.convert.run_weights import open_run_weights
+from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.parallel.grid.sharding_rules import adapter_shapes, parameter_shapes
+
+PEFT_FOLDER = "peft"
+
+
+def base_of(config: RunConfig, network: MixtralForCausalLM) -> dict[str, str]:
+    """The record of the weights beneath the adapters."""
+    if network.mesh.world_size > 1:
+        # no rank may hold all of them; in the file they are what they were loaded from
+        weights = fingerprint_of(open_run_weights(dataclasses.replace(config, adapter="")))
+    else:
+        tensors = ((p.name, p.shape, p.asnumpy().__getitem__) for p in network.weights())
+        weights = fingerprint(tensors)
+    return base_record(config.load_checkpoint or "", weights)
+
+
+def save_peft(config: RunConfig, checkpoints: Path) -> Path:
+    """Write the newest checkpoint's adapters in PEFT's format; returns the folder."""
+    folder, network = Path(config.output_dir) / PEFT_FOLDER, config.model.model_config
+    tensors = open_adapter(checkpoints, network).tensors
+    arrays = {name: tensors.read(name) for name in adapter_shapes(network)}
+    write_peft(folder, arrays, network.pet_config, config.load_checkpoint or "")
+    return folder
+
+
+def trained_text(config: MixtralConfig) -> str:
+    """How many parameters are trained on all ranks, and of LoRA what is adapted."""
+    pet, weights = config.pet_config, _count(parameter_shapes(config))
+    if pet is None:
+        return f"{weights:,} parameters"
+    modules = pet.modules(config.num_layers)
+    kinds = sorted({module.rpartition(".")[2] for module in modules})
+    text = ", ".join(kinds).replace("dense", "router")
+    adapters = _count(adapter_shapes(config))
+    return f"{weights:,} frozen parameters, {adapters:,} of LoRA (rank {pet.lora_rank}, {text})"
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())

@@ -1,0 +1,179 @@
+"""How a run takes up what an earlier one has saved, on any layout."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
+from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource, open_source
+from mixtral_ms.checkpoint.shards.assemble import is_optimizer_state
+from mixtral_ms.checkpoint.store.folders import list_checkpoints
+from mixtral_ms.checkpoint.store.manifest import verify_checkpoint
+from mixtral_ms.checkpoint.store.store import find_checkpoint
+from mixtral_ms.config import RunConfig
+from mixtral_ms.config.loading.resolve import is_zero
+from mixtral_ms.convert.adapters.lora_weights import require_base
+from mixtral_ms.errors import UserError
+from mixtral_ms.log import get_logger
+from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.parallel.comm.hosts import Hosts
+from mixtral_ms.parallel.comm.process_groups import gather_objects
+from mixtral_ms.parallel.grid.grid_text import format_grid
+from mixtral_ms.parallel.grid.mesh import Mesh
+from mixtral_ms.parallel.grid.sharding_rules import LORA_A, LORA_B, MOMENTS
+from mixtral_ms.train.state.host_storage import open_on_all_hosts, require_undamaged_everywhere
+from mixtral_ms.train.state.parameter_loading import OwnTensors, load_parameters
+from mixtral_ms.train.state.rank_agreement import Storage
+from mixtral_ms.train.state.saver import checkpoint_root, data_state
+from mixtral_ms.train.step.adamw import AdamW
+from mixtral_ms.train.step.loss_scale import LossScale
+
+_SPLIT_KEYS = ("batch_size", "data_parallel", "micro_batches")
+"""How rows_per_step is divided: may change between a save and a resume."""
+
+
+def find_resume(config: RunConfig, mesh: Mesh, storage: Storage) -> OpenedSource | None:
+    """The checkpoint that resume_training asks for; None to start from step 0.
+
+    The first rank chooses; each reads a share of the files to compare them with their hashes.
+
+    Raises:
+        UserError: it is damaged or does not exist, though its place was named.
+    """
+    if not config.resume_training:
+        return None
+    if storage.hosts:
+        return _resume_on_hosts(config, mesh, storage.hosts)
+    found = _resume_path(config) if mesh.rank == 0 else None
+    path = gather_objects(mesh.world, found and str(found))[0]
+    if path is None:
+        return None
+    own = verify_checkpoint(path, mesh.rank, mesh.world_size)
+    require_undamaged_everywhere(mesh.world, Path(path), own)
+    return open_source(Path(path), verify=False)
+
+
+def _resume_on_hosts(config: RunConfig, mesh: Mesh, hosts: Hosts) -> OpenedSource | None:
+    name, root = _resume_name(config), _resume_root(config)
+    if all(gather_objects(mesh.world, _nothing_yet(config, root))):
+        get_logger().info("no checkpoint in %s on any host: starting from step 0", root)
+        return None
+    strategy = format_grid(mesh.grid, zero=is_zero(config))
+    return open_on_all_hosts(root, name, hosts, strategy)
+
+
+def _resume_name(config: RunConfig) -> str | None:
+    return config.resume_training if isinstance(config.resume_training, str) else None
+
+
+def _nothing_yet(config: RunConfig, root: Path) -> bool:
+    """Whether the run may start from step 0: nothing is there, and nothing was named."""
+    named = config.load_checkpoint or _resume_name(config)
+    return not named and not list_checkpoints(root)
+
+
+def _resume_path(config: RunConfig) -> Path | None:
+    name, root = _resume_name(config), _resume_root(config)
+    if _nothing_yet(config, root):
+        get_logger().info("no checkpoint in %s yet: starting from step 0", root)
+        return None
+    path = find_checkpoint(root, name)
+    get_logger().info("resuming from %s", path)
+    return path
+
+
+def _resume_root(config: RunConfig) -> Path:
+    """Where to resume from: the run's own checkpoints, else load_checkpoint.
+
+    A run that began with the weights of load_checkpoint goes on from what it has saved itself.
+    """
+    own = checkpoint_root(config)
+    if not config.load_checkpoint:
+        return own
+    given = Path(config.load_checkpoint)
+    if own.resolve() in (given.resolve(), given.resolve().parent) or not list_checkpoints(own):
+        return given
+    get_logger().info("%s holds checkpoints of this run: not resuming from %s", own, given)
+    return own
+
+
+def restore(
+    checkpoint: OpenedSource,
+    config: RunConfig,
+    network: MixtralForCausalLM,
+    optimizer: AdamW,
+    loss_scale: LossScale,
+    fingerprint: str,
+    base: dict[str, str] | None = None,
+) -> int:
+    """Put a checkpoint's state in place; returns the step it was saved after.
+
+    It may have been saved on any layout: this rank reads what it holds of each tensor.
+
+    Raises:
+        UserError: it is of another network, its adapters are for other weights, or the data would
+            not continue where it stopped.
+    """
+    state, path = checkpoint.state, checkpoint.folder
+    if _holds_adapters(checkpoint.tensors) != (base is not None):
+        holds, wants = ("whole weights", "adapters") if base else ("adapters", "whole weights")
+        raise UserError(
+            f"cannot resume {path}: it holds {holds}, and this run trains {wants}, as "
+            "model_config.pet_config says: make that what it was"
+        )
+    if not any(is_optimizer_state(name) for name in checkpoint.tensors.infos) or not state:
+        raise UserError(
+            f"cannot resume {path}: it holds weights without optimizer state; to start "
+            f"a new run from them: --resume_training False --load_checkpoint {path}"
+        )
+    _require_same_data(state, data_state(config, fingerprint), path)
+    if base:
+        _require_same_adapters(checkpoint, network)
+        require_base(state["base"], base["fingerprint"], path, base["path"])
+    load_parameters(network, checkpoint.tensors, adapters=base is not None)
+    moments = [prefix + p.name for prefix in MOMENTS for p in network.trainable_params()]
+    optimizer.load_state_tensors(OwnTensors(checkpoint.tensors, network, moments, is_zero(config)))
+    optimizer.updates = state["optimizer_updates"]
+    saved = state["loss_scale"]
+    loss_scale.value, loss_scale.good_steps = saved["value"], saved["good_steps"]
+    loss_scale.skipped_in_a_row = saved["skipped_in_a_row"]
+    return state["step"]
+
+
+def _holds_adapters(source: TensorSource) -> bool:
+    return any(name.endswith((LORA_A, LORA_B)) for name in source.infos)
+
+
+def _require_same_adapters(checkpoint: OpenedSource, network: MixtralForCausalLM) -> None:
+    saved = checkpoint.state["model_config"]["pet_config"]
+    current = dataclasses.asdict(network.config.pet_config)
+    changed = [
+        f"{key} was {saved.get(key)!r} and is {value!r}"
+        for key, value in current.items()
+        if saved.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"cannot resume {checkpoint.folder}: of model_config.pet_config {'; '.join(changed)}"
+        )
+
+
+def _require_same_data(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """The rows of each step must stay; who takes which of them may change."""
+    before = dict(saved["data"])
+    if "rows_per_step" not in before:  # saved when one process was all there was
+        before["rows_per_step"] = before["batch_size"] * before["gradient_accumulation_steps"]
+    changed = [
+        f"{key} was {before.get(key)!r} and is {value!r}"
+        for key, value in current.items()
+        if before.get(key) != value
+    ]
+    if all(text.startswith(_SPLIT_KEYS) for text in changed):
+        if changed:
+            get_logger().info("the same rows a step, shared otherwise: %s", "; ".join(changed))
+        return
+    raise UserError(
+        f"cannot resume {path}: the rows after step {saved['step']} would be others: "
+        f"{'; '.join(changed)}. Restore these, or start a new run from the weights: "
+        f"--resume_training False --load_checkpoint {path} with a new --output_dir"
+    )

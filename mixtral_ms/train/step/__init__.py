@@ -1,0 +1,1 @@
+"""One step: gradients, update, learning rate."""

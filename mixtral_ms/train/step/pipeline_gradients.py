@@ -1,0 +1,252 @@
+"""Micro batches through the stages of a pipeline.
+
+A stage is compiled twice: forwards, and backwards with the forward in it, so that of a micro batch
+under way only the stage's input is kept. The last stage needs the second graph alone.
+
+Legend: B batch, S sequence, D hidden.
+"""
+
+from collections.abc import Callable
+
+import mindspore
+import numpy as np
+from mindspore import ParameterTuple, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from mixtral_ms.data.loader.batch import Batch
+from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.model.nn.compute_dtype import compute_type
+from mixtral_ms.parallel.comm.process_groups import compile_together, exchange
+from mixtral_ms.parallel.pipeline_schedule import Compute, Exchange, one_forward_one_backward
+from mixtral_ms.train.step.gradients import GradientSums, segment_tensors
+
+
+class Neighbours:
+    """What a stage and the ones beside it give each other: hidden states and their gradients.
+
+    Args:
+        network: the stage's.
+        batch: one with the number of rows and columns that this rank always has.
+    """
+
+    def __init__(self, network: MixtralForCausalLM, batch: Batch) -> None:
+        self.mesh, config = network.mesh, network.config
+        rows, columns = batch.input_ids.shape
+        if self.mesh.grid.use_seq_parallel:
+            columns //= self.mesh.grid.model_parallel
+        dtype = compute_type(config.residual_dtype or config.compute_dtype)
+        self._shape, self._dtype = (rows, columns, config.hidden_size), dtype
+
+    def empty(self) -> Tensor:
+        """Zeros, as large as what goes from stage to stage."""
+        return ops.zeros(self._shape, self._dtype)
+
+    def meet(self, stage: int, sent: Tensor | None, *, receive: bool) -> Tensor | None:
+        """Meet a neighbour; returns what it sends."""
+        pair = self.mesh.pair(self.mesh.beside(stage))
+        empty = self.empty() if receive else None
+        return exchange(pair, sent, empty)
+
+    def empty_input(self) -> Tensor:
+        """Zeros in place of what the stage before sends."""
+        return self.empty() if self.mesh.stage > 0 else _NOTHING
+
+    def input_of_stage(self) -> Tensor:
+        """What the stage before sends; the first stage gets a number that it does not read."""
+        stage = self.mesh.stage
+        return self.meet(stage - 1, None, receive=True) if stage > 0 else _NOTHING
+
+    def pass_on(self, hidden_BSD: Tensor) -> None:
+        """Send the stage's output to the next one, if there is one."""
+        if not self.mesh.is_last_stage:
+            self.meet(self.mesh.stage + 1, hidden_BSD, receive=False)
+
+
+class PipelineGradients:
+    """As `MicroBatchGradients`, on a network with pipeline stages."""
+
+    def __init__(self, network: MixtralForCausalLM, accumulation: int) -> None:
+        self.network, mesh = network, network.mesh
+        self._actions = one_forward_one_backward(mesh.stage, mesh.grid.pipeline_stage, accumulation)
+        self._forward = None if mesh.is_last_stage else _StageForward(network)
+        self._backward = _StageBackward(network)
+        self._sums, self._compiled = self._backward.sums, False
+
+    def __call__(
+        self,
+        micro_batches: list[Batch],
+        per_token: float,
+        per_micro: float,
+        before: Callable[[int], None],
+    ) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        """Run all of them.
+
+        Args:
+            micro_batches: this rank's, the same on all stages.
+            per_token: weight of the summed cross entropy in what is differentiated.
+            per_micro: weight of the aux and z losses.
+            before: called with a micro batch's number whenever it is to be computed.
+
+        Returns:
+            For each micro batch what `loss_parts` gives, of this stage's layers, and the sums of
+            the gradients of this stage's parameters.
+        """
+        self._sums.clear()  # not after the step: the diagnosis of a skipped one reads the sums
+        weights = [Tensor(weight, mstype.float32) for weight in (per_token, per_micro)]
+        step = _Step(self.network, micro_batches)
+        if not self._compiled:
+            compile_together(self.network.mesh, step.graphs(self._forward, self._backward, weights))
+            self._compiled = True
+        for action in self._actions:
+            if isinstance(action, Exchange):
+                step.meet(action)
+            elif action.backward:
+                before(action.micro)
+                step.backward(action, self._backward, weights)
+            elif self._forward:
+                before(action.micro)
+                step.forward(action, self._forward)
+        return step.outputs, tuple(self._sums.values)
+
+
+class _Step:
+    """Tensors of the micro batches that are under way."""
+
+    def __init__(self, network: MixtralForCausalLM, micro_batches: list[Batch]) -> None:
+        self.stage = network.mesh.stage
+        self.neighbours = Neighbours(network, micro_batches[0])
+        self.micro_batches = micro_batches
+        self.outputs: list[tuple[Tensor, ...]] = []
+        self.inputs: dict[int, Tensor] = {}
+        self.to_send: dict[int, Tensor] = {}
+        self.gradients: dict[int, Tensor] = {}
+
+    def graphs(
+        self, forward: nn.Cell | None, backward: nn.Cell, weights: list[Tensor]
+    ) -> dict[nn.Cell, tuple[Tensor, ...]]:
+        """The stage's graphs, each with inputs of the shapes that it will get."""
+        hidden = self.neighbours.empty_input()
+        dy = _NOTHING if self.neighbours.mesh.is_last_stage else self.neighbours.empty()
+        ids, labels, *segments = self._tensors(self.micro_batches[0])
+        found = {backward: (hidden, dy, ids, labels, *weights, *segments)}
+        if forward is not None:
+            found[forward] = (hidden, ids, labels, *segments)
+        return found
+
+    def meet(self, action: Exchange) -> None:
+        sent = None if action.send is None else self.to_send.pop(action.send)
+        received = self.neighbours.meet(action.stage, sent, receive=action.receive is not None)
+        if received is not None:
+            kept = self.inputs if action.stage < self.stage else self.gradients
+            kept[action.receive] = received
+
+    def forward(self, action: Compute, cell: nn.Cell) -> None:
+        hidden_BSD = self.inputs.get(action.micro, _NOTHING)
+        self.to_send[action.micro] = cell(
+            hidden_BSD, *self._tensors(self.micro_batches[action.micro])
+        )
+
+    def backward(self, action: Compute, cell: nn.Cell, weights: list[Tensor]) -> None:
+        hidden_BSD = self.inputs.pop(action.micro, _NOTHING)
+        dy_BSD = self.gradients.pop(action.micro, _NOTHING)
+        ids, labels, *segments = self._tensors(self.micro_batches[action.micro])
+        parts, dx_BSD = cell(hidden_BSD, dy_BSD, ids, labels, *weights, *segments)
+        self.outputs.append(parts)
+        if self.stage > 0:
+            self.to_send[action.micro] = dx_BSD
+
+    @staticmethod
+    def _tensors(batch: Batch) -> tuple[Tensor, ...]:
+        return Tensor(batch.input_ids), Tensor(batch.labels), *segment_tensors(batch)
+
+
+class _StageForward(nn.Cell):
+    """The next stage's input."""
+
+    def __init__(self, network: MixtralForCausalLM) -> None:
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(
+        self,
+        hidden_BSD: Tensor,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        segment_ids_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+    ) -> Tensor:
+        return self.network.stage_parts(
+            hidden_BSD, input_ids_BS, labels_BS, segment_ids_BS, positions_BS
+        )[0]
+
+
+class _StageObjective(nn.Cell):
+    """A scalar with the stage's part of the loss's gradients, and the parts of the loss."""
+
+    def __init__(self, network: MixtralForCausalLM) -> None:
+        super().__init__(auto_prefix=False)
+        self.network, self.ends = network, network.mesh.is_last_stage
+
+    def construct(
+        self,
+        hidden_BSD: Tensor,
+        dy_BSD: Tensor,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        per_token: Tensor,
+        per_micro: Tensor,
+        segment_ids_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+    ) -> tuple:
+        out_BSD, *parts = self.network.stage_parts(
+            hidden_BSD, input_ids_BS, labels_BS, segment_ids_BS, positions_BS
+        )
+        objective = parts[0] * per_token + (ops.sum(parts[2]) + ops.sum(parts[3])) * per_micro
+        if not self.ends:
+            weighted = ops.cast(out_BSD, mstype.float32) * ops.cast(dy_BSD, mstype.float32)
+            objective = objective + ops.sum(weighted)
+        return (objective, *parts)
+
+
+class _StageBackward(nn.Cell):
+    """Loss parts and the gradient of the stage's input; adds the weights' gradients to sums."""
+
+    def __init__(self, network: MixtralForCausalLM) -> None:
+        super().__init__(auto_prefix=False)
+        self.weights = ParameterTuple(network.trainable_params())
+        self.sums = GradientSums(self.weights)
+        self.begins = network.mesh.stage == 0
+        self.differentiate = mindspore.value_and_grad(
+            _StageObjective(network), None if self.begins else 0, self.weights, has_aux=True
+        )
+
+    def construct(
+        self,
+        hidden_BSD: Tensor,
+        dy_BSD: Tensor,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        per_token: Tensor,
+        per_micro: Tensor,
+        segment_ids_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+    ) -> tuple:
+        outputs, gradients = self.differentiate(
+            hidden_BSD,
+            dy_BSD,
+            input_ids_BS,
+            labels_BS,
+            per_token,
+            per_micro,
+            segment_ids_BS,
+            positions_BS,
+        )
+        dx_BSD = hidden_BSD
+        if not self.begins:
+            dx_BSD, gradients = gradients
+        self.sums(gradients)
+        return outputs[1:], dx_BSD
+
+
+_NOTHING = Tensor(np.zeros(1, np.float32))
+"""Stands where a tensor is not read: the first stage's input, the last one's gradient."""

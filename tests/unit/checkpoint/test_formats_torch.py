@@ -1,0 +1,201 @@
+"""PyTorch's files: read like torch.load reads them, and nothing in them is run."""
+
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from mixtral_ms.checkpoint.formats.open_file import open_tensors
+from mixtral_ms.checkpoint.formats.tensor_source import DamagedFileError
+from mixtral_ms.checkpoint.formats.torch_format import TorchZipSource
+from mixtral_ms.errors import UserError
+
+torch.manual_seed(0)
+BASE = torch.randn(12, 8)
+TENSORS = {
+    "f32": BASE,
+    "transposed": BASE.T,
+    "slice": BASE[3:9, 2:7],
+    "strided": BASE[::3, 1::2],
+    "expanded": BASE[0].expand(4, 8),
+    "f16": BASE.half(),
+    "bf16": BASE.bfloat16(),
+    "f64": torch.randn(3).double(),
+    "i64": torch.arange(9),
+    "bool": torch.tensor([True, False]),
+    "scalar": torch.tensor(3.5),
+    "empty": torch.zeros(0, 4),
+    "parameter": torch.nn.Parameter(torch.randn(2, 2)),
+}
+
+
+def raw(tensor):
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(source, tensors):
+    assert list(source.infos) == list(tensors)
+    for name, tensor in tensors.items():
+        info, array = source.infos[name], source.read(name)
+        assert info.shape == array.shape == tuple(tensor.shape)
+        assert f"torch.{info.dtype}" == str(tensor.dtype)
+        assert array.tobytes() == raw(tensor), name
+
+
+def saved(path, what):
+    torch.save(what, path)
+    return path
+
+
+def test_reads_what_pytorch_wrote(tmp_path):
+    path = saved(tmp_path / "m.bin", TENSORS)
+    source = TorchZipSource(path)
+    assert_same(source, torch.load(path))
+    region = (slice(1, 5), slice(2, 9))
+    np.testing.assert_array_equal(source.read("transposed", region), BASE.T[region].numpy())
+
+
+def test_modules_state_dict_and_one_inside_a_dict(tmp_path):
+    module = torch.nn.Linear(4, 3)
+    path = saved(tmp_path / "m.pt", module.state_dict())  # an OrderedDict with _metadata
+    assert_same(TorchZipSource(path), module.state_dict())
+    path = saved(tmp_path / "n.pt", {"model": module.state_dict(), "step": 3, "dtype": torch.half})
+    assert_same(TorchZipSource(path), module.state_dict())
+
+
+def split(path, folder, sizes):
+    data, parts = path.read_bytes(), []
+    for number, size in enumerate([*sizes, len(data)]):
+        parts.append(folder / f"{path.name}-split{number}")
+        parts[-1].write_bytes(data[:size])
+        data = data[size:]
+    return parts
+
+
+def test_split_file_is_read_as_one(tmp_path):
+    path = saved(tmp_path / "consolidated.00.pth", TENSORS)
+    size = path.stat().st_size
+    (tmp_path / "parts").mkdir()
+    sizes = (size // 5 + 1, *[size // 14 + 3] * 10)  # 12 parts: 10 comes after 9, not after 1
+    parts = split(path, tmp_path / "parts", sizes)
+    assert_same(TorchZipSource(parts), TENSORS)
+    for given in (parts[0].with_name(path.name), parts[0], parts[7]):
+        assert_same(open_tensors(given), TENSORS)
+    parts[1].unlink()
+    with pytest.raises(UserError, match="consolidated.00.pth-split1 is missing"):
+        open_tensors(parts[0])
+
+
+def test_every_cut_is_found(tmp_path):
+    path = saved(tmp_path / "m.bin", {"w": BASE})
+    data = path.read_bytes()
+    for length in range(4, len(data), 17):
+        path.write_bytes(data[:length])
+        with pytest.raises(DamagedFileError, match=rf"{path} is truncated .*{length} bytes"):
+            TorchZipSource(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('it ran')",))
+
+
+@pytest.mark.parametrize("where", [Evil, lambda: {"w": BASE, "x": Evil()}])
+def test_code_in_a_pickle_is_refused_by_name(tmp_path, where):
+    path = saved(tmp_path / "m.bin", where())
+    with pytest.raises(UserError, match=rf"{path} names __builtin__\.exec, which is refused"):
+        TorchZipSource(path)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ([BASE], "holds a list, not tensors by name"),
+        ({}, "its keys are"),
+        ({"w": BASE, "step": 3}, r"its keys are 'step' \(int\)"),
+        ({"a": {"w": BASE}, "b": {"w": BASE}}, r"'a' \(state dict\), 'b' \(state dict\)"),
+        ({"a": {"b": {"w": BASE}}}, r"its keys are 'a' \(dict\)"),
+        ({"w": torch.zeros(2, dtype=torch.complex64)}, r"torch\.ComplexFloatStorage"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(tmp_path, what, message):
+    path = saved(tmp_path / "m.bin", what)
+    with pytest.raises(UserError, match=message):
+        TorchZipSource(path)
+
+
+def test_old_format_says_how_to_save_it_again(tmp_path, monkeypatch):
+    path = tmp_path / "m.bin"
+    torch.save({"w": BASE}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"save it again: python -c (.*)") as error:
+        TorchZipSource(path)
+    command = str(error.value).partition('python -c "')[2].rstrip('"')
+    monkeypatch.chdir(tmp_path)
+    exec(command)  # what the message tells the user to run
+    assert_same(TorchZipSource(tmp_path / "new-m.bin"), {"w": BASE})
+
+
+def rewritten(path, changes, compression=zipfile.ZIP_STORED):
+    """The archive with some records replaced (None: left out)."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in records.items():
+            new = changes.get(name.partition("/")[2], data)
+            if new is not None:
+                archive.writestr(name, new)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"byteorder": b"big"}, UserError, "byte order b'big'"),
+        ({"data.pkl": None}, UserError, "not one of torch.save: no data.pkl"),
+        ({"data/0": None}, DamagedFileError, "has no record data/0"),
+        ({"data/0": bytes(100)}, DamagedFileError, "storage 0 has 100 bytes, not 96 of float32"),
+        ({"data.pkl": b"\x80\x02}"}, DamagedFileError, "its data.pkl is damaged"),
+        ({"data.pkl": pickle.dumps(3)}, UserError, "holds a int"),
+    ],
+)
+def test_records_that_do_not_fit(tmp_path, changes, error, message):
+    path = rewritten(saved(tmp_path / "m.bin", {"w": BASE}), changes)
+    with pytest.raises(error, match=message):
+        TorchZipSource(path)
+
+
+def test_compressed_archive_is_refused(tmp_path):
+    path = rewritten(saved(tmp_path / "m.bin", {"w": BASE}), {}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="is compressed"):
+        TorchZipSource(path)
+
+
+def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
+    path = saved(tmp_path / "m.bin", {"w": BASE[1:]})
+    with zipfile.ZipFile(path) as archive:
+        text = archive.read("m/data.pkl")
+    assert text.count(b"K\x0bK\x08") == 1  # the shape (11, 8)
+    rewritten(path, {"data.pkl": text.replace(b"K\x0bK\x08", b"K\x0cK\x08")})
+    with pytest.raises(DamagedFileError, match="tensor 'w' reaches beyond its storage"):
+        TorchZipSource(path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_flipped_byte_of_the_framing_is_an_error_or_harmless(tmp_path, seed):
+    """Never another exception than the two, whatever the bytes."""
+    path = saved(tmp_path / "m.bin", {"w": BASE, "v": BASE.T})
+    data, random = path.read_bytes(), np.random.default_rng(seed)
+    refused = 0
+    for place in random.integers(0, len(data), 300):
+        changed = bytearray(data)
+        changed[place] = random.integers(256)
+        path.write_bytes(changed)
+        try:
+            source = TorchZipSource(path)
+            for name in source.infos:
+                source.read(name).sum()
+        except (UserError, DamagedFileError):
+            refused += 1
+    assert refused

@@ -1,0 +1,68 @@
+"""Reduced templates against fschat's own rendering."""
+
+import sys
+
+import pytest
+from fastchat.conversation import conv_templates, get_conv_template
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixtral_ms.data.conversations.chat_template import load_template, usable_templates
+from mixtral_ms.data.conversations.parse_conversation import Conversation, Round
+from mixtral_ms.errors import MissingDependencyError, UserError
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+def by_fschat(name, conversation):
+    rendered = get_conv_template(name)
+    if conversation.system:
+        rendered.set_system_message(conversation.system)
+    for question, answer in conversation.rounds:
+        rendered.append_message(rendered.roles[0], question)
+        rendered.append_message(rendered.roles[1], answer)
+    return rendered.get_prompt()
+
+
+@pytest.mark.parametrize("name", usable_templates())
+@given(rounds=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4), system=st.none() | TEXT)
+def test_rendering_is_fschats(name, rounds, system):
+    template = load_template(name)
+    if template.system is None:
+        system = None
+    conversation = Conversation([Round(*one) for one in rounds], system)
+    assert template.render(conversation) == by_fschat(name, conversation)
+
+
+def test_most_templates_can_be_used_and_these_cannot():
+    unusable = set(conv_templates) - set(usable_templates())
+    assert {"chatglm", "rwkv"} <= unusable  # numbers its rounds; changes line ends
+    assert len(unusable) < 12
+    assert {"vicuna_v1.1", "mistral", "llama-2", "zephyr"} <= set(usable_templates())
+
+
+def test_what_the_model_is_given_ends_where_fschat_ends_it():
+    for name in ("vicuna_v1.1", "mistral", "zephyr", "one_shot"):
+        asked = get_conv_template(name)
+        asked.append_message(asked.roles[0], "q")
+        asked.append_message(asked.roles[1], None)
+        template = load_template(name)
+        assert template.opening + "q" + template.to_answer == asked.get_prompt()
+
+
+def test_vicuna_is_the_default():
+    assert load_template().name == load_template("vicuna").name == "vicuna_v1.1"
+
+
+@pytest.mark.parametrize(
+    "name, message", [("vicunna", "did you mean 'vicuna'"), ("chatglm", "cannot be used")]
+)
+def test_others_are_refused_with_the_usable_ones(name, message):
+    with pytest.raises(UserError, match=f"{message}.*mistral"):
+        load_template(name)
+
+
+def test_without_fschat_the_pip_command_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastchat.conversation", None)
+    with pytest.raises(MissingDependencyError, match=r"fschat.*pip install"):
+        load_template()
