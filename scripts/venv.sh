@@ -33,7 +33,7 @@ prepare_venv() {
       return 1
     fi
   fi
-  wanted=$(cksum <"$ROOT/setup.py")
+  wanted=$(cat "$ROOT/setup.py" "$ROOT/pyproject.toml" | cksum)
   if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     echo "== $folder is up to date"
     return

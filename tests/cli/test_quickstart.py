@@ -51,7 +51,8 @@ class Project:
         (root / "scripts").mkdir()
         for name in ("quickstart.sh", "venv.sh"):
             shutil.copy(SCRIPTS / name, root / "scripts" / name)
-        (root / "setup.py").write_text("# any")
+        for name in ("setup.py", "pyproject.toml"):
+            (root / name).write_text("# any")
         (self.home / "python").write_text(STAND_IN)
         (self.home / "python").chmod(0o755)
         self.perplexities("32000.0", "150.5")
@@ -100,6 +101,20 @@ def test_first_run(project, output):
     ]
     assert "32000.0 untrained, 150.5 after 100 steps" in done.stdout
     assert str(output / "run/report.html") in done.stdout
+
+
+@pytest.mark.parametrize("name", ["setup.py", "pyproject.toml"])
+def test_the_package_is_installed_again_when_what_describes_it_changes(project, name):
+    def installs():
+        project.perplexities("32000.0", "150.5")
+        assert project.run("--fresh").returncode == 0
+        return project.commands.count("install")
+
+    assert installs() == 1
+    assert installs() == 0
+    with (project.root / name).open("a") as described:
+        described.write("# and more")
+    assert installs() == 1
 
 
 def test_second_run_does_nothing_and_says_so(project):
