@@ -147,11 +147,11 @@ class Ours:
             self.filled = (batch, context, tokens)
 
         def run() -> None:
-            logits, rows = self.logits, np.arange(batch)
-            for place in range(context, context + tokens):
+            logits, with_logits = self.logits, np.arange(batch)
+            for position in range(context, context + tokens):
                 ids = logits.argmax(-1)
-                places = np.full(batch, place)
-                logits = self._step(ids, places, np.arange(batch + 1), tables, rows)
+                positions = np.full(batch, position)
+                logits = self._step(ids, positions, np.arange(batch + 1), tables, with_logits)
 
         return timed(run)
 
@@ -172,9 +172,15 @@ class Ours:
             for begin in range(0, length, CHUNK):
                 end = min(begin + CHUNK, length)
                 starts = np.arange(some + 1) * (end - begin)
-                rows = starts[1:] - 1 if end == length else []
-                places = np.tile(np.arange(begin, end), some)
-                step = ids[chosen, begin:end].reshape(-1), places, starts, tables[chosen], rows
+                with_logits = starts[1:] - 1 if end == length else []
+                positions = np.tile(np.arange(begin, end), some)
+                step = (
+                    ids[chosen, begin:end].reshape(-1),
+                    positions,
+                    starts,
+                    tables[chosen],
+                    with_logits,
+                )
                 logits = self._step(*step)
             last.append(logits)
         return np.concatenate(last)
@@ -318,8 +324,8 @@ class Llama:
 
         def run() -> None:
             ids = np.arange(batch)
-            for place in range(context, context + tokens):
-                self._decode([(ids[i], place, i, True) for i in range(batch)])
+            for position in range(context, context + tokens):
+                self._decode([(ids[i], position, i, True) for i in range(batch)])
                 ids = np.array([self._logits(i).argmax() for i in range(batch)])
 
         return timed(run)
@@ -332,16 +338,16 @@ class Llama:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), False)
         for i, ids in enumerate(prompt(batch, length)):
             for begin in range(0, length, CHUNK):
-                places = range(begin, min(begin + CHUNK, length))
-                self._decode([(ids[p], p, i, p == length - 1) for p in places])
+                positions = range(begin, min(begin + CHUNK, length))
+                self._decode([(ids[p], p, i, p == length - 1) for p in positions])
         self._logits(-1)  # waits until it is done
         self.filled = (batch, length)
 
     def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> None:
         b = self.batch
         b.n_tokens = len(tokens)
-        for i, (token, place, sequence, wanted) in enumerate(tokens):
-            b.token[i], b.pos[i], b.logits[i] = int(token), place, wanted
+        for i, (token, position, sequence, wanted) in enumerate(tokens):
+            b.token[i], b.pos[i], b.logits[i] = int(token), position, wanted
             b.n_seq_id[i], b.seq_id[i][0] = 1, sequence
         if self.api.llama_decode(self.context, b) != 0:
             raise RuntimeError("llama_decode failed")

@@ -14,7 +14,7 @@ from mixtral_ms.parallel.comm.graph_primitives import zeros_like
 from mixtral_ms.parallel.grid.sharding_rules import LORA_A, LORA_B
 
 _KEY = ".lora_key"
-_PLACES = 8  # numbers of a layer: one a module that drops values
+_SALTS_PER_LAYER = 8  # one for each module that drops values
 
 
 class LoraLinear(Linear):
@@ -23,14 +23,14 @@ class LoraLinear(Linear):
     Args:
         linear: the layer that it stands for, its weights not yet filled.
         pet: rank, scale and dropout.
-        place: a number of this layer's own, so that layers drop different values.
+        salt: a number of this layer's own, so that layers drop different values.
     """
 
-    def __init__(self, linear: Linear, pet: PetSection, place: int) -> None:
+    def __init__(self, linear: Linear, pet: PetSection, salt: int) -> None:
         outputs, inputs = linear.weight.shape
         bias = linear.bias is not None
         super().__init__(inputs, outputs, bias, linear.compute_dtype, linear.join)
-        self.scale, self.dropout, self.place = pet.scale, pet.lora_dropout, place
+        self.scale, self.dropout, self.salt = pet.scale, pet.lora_dropout, salt
         self.lora_a = empty_parameter("lora_a", pet.lora_rank, inputs)
         self.lora_b = empty_parameter("lora_b", outputs, pet.lora_rank)
         if self.dropout > 0:
@@ -47,7 +47,7 @@ class LoraLinear(Linear):
         return y + self.scale * self.product(low, ops.cast(self.lora_b, self.compute_dtype))
 
     def _dropped(self, x: Tensor) -> Tensor:
-        kept = hash_uniform(*x.shape, self.lora_key, self.place) >= self.dropout
+        kept = hash_uniform(*x.shape, self.lora_key, self.salt) >= self.dropout
         return ops.where(kept, x / (1.0 - self.dropout), zeros_like(x))
 
 
@@ -58,21 +58,21 @@ def add_adapters(
     pet = config.pet_config
     adapted = set(pet.modules(config.num_layers))
     for number, layer in enumerate(layers, first_layer):
-        prefix, place = f"model.layers.{number}.", number * _PLACES
+        prefix, salt = f"model.layers.{number}.", number * _SALTS_PER_LAYER
         for index, name in enumerate(("wq", "wk", "wv", "wo")):
             if f"{prefix}attention.{name}" in adapted:
-                linear = LoraLinear(getattr(layer.attention, name), pet, place + index)
+                linear = LoraLinear(getattr(layer.attention, name), pet, salt + index)
                 setattr(layer.attention, name, linear)
         routed = layer.feed_forward.routed_experts
         prefix += "feed_forward.routed_experts."
         if f"{prefix}router.dense" in adapted:
-            routed.router.dense = LoraLinear(routed.router.dense, pet, place + 4)
+            routed.router.dense = LoraLinear(routed.router.dense, pet, salt + 4)
         names = [name for name in ("w1", "w3", "w2") if f"{prefix}ffn.{name}" in adapted]
-        _adapt_experts(routed, names, pet, place + 5, kernel_name)
+        _adapt_experts(routed, names, pet, salt + 5, kernel_name)
 
 
 def _adapt_experts(
-    routed: RoutedExperts, names: list[str], pet: PetSection, place: int, kernel_name: str
+    routed: RoutedExperts, names: list[str], pet: PetSection, salt: int, kernel_name: str
 ) -> None:
     """Experts that compute no gradient of their weights, and have these adapters."""
     for name in ("w1", "w3", "w2"):
@@ -84,7 +84,7 @@ def _adapt_experts(
         else:
             weight.lora_a = weight.lora_b = Tensor([0.0], mstype.float32)
     if kernel_name != "ascend":
-        routed.adapt(LowRankExperts(pet.scale, pet.lora_dropout if names else 0.0, place))
+        routed.adapt(LowRankExperts(pet.scale, pet.lora_dropout if names else 0.0, salt))
     else:
         if names and pet.lora_dropout > 0:
             raise UserError(

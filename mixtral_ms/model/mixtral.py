@@ -83,9 +83,9 @@ class MixtralModel(nn.Cell):
         super().__init__()
         dtype = compute_type(config.compute_dtype)
         self.pad_token_id = config.pad_token_id
-        self.begins, ends = mesh.stage == 0, mesh.is_last_stage
+        self.is_first_stage, is_last_stage = mesh.stage == 0, mesh.is_last_stage
         self.tok_embeddings = None
-        if self.begins or (ends and config.tie_word_embeddings):
+        if self.is_first_stage or (is_last_stage and config.tie_word_embeddings):
             residual_dtype = compute_type(config.residual_dtype or config.compute_dtype)
             self.tok_embeddings = TokenEmbedding(
                 config.vocab_size, config.hidden_size, mesh, residual_dtype
@@ -99,7 +99,7 @@ class MixtralModel(nn.Cell):
         )
         self.router_losses = RouterLosses(config.moe_config, mesh.context)
         self.norm_out = None
-        if ends:
+        if is_last_stage:
             self.norm_out = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         tables = rotary_tables(seq_length, config.head_dim, config.theta)
         rotary_dtype = compute_type(config.rotary_dtype)
@@ -117,7 +117,7 @@ class MixtralModel(nn.Cell):
         hidden_BSD is what the stage before gave; the first stage does not read it.
         """
         x, valid_T = hidden_BSD, self.valid_tokens(input_ids_BS)
-        if self.begins:
+        if self.is_first_stage:
             x = self.tok_embeddings(input_ids_BS)
         routings = ()
         for layer in self.layers:
@@ -125,8 +125,13 @@ class MixtralModel(nn.Cell):
             routings += (routing,)
         if self.norm_out is not None:
             x = self.norm_out(x)
-        probs_L, logits_L, counts_L, taken_L = zip(*routings)  # noqa: B905 - graph mode
-        stacks = ops.stack(probs_L), ops.stack(logits_L), ops.stack(counts_L), ops.stack(taken_L)
+        probs_L, logits_L, tokens_per_expert_L, kept_tokens_per_expert_L = zip(*routings)  # noqa: B905 - graph mode
+        stacks = (
+            ops.stack(probs_L),
+            ops.stack(logits_L),
+            ops.stack(tokens_per_expert_L),
+            ops.stack(kept_tokens_per_expert_L),
+        )
         return (x, *self.router_losses(*stacks, valid_T))
 
     def valid_tokens(self, input_ids_BS: Tensor) -> Tensor:
@@ -243,7 +248,7 @@ class MixtralForCausalLM(nn.Cell):
         then as `loss_parts`; before the last stage the loss and its tokens are 0.
         """
         hidden, *router = self.model(input_ids_BS, segment_ids_BS, positions_BS, hidden_BSD)
-        if self.mesh_ends:
+        if self.is_last_stage:
             return (hidden, *self._language_loss(hidden, labels_BS), *router)
         zero = Tensor(0.0, mstype.float32)
         return (hidden, zero, zero, *router)
@@ -283,9 +288,9 @@ class MixtralForCausalLM(nn.Cell):
     def _add_head(self, kernels: KernelChoice) -> None:
         """The head of the last stage; tensor-parallel ranks have a part of the vocabulary each."""
         config, mesh, ranks = self.config, self.mesh, self.mesh.tensor
-        self.mesh_ends = mesh.is_last_stage
+        self.is_last_stage = mesh.is_last_stage
         self.lm_head = self.enter_head = self.whole_vocabulary = self.own_rows = None
-        if not self.mesh_ends:
+        if not self.is_last_stage:
             return
         if not config.tie_word_embeddings:
             rows = config.vocab_size // ranks.size

@@ -50,16 +50,18 @@ def test_output_and_gradients_are_numbers(monkeypatch, local_experts, valid):
     w2 = random.standard_normal((e, HIDDEN, INTERMEDIATE)).astype(np.float32)
 
     dispatch = Dispatch(EXPERTS, None, False, "packed", local_experts)
-    row_Tk, kept_Tk, assignment_R, sizes_e, *_ = dispatch(
+    slot_Tk, not_dropped_Tk, assignment_R, tokens_per_local_expert_e, *_ = dispatch(
         Tensor(CHOSEN_TK), Tensor(np.full(shape, valid))
     )
-    x_RD = PermuteTokens(TOP_K)(Tensor(x_TD), assignment_R, row_Tk, kept_Tk)
-    y_RD = grouped_experts.GroupedExperts()(x_RD, Tensor(w1), Tensor(w3), Tensor(w2), sizes_e)
-    gates_Tk = Tensor(0.5 * kept_Tk.asnumpy().astype(np.float32))
+    x_RD = PermuteTokens(TOP_K)(Tensor(x_TD), assignment_R, slot_Tk, not_dropped_Tk)
+    y_RD = grouped_experts.GroupedExperts()(
+        x_RD, Tensor(w1), Tensor(w3), Tensor(w2), tokens_per_local_expert_e
+    )
+    gates_Tk = Tensor(0.5 * not_dropped_Tk.asnumpy().astype(np.float32))
     combine = CombineTokens(TOP_K)
-    y_TD = combine(y_RD, gates_Tk, assignment_R, row_Tk, kept_Tk)
+    y_TD = combine(y_RD, gates_Tk, assignment_R, slot_Tk, not_dropped_Tk)
     _, d_gates_Tk, *_ = combine.bprop(
-        y_RD, gates_Tk, assignment_R, row_Tk, kept_Tk, y_TD, Tensor(dy_TD)
+        y_RD, gates_Tk, assignment_R, slot_Tk, not_dropped_Tk, y_TD, Tensor(dy_TD)
     )
 
     expected_TD = np.zeros_like(x_TD)
@@ -69,4 +71,4 @@ def test_output_and_gradients_are_numbers(monkeypatch, local_experts, valid):
             expected_TD[token] += 0.5 * w2[local] @ (gate / (1 + np.exp(-gate)) * up)
     np.testing.assert_allclose(y_TD.asnumpy(), expected_TD, atol=1e-4)
     assert np.isfinite(d_gates_Tk.asnumpy()).all()
-    assert (d_gates_Tk.asnumpy()[~kept_Tk.asnumpy()] == 0).all()
+    assert (d_gates_Tk.asnumpy()[~not_dropped_Tk.asnumpy()] == 0).all()

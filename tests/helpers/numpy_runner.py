@@ -39,7 +39,7 @@ class NumpyRunner(Runner):
         head = self.tensors.get(
             "lm_head.weight", self.tensors["model.tok_embeddings.embedding_weight"]
         )
-        rows = [head @ hidden[t] for t in inputs.logit_rows_R]
+        rows = [head @ hidden[t] for t in inputs.logit_tokens_R]
         return np.array(rows, np.float32).reshape(len(rows), self.config.vocab_size)
 
     def copy_blocks(self, pairs):

@@ -35,5 +35,5 @@ def step_input(pieces: list[Piece], rows: list[list[int]]) -> StepInput:
         positions_T=np.concatenate(positions),
         starts=starts,
         block_tables_NM=tables,
-        logit_rows_R=np.array(wanted, np.int32),
+        logit_tokens_R=np.array(wanted, np.int32),
     )

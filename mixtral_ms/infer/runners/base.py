@@ -1,6 +1,6 @@
 """The contract between the engine and what runs the network.
 
-Legend: N sequences, T tokens of a step, R rows of logits, M blocks of a table, V vocabulary.
+Legend: N sequences, T tokens of a step, R tokens with logits, M blocks of a table, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 NO_BLOCK = -1
-"""Fills the places of a block table that name no block."""
+"""Fills the entries of a block table that name no block."""
 
 
 class RunnerUnavailableError(RuntimeError):
@@ -27,20 +27,20 @@ class StepInput:
     token_ids_T: np.ndarray
     """int32."""
     positions_T: np.ndarray
-    """int32, the place of each token in its sequence, from 0."""
+    """int32, from 0 in each sequence."""
     starts: np.ndarray
-    """int32 (N + 1): tokens of sequence i are starts[i] : starts[i + 1], at consecutive places."""
+    """int32 (N + 1): tokens of sequence i are starts[i] : starts[i + 1], at ascending positions."""
     block_tables_NM: np.ndarray
-    """int32, block numbers of each sequence's cache, NO_BLOCK where there is none; position p lies
-    in block_tables_NM[i, p // block_size] at p % block_size."""
-    logit_rows_R: np.ndarray
-    """int32, which of the T rows need logits."""
+    """int32, block numbers of each sequence's KV cache, NO_BLOCK where there is none; position p
+    lies in block_tables_NM[i, p // block_size] at p % block_size."""
+    logit_tokens_R: np.ndarray
+    """int32, which of the T tokens need logits."""
 
 
 class Runner(ABC):
-    """The network with its cache of keys and values.
+    """The network with its KV cache.
 
-    A row of logits is the same, bit for bit, whatever else is in the step.
+    A token's logits are the same, bit for bit, whatever else is in the step.
     """
 
     name: str

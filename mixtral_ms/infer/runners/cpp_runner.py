@@ -1,6 +1,6 @@
 """The CPU's fast path: every step is one call of the C++ decoder.
 
-Legend: N sequences, T tokens of a step, R rows of logits, M blocks of a table, V vocabulary,
+Legend: N sequences, T tokens of a step, R tokens with logits, M blocks of a table, V vocabulary,
 L layers, K kv heads, E experts.
 """
 
@@ -74,13 +74,13 @@ class NativeRunner(Runner):
         """As `Runner.step`.
 
         Raises:
-            ValueError: an id, a position, a block or a row that there is none of.
+            ValueError: an id, a position, a block or a token that there is none of.
         """
         inputs = StepInput(
             *[np.ascontiguousarray(value, np.int32) for value in vars(inputs).values()]
         )
         self._check_step(inputs)
-        logits_RV = np.empty((len(inputs.logit_rows_R), self.config.vocab_size), np.float32)
+        logits_RV = np.empty((len(inputs.logit_tokens_R), self.config.vocab_size), np.float32)
         for part, chosen_R in self._parts(inputs):
             logits_RV[chosen_R] = self._run(part)
         return logits_RV
@@ -93,7 +93,7 @@ class NativeRunner(Runner):
             self._cache[:, :, target] = self._cache[:, :, source]
 
     def _parts(self, inputs: StepInput) -> Iterator[tuple[StepInput, np.ndarray | slice]]:
-        """Steps that the decoder takes, each with which of the R rows are its own.
+        """Steps that the decoder takes, each with which of the R tokens are its own.
 
         Single tokens go together, and so do long chunks; a short one is summed in another way.
         """
@@ -109,31 +109,31 @@ class NativeRunner(Runner):
             while last < len(lengths_N) and not alone_N[first] and not alone_N[last]:
                 last += 1
             begin, end = starts[first], starts[last]
-            chosen_R = (begin <= inputs.logit_rows_R) & (inputs.logit_rows_R < end)
+            chosen_R = (begin <= inputs.logit_tokens_R) & (inputs.logit_tokens_R < end)
             yield (
                 StepInput(
                     inputs.token_ids_T[begin:end],
                     inputs.positions_T[begin:end],
                     starts[first : last + 1] - begin,
                     inputs.block_tables_NM[first:last],
-                    inputs.logit_rows_R[chosen_R] - begin,
+                    inputs.logit_tokens_R[chosen_R] - begin,
                 ),
                 chosen_R,
             )
             first = last
 
     def _run(self, part: StepInput) -> np.ndarray:
-        logits_RV = np.empty((len(part.logit_rows_R), self.config.vocab_size), np.float32)
+        logits_RV = np.empty((len(part.logit_tokens_R), self.config.vocab_size), np.float32)
         pointers = [array.ctypes.data for array in (*vars(part).values(), logits_RV)]
         sequences, width = part.block_tables_NM.shape
-        tokens, rows = len(part.token_ids_T), len(part.logit_rows_R)
-        step = decoder_library.Step(sequences, tokens, width, rows, *pointers)
+        tokens, scored = len(part.token_ids_T), len(part.logit_tokens_R)
+        step = decoder_library.Step(sequences, tokens, width, scored, *pointers)
         self._decoder.step(self._model, step)
         return logits_RV
 
     def _check_step(self, inputs: StepInput) -> None:
         """The decoder writes where these say: what is wrong in them must not reach it."""
-        token_ids_T, positions_T, starts, block_tables_NM, logit_rows_R = vars(inputs).values()
+        token_ids_T, positions_T, starts, block_tables_NM, logit_tokens_R = vars(inputs).values()
         tokens, sequences = len(token_ids_T), len(starts) - 1
         if block_tables_NM.shape[:-1] != (sequences,) or positions_T.shape != (tokens,):
             raise ValueError(
@@ -147,7 +147,7 @@ class NativeRunner(Runner):
         if (np.diff(positions_T)[follows_T[1:]] != 1).any():
             raise ValueError(f"tokens of a sequence at positions {positions_T.tolist()}")
         _check_range("token id", token_ids_T, self.config.vocab_size, "the vocabulary's size")
-        _check_range("row of logits", logit_rows_R, tokens, "the number of tokens")
+        _check_range("token with logits", logit_tokens_R, tokens, "the number of tokens")
         width = block_tables_NM.shape[1]
         _check_range("position", positions_T, width * self.block_size, "the block table's reach")
         for table_M, end in zip(block_tables_NM, positions_T[starts[1:] - 1], strict=True):

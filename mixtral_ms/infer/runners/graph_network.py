@@ -1,17 +1,17 @@
-"""The network with a cache, in MindSpore operators and with static shapes.
+"""The network with a KV cache, in MindSpore operators and with static shapes.
 
 Over several ranks each has a part of the heads, of the experts and of the vocabulary, and the same
 tokens as all others; what they add up is summed.
 
 Legend: N sequences, t tokens of each, T = N * t tokens, D hidden, H heads, K kv heads, G heads per
 kv head, d head_dim, S keys that a sequence may see, E experts, k experts a token, F intermediate,
-P places of the cache, V vocabulary.
+P slots of the KV cache, V vocabulary.
 
-Batch invariance. MindSpore's products on CPU are not the same bits for a row at another place, or
-among another number of rows. They are when the weight is the left operand, the rows are the
+Batch invariance. MindSpore's products on CPU are not the same bits for a token at another index, or
+among another number of them. They are when the weight is the left operand, the tokens are the
 columns of the right one, and there is always the same number of them. So products here are
 weight @ x^T; a decoding step always has ROWS tokens, padded where there are fewer. Batched products
-(attention, experts), softmax and means were measured to be the same whatever stands beside a row.
+(attention, experts), softmax and means were measured to be the same whatever stands beside a token.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from mixtral_ms.parallel.grid.mesh import ALONE, Mesh, ProcessGroup
 from mixtral_ms.parallel.grid.sharding_rules import EMBEDDING, FINAL_NORM, LAYER, LM_HEAD
 
 ROWS = 8
-"""Tokens of a decoding step, and rows of a product with the head."""
+"""Tokens of a decoding step, and of a product with the head."""
 _GATE_EPS = 1e-9
 
 
@@ -83,7 +83,7 @@ class Projection(nn.Cell):
 
 
 class CachedAttention(nn.Cell):
-    """Writes keys and values to their places and attends to all that a sequence may see."""
+    """Writes keys and values to the KV cache and attends to all that a sequence may see."""
 
     def __init__(
         self, config: MixtralConfig, shared: SharedParameters, layer: int, sequences: int
@@ -110,7 +110,7 @@ class CachedAttention(nn.Cell):
         x_TD: Tensor,
         cos_T1d: Tensor,
         sin_T1d: Tensor,
-        places_T: Tensor,
+        cache_slots_T: Tensor,
         seen_NS: Tensor,
         mask_N1tS: Tensor,
     ) -> Tensor:
@@ -120,8 +120,8 @@ class CachedAttention(nn.Cell):
         q = ops.reshape(self.wq(x_TD), (tokens, heads * groups, self.head_dim))
         k = ops.reshape(self.wk(x_TD), (tokens, heads, self.head_dim))
         v = ops.reshape(self.wv(x_TD), (tokens, heads, self.head_dim))
-        self.write(self.keys, places_T, apply_rotary(k, cos_T1d, sin_T1d))
-        self.write(self.values, places_T, v)
+        self.write(self.keys, cache_slots_T, apply_rotary(k, cos_T1d, sin_T1d))
+        self.write(self.values, cache_slots_T, v)
         k_NKSd = ops.transpose(ops.gather(self.keys, seen_NS, 0), (0, 2, 1, 3))
         v_NKSd = ops.transpose(ops.gather(self.values, seen_NS, 0), (0, 2, 1, 3))
         q = apply_rotary(q, cos_T1d, sin_T1d) * self.scale
@@ -169,8 +169,8 @@ class _Experts(nn.Cell):
         )
         self.experts = config.moe_config.expert_num
         mesh = shared.mesh
-        here = self.experts // mesh.grid.expert_parallel
-        self.first, self.end = mesh.expert_part * here, (mesh.expert_part + 1) * here
+        count = self.experts // mesh.grid.expert_parallel
+        self.first, self.end = mesh.expert_part * count, (mesh.expert_part + 1) * count
         ranks = mesh.expert_ranks
         self.sum = transports.all_reduce(ranks) if ranks.size > 1 else None
 
@@ -187,8 +187,8 @@ class SparseExperts(_Experts):
     ) -> None:
         super().__init__(config, shared, layer)
         self.network = kernels.experts()
-        here = range(self.first, self.end)
-        self.dispatch = Dispatch(self.experts, None, False, self.network.layout, here)
+        local_experts = range(self.first, self.end)
+        self.dispatch = Dispatch(self.experts, None, False, self.network.layout, local_experts)
         self.permute = PermuteTokens(config.moe_config.num_experts_chosen)
         self.combine = CombineTokens(config.moe_config.num_experts_chosen)
 
@@ -196,11 +196,13 @@ class SparseExperts(_Experts):
         """Returns (T, D); tokens that are not valid go to no expert."""
         gates_Tk, expert_Tk = self.routing(x_TD)
         valid_Tk = ops.broadcast_to(ops.expand_dims(valid_T, 1), expert_Tk.shape)
-        row_Tk, kept_Tk, assignment_R, sizes_e, *_ = self.dispatch(expert_Tk, valid_Tk)
-        gates_Tk = ops.where(kept_Tk, gates_Tk, ops.zeros_like(gates_Tk))
-        x_RD = self.permute(x_TD, assignment_R, row_Tk, kept_Tk)
-        y_RD = self.network(x_RD, self.w1(), self.w3(), self.w2(), sizes_e)
-        return self.summed(self.combine(y_RD, gates_Tk, assignment_R, row_Tk, kept_Tk))
+        slot_Tk, not_dropped_Tk, assignment_R, tokens_per_local_expert_e, *_ = self.dispatch(
+            expert_Tk, valid_Tk
+        )
+        gates_Tk = ops.where(not_dropped_Tk, gates_Tk, ops.zeros_like(gates_Tk))
+        x_RD = self.permute(x_TD, assignment_R, slot_Tk, not_dropped_Tk)
+        y_RD = self.network(x_RD, self.w1(), self.w3(), self.w2(), tokens_per_local_expert_e)
+        return self.summed(self.combine(y_RD, gates_Tk, assignment_R, slot_Tk, not_dropped_Tk))
 
 
 class DenseExperts(_Experts):
@@ -221,8 +223,8 @@ class DenseExperts(_Experts):
         ids_E = ops.arange(self.first, self.end, 1, dtype=mstype.int32)
         chosen_TkE = ops.equal(ops.expand_dims(expert_Tk, 2), ids_E)
         gates_TE = ops.sum(ops.cast(chosen_TkE, mstype.float32) * ops.expand_dims(gates_Tk, 2), 1)
-        here = self.end - self.first
-        x_ETD = ops.broadcast_to(ops.expand_dims(x_TD, 0), (here, tokens, hidden))
+        local_experts = self.end - self.first
+        x_ETD = ops.broadcast_to(ops.expand_dims(x_TD, 0), (local_experts, tokens, hidden))
         act_EFT = swiglu(self.into(self.w1(), x_ETD), self.into(self.w3(), x_ETD))
         y_EDT = self.out(self.w2(), act_EFT)
         gates_E1T = ops.expand_dims(ops.transpose(gates_TE, (1, 0)), 1)
@@ -268,7 +270,7 @@ class CachedNetwork(nn.Cell):
         valid_T: Tensor,
         cos_T1d: Tensor,
         sin_T1d: Tensor,
-        places_T: Tensor,
+        cache_slots_T: Tensor,
         seen_NS: Tensor,
         mask_N1tS: Tensor,
     ) -> Tensor:
@@ -278,14 +280,14 @@ class CachedNetwork(nn.Cell):
             token_ids_T: int32; 0 for padding.
             valid_T: which tokens are no padding.
             cos_T1d, sin_T1d: rotary tables at the tokens' positions.
-            places_T: int32, where each token's key and value are written.
-            seen_NS: int32, places of the keys of each sequence.
+            cache_slots_T: int32, where each token's key and value are written.
+            seen_NS: int32, cache slots of the keys of each sequence.
             mask_N1tS: added to the scores, far below 0 where a token must not see a key.
         """
         x = ops.gather(self.embedding, token_ids_T, 0)
         for i in range(len(self.attention)):
             normed = self.norm(x, self.norms[2 * i]())
-            x = x + self.attention[i](normed, cos_T1d, sin_T1d, places_T, seen_NS, mask_N1tS)
+            x = x + self.attention[i](normed, cos_T1d, sin_T1d, cache_slots_T, seen_NS, mask_N1tS)
             x = x + self.experts[i](self.norm(x, self.norms[2 * i + 1]()), valid_T)
         return self.norm(x, self.norms[-1]())
 

@@ -20,7 +20,7 @@ from mixtral_ms.parallel.grid.mesh import Mesh
 _MASKED = -3.0e4
 _FEWEST_TOKENS, _FEWEST_KEYS = 16, 64
 _GROWTH = 4  # a step's shapes are rounded up to 16, 64, 256 ... tokens and 64, 256 ... keys
-_PADDING_PLACES = 2
+_PADDING_SLOTS = 2
 
 
 class GraphRunner(Runner):
@@ -51,10 +51,10 @@ class GraphRunner(Runner):
         self._config = config
         device = "cpu" if mindspore.get_context("device_target") == "CPU" else "ascend"
         self._kernels = select_kernels(device, dropless=True)
-        # After the blocks: a place of zeros to read for keys that are none, and one to write to.
-        self._zero_place = num_blocks * block_size
+        # After the blocks: a slot of zeros to read for keys that are none, and one to write to.
+        self._zero_slot = num_blocks * block_size
         kv_heads = config.n_kv_heads // mesh.tensor.size
-        shape = (self._zero_place + _PADDING_PLACES, kv_heads, config.head_dim)
+        shape = (self._zero_slot + _PADDING_SLOTS, kv_heads, config.head_dim)
         layers = range(config.num_layers)
         self._shared = SharedParameters(
             {name: _parameter(name, value) for name, value in weights.tensors.items()},
@@ -84,15 +84,15 @@ class GraphRunner(Runner):
                 self._run(inputs, slice(begin, min(begin + ROWS, count)), ROWS, 1)
                 for begin in range(0, count, ROWS)
             ]
-        return self._logits(np.concatenate(groups)[inputs.logit_rows_R])
+        return self._logits(np.concatenate(groups)[inputs.logit_tokens_R])
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """As `Runner.copy_blocks`."""
         pairs = np.array(list(pairs), np.int32).reshape(-1, 2)
         if not len(pairs):
             return
-        places = pairs[:, :, None] * self.block_size + np.arange(self.block_size, dtype=np.int32)
-        source, target = (Tensor(places[:, i].reshape(-1)) for i in (0, 1))
+        slots = pairs[:, :, None] * self.block_size + np.arange(self.block_size, dtype=np.int32)
+        source, target = (Tensor(slots[:, i].reshape(-1)) for i in (0, 1))
         for cache in (*self._shared.keys, *self._shared.values):
             ops.scatter_update(cache, target, ops.gather(cache, source, 0))
 
@@ -108,10 +108,10 @@ class GraphRunner(Runner):
         keys = _rounded(int((positions_Nt[:, -1:] - first_N1).max()) + 1, _FEWEST_KEYS)
         key_positions_NS = first_N1 + np.arange(keys, dtype=np.int32)
 
-        seen_NS = np.full((rows, keys), self._zero_place, np.int32)
+        seen_NS = np.full((rows, keys), self._zero_slot, np.int32)
         exists_NS = key_positions_NS <= positions_Nt[:, -1:]
         seen_NS[:count] = np.where(
-            exists_NS, self._places(tables_NM, key_positions_NS), self._zero_place
+            exists_NS, self._cache_slots(tables_NM, key_positions_NS), self._zero_slot
         )
         distance_NtS = positions_Nt[:, :, None] - key_positions_NS[:, None]
         mask_NtS = np.full((rows, per, keys), _MASKED, np.float32)
@@ -120,7 +120,7 @@ class GraphRunner(Runner):
         )
         total = rows * per
         token_ids_T = _padded(inputs.token_ids_T[begin:end], total, 0)
-        places_T = self._places(tables_NM, positions_Nt).reshape(-1)
+        cache_slots_T = self._cache_slots(tables_NM, positions_Nt).reshape(-1)
         rotary_T = _padded(positions_T, total, 0)
         network = self._network(rows, per, keys)
         hidden_TD = network(
@@ -128,14 +128,14 @@ class GraphRunner(Runner):
             Tensor(np.arange(total) < tokens),
             Tensor(self._cos[rotary_T][:, None]),
             Tensor(self._sin[rotary_T][:, None]),
-            Tensor(_padded(places_T, total, self._zero_place + 1)),
+            Tensor(_padded(cache_slots_T, total, self._zero_slot + 1)),
             Tensor(seen_NS),
             Tensor(mask_NtS[:, None]),
         )
         return hidden_TD.asnumpy()[:tokens]
 
-    def _places(self, tables_NM: np.ndarray, positions_NS: np.ndarray) -> np.ndarray:
-        """Places in the cache; whatever lies behind a table's end is not to be used."""
+    def _cache_slots(self, tables_NM: np.ndarray, positions_NS: np.ndarray) -> np.ndarray:
+        """Slots of the KV cache; whatever lies behind a table's end is not to be used."""
         block_NS = np.minimum(positions_NS // self.block_size, tables_NM.shape[1] - 1)
         blocks_NS = np.take_along_axis(tables_NM, block_NS, 1)
         return blocks_NS * self.block_size + positions_NS % self.block_size

@@ -1,6 +1,6 @@
 """Experts by Ascend's grouped matrix product.
 
-Legend: R rows, D hidden, F intermediate, E experts.
+Legend: R slots, D hidden, F intermediate, E experts.
 """
 
 from mindspore import Tensor, nn, ops
@@ -20,10 +20,15 @@ class GroupedExperts(nn.Cell):
         self.product = GroupedMatmul(split_item=3, group_type=0)
 
     def construct(
-        self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
+        self,
+        x_RD: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor,
+        w2_EDF: Tensor,
+        tokens_per_expert_E: Tensor,
     ) -> Tensor:
-        """Rows past the groups are not written by the kernel, and nothing reads them."""
-        ends_E = ops.cast(ops.cumsum(sizes_E, 0), mstype.int64)
+        """Slots past the groups are not written by the kernel, and nothing reads them."""
+        ends_E = ops.cast(ops.cumsum(tokens_per_expert_E, 0), mstype.int64)
         gate = self._grouped(x_RD, w1_EFD, ends_E)
         up = self._grouped(x_RD, w3_EFD, ends_E)
         return self._grouped(swiglu(gate, up), w2_EDF, ends_E)

@@ -97,7 +97,7 @@ class LinearCrossEntropy(nn.Cell):
         MindSpore would copy each chunk of logits into such an operator and out of it.
 
         Args:
-            weight: gives the parameter, whose place another one may take meanwhile.
+            weight: gives the parameter, for which another one may stand in meanwhile.
         """
         self.with_gradients = _InPlaceLoss(weight)
 

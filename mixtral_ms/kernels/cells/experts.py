@@ -1,9 +1,9 @@
-"""The expert SwiGLU networks over rows grouped by expert.
+"""The expert SwiGLU networks over tokens grouped by expert.
 
-Legend: R rows, D hidden, F intermediate, E experts, C capacity.
-Each cell says how it wants its rows laid out (`layout`, read by model/dispatch.py):
+Legend: R slots, D hidden, F intermediate, E experts, C capacity.
+Each cell says how it wants its slots laid out (`layout`, read by model/moe/token_dispatch.py):
   packed  groups follow each other without gaps;
-  padded  each group has C rows, used or not.
+  padded  each group has C slots, used or not.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,14 @@ class PaddedExperts(nn.Cell):
         self.product = ops.BatchMatMul(transpose_b=True)
 
     def construct(
-        self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
+        self,
+        x_RD: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor,
+        w2_EDF: Tensor,
+        tokens_per_expert_E: Tensor,
     ) -> Tensor:
-        """R = E * C; rows past a group's size give what their input gives."""
+        """R = E * C; slots past a group's size give what their input gives."""
         experts, _, hidden = w1_EFD.shape
         x_ECD = ops.reshape(x_RD, (experts, -1, hidden))
         act_ECF = swiglu(self.product(x_ECD, w1_EFD), self.product(x_ECD, w3_EFD))
@@ -37,7 +42,7 @@ class PaddedExperts(nn.Cell):
 
 
 class PackedExperts(nn.Cell):
-    """Experts of any number of rows on the CPU: only used rows are computed.
+    """Experts of any number of tokens on the CPU: only used slots are computed.
 
     Args:
         library: where the kernels are; the C++ ones take float32.
@@ -57,13 +62,13 @@ class PackedExperts(nn.Cell):
         twice all experts. C++ reads in place anyway.
 
         Args:
-            weights: gives w1, w3 and w2, whose place other parameters may take meanwhile.
+            weights: gives w1, w3 and w2, for which other parameters may stand in meanwhile.
         """
         if self.library == custom_ops.NUMPY:
             self.network = _InPlaceNetwork(weights)
 
     def keep_in(self, kept: Kept) -> None:
-        """Have one place for what the backward reads, in common with other layers.
+        """Have one store for what the backward reads, in common with other layers.
 
         For layers that are to be recomputed: only one at a time keeps something then, and backward
         computes it again. MindSpore itself recomputes no operator whose backward is given.
@@ -72,10 +77,15 @@ class PackedExperts(nn.Cell):
             self.network.kernel.kept = kept
 
     def construct(
-        self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
+        self,
+        x_RD: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor,
+        w2_EDF: Tensor,
+        tokens_per_expert_E: Tensor,
     ) -> Tensor:
-        """Rows past the groups give zero."""
-        return self.network(x_RD, w1_EFD, w3_EFD, w2_EDF, sizes_E)[0]
+        """Slots past the groups give zero."""
+        return self.network(x_RD, w1_EFD, w3_EFD, w2_EDF, tokens_per_expert_E)[0]
 
 
 class _PackedNetwork(nn.Cell):
@@ -85,9 +95,14 @@ class _PackedNetwork(nn.Cell):
         self.backward = custom_ops.expert_ffn_backward(library)
 
     def construct(
-        self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
+        self,
+        x_RD: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor,
+        w2_EDF: Tensor,
+        tokens_per_expert_E: Tensor,
     ) -> tuple:
-        return self.forward(x_RD, w1_EFD, w3_EFD, w2_EDF, sizes_E)
+        return self.forward(x_RD, w1_EFD, w3_EFD, w2_EDF, tokens_per_expert_E)
 
     def bprop(  # noqa: PLR0913 - MindSpore's signature: inputs, outputs, their gradients
         self,
@@ -95,15 +110,15 @@ class _PackedNetwork(nn.Cell):
         w1_EFD: Tensor,
         w3_EFD: Tensor,
         w2_EDF: Tensor,
-        sizes_E: Tensor,
+        tokens_per_expert_E: Tensor,
         out: tuple,
         dout: tuple,
     ) -> tuple:
         _, gate_RF, up_RF = out
         dx, dw1, dw3, dw2 = self.backward(
-            x_RD, w1_EFD, w3_EFD, w2_EDF, sizes_E, gate_RF, up_RF, dout[0]
+            x_RD, w1_EFD, w3_EFD, w2_EDF, tokens_per_expert_E, gate_RF, up_RF, dout[0]
         )
-        return dx, dw1, dw3, dw2, zeros_like(sizes_E)
+        return dx, dw1, dw3, dw2, zeros_like(tokens_per_expert_E)
 
 
 class _InPlaceNetwork(nn.Cell):
@@ -119,9 +134,14 @@ class _InPlaceNetwork(nn.Cell):
         )
 
     def construct(
-        self, x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor, sizes_E: Tensor
+        self,
+        x_RD: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor,
+        w2_EDF: Tensor,
+        tokens_per_expert_E: Tensor,
     ) -> tuple:
-        return self.forward(x_RD, sizes_E)
+        return self.forward(x_RD, tokens_per_expert_E)
 
     def bprop(  # noqa: PLR0913 - MindSpore's signature: inputs, outputs, their gradients
         self,
@@ -129,9 +149,9 @@ class _InPlaceNetwork(nn.Cell):
         w1_EFD: Tensor,
         w3_EFD: Tensor,
         w2_EDF: Tensor,
-        sizes_E: Tensor,
+        tokens_per_expert_E: Tensor,
         out: tuple,
         dout: tuple,
     ) -> tuple:
-        dx, dw1, dw3, dw2 = self.backward(x_RD, sizes_E, out[1], dout[0])
-        return dx, dw1, dw3, dw2, zeros_like(sizes_E)
+        dx, dw1, dw3, dw2 = self.backward(x_RD, tokens_per_expert_E, out[1], dout[0])
+        return dx, dw1, dw3, dw2, zeros_like(tokens_per_expert_E)

@@ -3,7 +3,7 @@
 Each weight W has an adapter A, B, of which it is x W^T + scale * dropout(x) A^T B^T, or (1,) zeros
 in place of both. Nothing as large as a weight is computed, forwards or backwards.
 
-Legend: R rows sorted by expert, D hidden, F intermediate, E experts, r rank, N rows of one group.
+Legend: R slots sorted by expert, D hidden, F intermediate, E experts, r rank, N of one group.
 """
 
 from mindspore import Parameter, Tensor, nn, ops
@@ -19,16 +19,16 @@ class LowRankExperts(nn.Cell):
     Args:
         scale: of the adapters.
         dropout: part of an adapter's inputs that is dropped in training.
-        place: a number of this layer's own, so that layers drop different values.
+        salt: a number of this layer's own, so that layers drop different values.
     """
 
     layout = "packed"
 
-    def __init__(self, scale: float, dropout: float, place: int) -> None:
+    def __init__(self, scale: float, dropout: float, salt: int) -> None:
         super().__init__()
         self.dropout = dropout
         self.no_key = Tensor(-1.0, mstype.float32)
-        self.network = _LowRankNetwork(numpy_lora_experts.Kernel(scale, dropout, place))
+        self.network = _LowRankNetwork(numpy_lora_experts.Kernel(scale, dropout, salt))
         if dropout > 0:
             self.lora_key = Parameter(
                 Tensor(0, mstype.float32), name="lora_key", requires_grad=False
@@ -40,7 +40,7 @@ class LowRankExperts(nn.Cell):
         w1_EFD: Tensor,
         w3_EFD: Tensor,
         w2_EDF: Tensor,
-        sizes_E: Tensor,
+        tokens_per_expert_E: Tensor,
         a1_ErD: Tensor,
         b1_EFr: Tensor,
         a3_ErD: Tensor,
@@ -48,13 +48,13 @@ class LowRankExperts(nn.Cell):
         a2_ErF: Tensor,
         b2_EDr: Tensor,
     ) -> Tensor:
-        """Rows past the groups give zero."""
+        """Slots past the groups give zero."""
         key = self.no_key
         if self.dropout > 0 and self.training:
             key = self.lora_key
         weights = (w1_EFD, w3_EFD, w2_EDF)
         adapters = (a1_ErD, b1_EFr, a3_ErD, b3_EFr, a2_ErF, b2_EDr)
-        return self.network(x_RD, *weights, sizes_E, key, *adapters)[0]
+        return self.network(x_RD, *weights, tokens_per_expert_E, key, *adapters)[0]
 
 
 class _LowRankNetwork(nn.Cell):
@@ -68,7 +68,7 @@ class _LowRankNetwork(nn.Cell):
         w1: Tensor,
         w3: Tensor,
         w2: Tensor,
-        sizes_E: Tensor,
+        tokens_per_expert_E: Tensor,
         key: Tensor,
         a1: Tensor,
         b1: Tensor,
@@ -77,7 +77,7 @@ class _LowRankNetwork(nn.Cell):
         a2: Tensor,
         b2: Tensor,
     ) -> tuple:
-        return self.forward(x_RD, w1, w3, w2, sizes_E, key, a1, b1, a3, b3, a2, b2)
+        return self.forward(x_RD, w1, w3, w2, tokens_per_expert_E, key, a1, b1, a3, b3, a2, b2)
 
     def bprop(  # noqa: PLR0913, PLR0917 - MindSpore's signature: inputs, outputs, their gradients
         self,
@@ -85,7 +85,7 @@ class _LowRankNetwork(nn.Cell):
         w1: Tensor,
         w3: Tensor,
         w2: Tensor,
-        sizes_E: Tensor,
+        tokens_per_expert_E: Tensor,
         key: Tensor,
         a1: Tensor,
         b1: Tensor,
@@ -98,10 +98,24 @@ class _LowRankNetwork(nn.Cell):
     ) -> tuple:
         _, gate_RF, up_RF = out
         dx, da1, db1, da3, db3, da2, db2 = self.backward(
-            x_RD, w1, w3, w2, sizes_E, key, a1, b1, a3, b3, a2, b2, gate_RF, up_RF, dout[0]
+            x_RD,
+            w1,
+            w3,
+            w2,
+            tokens_per_expert_E,
+            key,
+            a1,
+            b1,
+            a3,
+            b3,
+            a2,
+            b2,
+            gate_RF,
+            up_RF,
+            dout[0],
         )
         frozen = (zeros_like(w1), zeros_like(w3), zeros_like(w2))  # nobody reads them
-        others = (zeros_like(sizes_E), zeros_like(key))
+        others = (zeros_like(tokens_per_expert_E), zeros_like(key))
         return (dx, *frozen, *others, da1, db1, da3, db3, da2, db2)
 
 
@@ -150,7 +164,7 @@ class MergedExperts(nn.Cell):
         w1_EFD: Tensor,
         w3_EFD: Tensor,
         w2_EDF: Tensor,
-        sizes_E: Tensor,
+        tokens_per_expert_E: Tensor,
         a1_ErD: Tensor,
         b1_EFr: Tensor,
         a3_ErD: Tensor,
@@ -165,7 +179,7 @@ class MergedExperts(nn.Cell):
             w3_EFD = self._merged(w3_EFD, a3_ErD, b3_EFr)
         if self.adapted[2]:
             w2_EDF = self._merged(w2_EDF, a2_ErF, b2_EDr)
-        return self.experts(x_RD, w1_EFD, w3_EFD, w2_EDF, sizes_E)
+        return self.experts(x_RD, w1_EFD, w3_EFD, w2_EDF, tokens_per_expert_E)
 
     def _merged(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return weight + ops.cast(self.scale * self.product(b, a), weight.dtype)

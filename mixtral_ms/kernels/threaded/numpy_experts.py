@@ -1,9 +1,9 @@
-"""The experts' SwiGLU networks over rows grouped by expert, in numpy: nothing is padded.
+"""The experts' SwiGLU networks over tokens grouped by expert, in numpy: nothing is padded.
 
 MindSpore runs both functions as `ops.Custom` operators on the CPU. Groups have sizes that are known
 only when they run, for which MindSpore itself would pad them and gather a weight for each block.
 
-Legend: R rows sorted by expert, D hidden, F intermediate, E experts, N rows of one group.
+Legend: R slots sorted by expert, D hidden, F intermediate, E experts.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ import numpy as np
 from mixtral_ms.kernels.threaded.parallel_blocks import empty, matmul, parallel_for
 from mixtral_ms.kernels.threaded.saved_activations import NO_TICKET, Kept
 
-_ROW_BLOCK = 128  # rows whose activations stay in the cache between two products
+_TOKEN_BLOCK = 128  # tokens whose activations stay in the cache between two products
 _WEIGHT_BLOCK = 1024  # columns of F per task: narrower products are a third slower
 
 
@@ -30,20 +30,26 @@ class InPlaceExperts:
     ) -> None:
         self.read, self.keeping, self.kept = read, keeping, Kept()
 
-    def forward(self, x_RD: np.ndarray, sizes_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def forward(
+        self, x_RD: np.ndarray, tokens_per_expert_E: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns y (R, D) and the backward's ticket (1)."""
         self.kept.drop()
-        y_RD, *inner = forward(x_RD, *self.read(), sizes_E)
+        y_RD, *inner = forward(x_RD, *self.read(), tokens_per_expert_E)
         return y_RD, self.kept.keep(*inner) if self.keeping() else NO_TICKET
 
     def backward(
-        self, x_RD: np.ndarray, sizes_E: np.ndarray, ticket: np.ndarray, dy_RD: np.ndarray
+        self,
+        x_RD: np.ndarray,
+        tokens_per_expert_E: np.ndarray,
+        ticket: np.ndarray,
+        dy_RD: np.ndarray,
     ) -> tuple[np.ndarray, ...]:
         """Returns dx, dw1, dw3, dw2, shaped as x and the weights."""
         weights, inner = self.read(), self.kept.take(ticket)
         if inner is None:
-            _, *inner = forward(x_RD, *weights, sizes_E)
-        return backward(x_RD, *weights, sizes_E, *inner, dy_RD)
+            _, *inner = forward(x_RD, *weights, tokens_per_expert_E)
+        return backward(x_RD, *weights, tokens_per_expert_E, *inner, dy_RD)
 
 
 def forward(
@@ -51,14 +57,14 @@ def forward(
     w1_EFD: np.ndarray,
     w3_EFD: np.ndarray,
     w2_EDF: np.ndarray,
-    sizes_E: np.ndarray,
+    tokens_per_expert_E: np.ndarray,
 ) -> tuple[np.ndarray, ...]:
-    """Returns y (R, D), gate (R, F), up (R, F) in x's dtype; rows past the groups are zero in y."""
+    """Returns y (R, D), gate (R, F), up (R, F) in x's dtype; slots past the groups are 0 in y."""
     dtype = x_RD.dtype
     x_RD, w1_EFD, w3_EFD, w2_EDF = (as_float32(value) for value in (x_RD, w1_EFD, w3_EFD, w2_EDF))
-    rows, intermediate = len(x_RD), w1_EFD.shape[1]
+    slots, intermediate = len(x_RD), w1_EFD.shape[1]
     y_RD = empty(*x_RD.shape)
-    gate_RF, up_RF = empty(rows, intermediate), empty(rows, intermediate)
+    gate_RF, up_RF = empty(slots, intermediate), empty(slots, intermediate)
 
     def block(task: tuple[int, slice]) -> None:
         e, own = task
@@ -71,8 +77,8 @@ def forward(
         act *= up
         matmul(act, w2_EDF[e].T, y_RD[own])
 
-    parallel_for(block, _row_blocks(sizes_E))
-    used = int(sizes_E.sum())
+    parallel_for(block, _token_blocks(tokens_per_expert_E))
+    used = int(tokens_per_expert_E.sum())
     for value in (y_RD, gate_RF, up_RF):
         value[used:] = 0.0
     return tuple(value.astype(dtype, copy=False) for value in (y_RD, gate_RF, up_RF))
@@ -83,7 +89,7 @@ def backward(  # noqa: PLR0913, PLR0917 - the operator's inputs
     w1_EFD: np.ndarray,
     w3_EFD: np.ndarray,
     w2_EDF: np.ndarray,
-    sizes_E: np.ndarray,
+    tokens_per_expert_E: np.ndarray,
     gate_RF: np.ndarray,
     up_RF: np.ndarray,
     dy_RD: np.ndarray,
@@ -103,8 +109,8 @@ def backward(  # noqa: PLR0913, PLR0917 - the operator's inputs
         matmul(d_gate_RF[own], w1_EFD[e], dx_RD[own])
         matmul(d_up_RF[own], w3_EFD[e], dx_RD[own], add=True)
 
-    parallel_for(block, _row_blocks(sizes_E))
-    dx_RD[int(sizes_E.sum()) :] = 0.0
+    parallel_for(block, _token_blocks(tokens_per_expert_E))
+    dx_RD[int(tokens_per_expert_E.sum()) :] = 0.0
 
     dw1_EFD, dw3_EFD, dw2_EDF = (empty(*w.shape) for w in (w1_EFD, w3_EFD, w2_EDF))
 
@@ -114,7 +120,7 @@ def backward(  # noqa: PLR0913, PLR0917 - the operator's inputs
         matmul(d_up_RF[group, columns].T, x_RD[group], dw3_EFD[e, columns])
         matmul(dy_RD[group].T, act_RF[group, columns], dw2_EDF[e, :, columns])
 
-    parallel_for(weight_block, _weight_blocks(sizes_E, gate_RF.shape[1]))
+    parallel_for(weight_block, _weight_blocks(tokens_per_expert_E, gate_RF.shape[1]))
     return tuple(x.astype(dtype, copy=False) for x in (dx_RD, dw1_EFD, dw3_EFD, dw2_EDF))
 
 
@@ -139,28 +145,30 @@ def _swiglu_backward(  # noqa: PLR0913, PLR0917 - three values and three gradien
     silu *= up
 
 
-def groups(sizes_E: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """(expert, first row, end of rows) of every group that has rows."""
+def groups(tokens_per_expert_E: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(expert, first slot, end of its slots) of every expert that has tokens."""
     end = 0
-    for expert, size in enumerate(sizes_E.tolist()):
+    for expert, size in enumerate(tokens_per_expert_E.tolist()):
         begin, end = end, end + size
         if size:
             yield expert, begin, end
 
 
-def _row_blocks(sizes_E: np.ndarray) -> Iterator[tuple[int, slice]]:
+def _token_blocks(tokens_per_expert_E: np.ndarray) -> Iterator[tuple[int, slice]]:
     """Blocks of equal size, rather than full ones and a small rest, balance the threads."""
-    for expert, begin, end in groups(sizes_E):
-        count = -(-(end - begin) // _ROW_BLOCK)
+    for expert, begin, end in groups(tokens_per_expert_E):
+        count = -(-(end - begin) // _TOKEN_BLOCK)
         for i in range(count):
             first, last = ((end - begin) * j // count for j in (i, i + 1))
             yield expert, slice(begin + first, begin + last)
 
 
-def _weight_blocks(sizes_E: np.ndarray, intermediate: int) -> Iterator[tuple[int, slice, slice]]:
-    """(expert, its rows, some of the columns); a group without rows has an empty product: 0."""
+def _weight_blocks(
+    tokens_per_expert_E: np.ndarray, intermediate: int
+) -> Iterator[tuple[int, slice, slice]]:
+    """(expert, its slots, some of the columns); one without tokens has an empty product: 0."""
     end, count = 0, -(-intermediate // _WEIGHT_BLOCK)
-    for expert, size in enumerate(sizes_E.tolist()):
+    for expert, size in enumerate(tokens_per_expert_E.tolist()):
         begin, end = end, end + size
         for i in range(count):
             first, last = (intermediate * j // count for j in (i, i + 1))

@@ -1,6 +1,6 @@
-"""Frozen experts with low-rank adapters in numpy: gradients of the rows and the adapters alone.
+"""Frozen experts with low-rank adapters in numpy: gradients of the tokens and the adapters alone.
 
-Legend: R rows sorted by expert, D hidden, F intermediate, E experts, r rank, N rows of one group.
+Legend: R slots sorted by expert, D hidden, F intermediate, E experts, r rank, N of one group.
 """
 
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ class Kernel:
     Args:
         scale: of the adapters.
         dropout: part of an adapter's inputs that is dropped.
-        place: a number of this layer's own, so that layers drop different values.
+        salt: a number of this layer's own, so that layers drop different values.
     """
 
-    def __init__(self, scale: float, dropout: float, place: int) -> None:
-        self.scale, self.dropout, self.place = np.float32(scale), dropout, place
+    def __init__(self, scale: float, dropout: float, salt: int) -> None:
+        self.scale, self.dropout, self.salt = np.float32(scale), dropout, salt
 
     def forward(self, x_RD: np.ndarray, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Returns y (R, D), gate (R, F), up (R, F); rows past the groups are zero.
+        """Returns y (R, D), gate (R, F), up (R, F); slots past the groups are zero.
 
         Args:
-            x_RD: rows.
+            x_RD: tokens, in the slots of their experts.
             inputs: w1 (E, F, D), w3 (E, F, D), w2 (E, D, F), sizes (E), key (a whole number; a
                 negative one drops nothing), then A (E, r, in) and B (E, out, r) of each weight, or
                 (1,) zeros for one without.
@@ -35,41 +35,46 @@ class Kernel:
         y_RD = np.zeros_like(x_RD)
         gate_RF, up_RF = (np.zeros((len(x_RD), width), x_RD.dtype) for _ in range(2))
         with np.errstate(all="ignore"):  # what overflows is infinite, and the step sees it
-            for rows, gate_w, up_w, down_w in self._experts(*inputs):
-                x = as_float32(x_RD[rows])
+            for own, gate_w, up_w, down_w in self._experts(*inputs):
+                x = as_float32(x_RD[own])
                 gate, up = gate_w.forward(x), up_w.forward(x)
-                gate_RF[rows], up_RF[rows] = gate, up
-                y_RD[rows] = down_w.forward(gate * sigmoid(gate) * up)
+                gate_RF[own], up_RF[own] = gate, up
+                y_RD[own] = down_w.forward(gate * sigmoid(gate) * up)
         return y_RD, gate_RF, up_RF
 
     def backward(self, x_RD: np.ndarray, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Returns dx and the gradients of all A and B.
 
         Args:
-            x_RD: rows.
+            x_RD: tokens, in the slots of their experts.
             inputs: those of the forward, its gate and up, dy (R, D).
         """
         *inputs, gate_RF, up_RF, dy_RD = inputs
         dx_RD = np.zeros_like(x_RD)
         gradients = [np.zeros_like(one) for one in inputs[5:]]
         with np.errstate(all="ignore"):
-            for rows, *weights in self._experts(*inputs):
+            for own, *weights in self._experts(*inputs):
                 gate_w, up_w, down_w = weights
-                x, dy = as_float32(x_RD[rows]), as_float32(dy_RD[rows])
-                gate, up = as_float32(gate_RF[rows]), as_float32(up_RF[rows])
+                x, dy = as_float32(x_RD[own]), as_float32(dy_RD[own])
+                gate, up = as_float32(gate_RF[own]), as_float32(up_RF[own])
                 slope = sigmoid(gate)
                 silu = gate * slope
                 d_act = down_w.backward(silu * up, dy, gradients)
                 # d silu / d gate = sigmoid + silu (1 - sigmoid)
                 d_gate = d_act * up * (slope + silu * (1 - slope))
-                dx_RD[rows] = gate_w.backward(x, d_gate, gradients)
-                dx_RD[rows] += up_w.backward(x, d_act * silu, gradients)
+                dx_RD[own] = gate_w.backward(x, d_gate, gradients)
+                dx_RD[own] += up_w.backward(x, d_act * silu, gradients)
         return dx_RD, *gradients
 
     def _experts(self, *inputs: np.ndarray) -> Iterator[tuple]:
-        """Rows, and the three weights with their adapters, of every expert that has rows."""
-        weights, sizes_E, key, adapters = inputs[:3], inputs[3], int(inputs[4]), inputs[5:]
-        for expert, begin, end in groups(sizes_E):
+        """Slots, and the three weights with their adapters, of every expert that has tokens."""
+        weights, tokens_per_expert_E, key, adapters = (
+            inputs[:3],
+            inputs[3],
+            int(inputs[4]),
+            inputs[5:],
+        )
+        for expert, begin, end in groups(tokens_per_expert_E):
             found = [
                 _Weight(
                     as_float32(weight[expert]),
@@ -83,11 +88,11 @@ class Kernel:
             yield slice(begin, end), *found
 
     def _mask(self, key: int, expert: int, which: int, shape: tuple[int, int]) -> np.ndarray | None:
-        """What an adapter's inputs are multiplied by: a function of the key and of the place."""
+        """What an adapter's inputs are multiplied by: a function of the key and of the salt."""
         if key < 0:
             return None
-        place = (self.place << 32) + (expert << 8) + which
-        generator = np.random.Generator(np.random.Philox(key=[key, place]))
+        salt = (self.salt << 32) + (expert << 8) + which
+        generator = np.random.Generator(np.random.Philox(key=[key, salt]))
         kept = generator.random(shape, np.float32) >= self.dropout
         return kept / np.float32(1 - self.dropout)
 
@@ -118,7 +123,7 @@ class _Weight:
         return y
 
     def backward(self, x: np.ndarray, dy: np.ndarray, gradients: list[np.ndarray]) -> np.ndarray:
-        """The gradient of x; puts those of A and B in their places."""
+        """The gradient of x; writes those of A and B."""
         dx = dy @ self.weight
         if self.adapted:
             kept, d_low = self._dropped(x), self.scale * (dy @ self.b)

@@ -1,7 +1,7 @@
 """What a forward operator in numpy keeps for its backward, beside MindSpore.
 
 MindSpore copies what goes out of such an operator, copies it again for the one that reads it, and
-holds that copy until its next run. A ticket of one number makes the way instead, so that backward
+holds that copy until its next run. A ticket of one number goes there instead, so that backward
 still depends on its forward.
 """
 

@@ -16,13 +16,13 @@ from mixtral_ms.parallel.grid.mesh import ProcessGroup
 class DispatchOverRanks(nn.Cell):
     """As `Dispatch`, where several ranks share a batch.
 
-    Every rank hands out the places of the whole batch, in its order, and reads off its own.
+    Every rank hands out the slots of the whole batch, in its order, and reads off its own.
 
     Args:
         group: the ranks that split the sequence.
         shape: (B, S).
-        whole: hands out places among all tokens.
-        own: gives this rank's assignments that have a place their rows.
+        whole: hands out slots among all tokens.
+        own: gives slots on this rank to its assignments that were not dropped.
     """
 
     def __init__(
@@ -35,21 +35,32 @@ class DispatchOverRanks(nn.Cell):
         self.gather = transports.all_gather(group)
 
     def construct(self, expert_Tk: Tensor, valid_Tk: Tensor) -> tuple:
-        """As `Dispatch`; counts_E and taken_E are those of all ranks."""
+        """As `Dispatch`; the counts of each expert are those of all ranks."""
         top_k = expert_Tk.shape[1]
         expert_all = self._of_all(ops.where(valid_Tk, expert_Tk, Tensor(-1, mstype.int32)), top_k)
-        _, kept_all, _, _, counts_E, taken_E = self.whole(expert_all, expert_all >= 0)
-        kept_all = ops.reshape(kept_all, (self.batch, self.size, self.length, top_k))
-        kept_Tk = ops.reshape(kept_all[:, self.index], expert_Tk.shape)
-        row_Tk, kept_Tk, assignment_R, sizes_e, _, _ = self.own(expert_Tk, kept_Tk)
-        return row_Tk, kept_Tk, assignment_R, sizes_e, counts_E, taken_E
+        _, not_dropped_all, _, _, tokens_per_expert_E, kept_tokens_per_expert_E = self.whole(
+            expert_all, expert_all >= 0
+        )
+        not_dropped_all = ops.reshape(not_dropped_all, (self.batch, self.size, self.length, top_k))
+        not_dropped_Tk = ops.reshape(not_dropped_all[:, self.index], expert_Tk.shape)
+        slot_Tk, not_dropped_Tk, assignment_R, tokens_per_local_expert_e, _, _ = self.own(
+            expert_Tk, not_dropped_Tk
+        )
+        return (
+            slot_Tk,
+            not_dropped_Tk,
+            assignment_R,
+            tokens_per_local_expert_e,
+            tokens_per_expert_E,
+            kept_tokens_per_expert_E,
+        )
 
     def bprop(self, expert_Tk: Tensor, valid_Tk: Tensor, out: tuple, dout: tuple) -> tuple:
-        """Places have no gradient."""
+        """Slots have no gradient."""
         return zeros_like(expert_Tk), zeros_like(valid_Tk)
 
     def _of_all(self, expert_Tk: Tensor, top_k: int) -> Tensor:
-        """(B * W, k), the batch's rows one after another."""
+        """(B * W, k), the batch's sequences one after another."""
         parts = self.gather(ops.cast(expert_Tk, mstype.float32))
         parts = ops.reshape(parts, (self.size, self.batch, self.length, top_k))
         whole = ops.transpose(parts, (1, 0, 2, 3))

@@ -1,7 +1,7 @@
-"""Expert parallel: rows go to the ranks that have their experts, and come back.
+"""Expert parallel: all-to-all of tokens to the ranks that have their experts, and back.
 
-Legend: P ranks of the group, R rows of a rank, N rows that can come from all of them, D hidden,
-E experts that these ranks have together, e those of one rank.
+Legend: P ranks of the group, R slots of a rank, N slots for what can come from all of them,
+D hidden, E experts that these ranks have together, e those of one rank.
 """
 
 from mindspore import Tensor, nn, ops
@@ -9,7 +9,7 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.config.derived.expert_grid import expert_matrix
 from mixtral_ms.parallel.comm import transports
-from mixtral_ms.parallel.comm.collectives import ExchangeRows
+from mixtral_ms.parallel.comm.collectives import AllToAll
 from mixtral_ms.parallel.comm.graph_primitives import sum_before, sum_over, zeros_like
 from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
 
@@ -17,7 +17,7 @@ from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
 def experts_of_exchange(mesh: Mesh, experts: int) -> list[int]:
     """The experts that this rank's `exchange` group has, those of its first rank first.
 
-    Where experts are spread over tensor-parallel ranks too, each of those has rows made for its
+    Where experts are spread over tensor-parallel ranks too, each of those makes slots for its
     own ones only; all of them hold the same tokens, and the sum over them completes the output.
     """
     _, parts, _ = expert_matrix(mesh.grid)
@@ -29,50 +29,52 @@ def experts_of_exchange(mesh: Mesh, experts: int) -> list[int]:
 
 
 class ExpertExchange(nn.Cell):
-    """The way to the experts and back.
+    """Token dispatch and combine between ranks, each an all-to-all.
 
     Args:
         group: the ranks.
         experts: E.
-        rows: R.
-        capacity: rows of an expert at most; None for any number.
+        slots: R.
+        capacity: slots of an expert at most; None for any number.
     """
 
-    def __init__(self, group: ProcessGroup, experts: int, rows: int, capacity: int | None) -> None:
+    def __init__(self, group: ProcessGroup, experts: int, slots: int, capacity: int | None) -> None:
         super().__init__()
         self.index, self.size = group.index, group.size
         self.each = experts // group.size
-        from_one = rows if capacity is None else min(rows, self.each * capacity)
-        self.rows = group.size * from_one
-        self.block_of = transports.BlockOf(self.rows)
+        from_one = slots if capacity is None else min(slots, self.each * capacity)
+        self.slots = group.size * from_one
+        self.block_of = transports.BlockOf(self.slots)
         self.gather = transports.all_gather(group)
-        self.there = ExchangeRows(group, rows, self.rows)
-        self.back = ExchangeRows(group, self.rows, rows)
+        self.dispatch_all_to_all = AllToAll(group, slots, self.slots)
+        self.combine_all_to_all = AllToAll(group, self.slots, slots)
         self.reorder = _Reorder()
 
-    def construct(self, x_RD: Tensor, sizes_E: Tensor) -> tuple:
-        """Rows packed by expert -> rows (N, D) of this rank's experts, and their sizes_e.
+    def construct(self, x_RD: Tensor, tokens_per_expert_E: Tensor) -> tuple:
+        """Tokens packed by expert -> those of this rank's experts, (N, D), and how many of each.
 
-        sizes_E are in the order of `experts_of_exchange`.
-        What is behind them is undefined. The third result is the way back, for `returned`.
+        tokens_per_expert_E is in the order of `experts_of_exchange`. What is behind the tokens is
+        undefined. The third result is the dispatch_metadata that `combined` needs.
         """
-        counts_PE = ops.cast(self.gather(ops.cast(sizes_E, mstype.float32)), mstype.int32)
+        counts_PE = ops.cast(
+            self.gather(ops.cast(tokens_per_expert_E, mstype.float32)), mstype.int32
+        )
         sent_PP = sum_over(ops.reshape(counts_PE, (self.size, self.size, self.each)), 2)
         begin = self.index * self.each
         counts_Pe = counts_PE[:, begin : begin + self.each]
-        # they come by rank, then by expert; experts want all their rows together
+        # they come by rank, then by expert; experts want all their tokens together
         by_expert_N, by_rank_N = self._orders(counts_Pe)
-        rows_ND = self.reorder(self.there(x_RD, sent_PP), by_expert_N, by_rank_N)
-        return rows_ND, sum_over(counts_Pe, 0), (sent_PP, by_expert_N, by_rank_N)
+        x_ND = self.reorder(self.dispatch_all_to_all(x_RD, sent_PP), by_expert_N, by_rank_N)
+        return x_ND, sum_over(counts_Pe, 0), (sent_PP, by_expert_N, by_rank_N)
 
-    def returned(self, y_ND: Tensor, way: tuple) -> Tensor:
-        """The outputs of the rows that were given, (R, D), in their order."""
-        sent_PP, by_expert_N, by_rank_N = way
+    def combined(self, y_ND: Tensor, dispatch_metadata: tuple) -> Tensor:
+        """The outputs of the tokens that were given, (R, D), in their order."""
+        sent_PP, by_expert_N, by_rank_N = dispatch_metadata
         by_rank_ND = self.reorder(y_ND, by_rank_N, by_expert_N)
-        return self.back(by_rank_ND, ops.transpose(sent_PP, (1, 0)))
+        return self.combine_all_to_all(by_rank_ND, ops.transpose(sent_PP, (1, 0)))
 
     def _orders(self, counts_Pe: Tensor) -> tuple[Tensor, Tensor]:
-        """The index that sorts rows by (expert, rank), and the one that sorts them back."""
+        """The index that sorts slots by (expert, rank), and the one that sorts them back."""
         counts_eP = ops.transpose(counts_Pe, (1, 0))
         blocks = self.size * self.each
         begins_Pe = sum_before(ops.reshape(counts_Pe, (blocks,)), 0)
@@ -85,12 +87,12 @@ class ExpertExchange(nn.Cell):
         )
 
     def _index(self, sizes: Tensor, begins: Tensor) -> Tensor:
-        block_N, place_N = self.block_of(sizes)
-        return ops.minimum(ops.gather(begins, block_N, 0) + place_N, self.rows - 1)
+        block_N, offset_N = self.block_of(sizes)
+        return ops.minimum(ops.gather(begins, block_N, 0) + offset_N, self.slots - 1)
 
 
 class _Reorder(nn.Cell):
-    """Rows in another order; the gradient takes the inverse one instead of a scatter."""
+    """Tokens in another order; the gradient takes the inverse one instead of a scatter."""
 
     def construct(self, x_ND: Tensor, index_N: Tensor, inverse_N: Tensor) -> Tensor:
         return ops.gather(x_ND, index_N, 0)

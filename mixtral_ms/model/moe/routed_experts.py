@@ -1,7 +1,7 @@
 """The sparse mixture of experts layer (section 2.1 of arXiv 2401.04088).
 
-Legend: B batch, S sequence, T tokens, D hidden, F intermediate, E experts, e those whose
-rows are meant, k experts a token.
+Legend: B batch, S sequence, T tokens, D hidden, F intermediate, R slots, E experts, e
+local experts, k experts a token.
 """
 
 from functools import partial
@@ -99,55 +99,71 @@ class RoutedExperts(nn.Cell):
                 moe.capacity_factor,
             )
         dispatch = partial(Dispatch, moe.expert_num, token_first=moe.enable_sdrop)
-        here = experts_of_exchange(mesh, moe.expert_num) if parts > 1 else None
+        local_experts = experts_of_exchange(mesh, moe.expert_num) if parts > 1 else None
         alone = mesh.context.size == 1
-        self.dispatch = dispatch(capacity if alone else None, layout=self.experts.layout, here=here)
-        self.place = self.dispatch
+        self.local_dispatch = dispatch(
+            capacity if alone else None, layout=self.experts.layout, local_experts=local_experts
+        )
+        self.dispatch = self.local_dispatch
         if not alone:
             whole = dispatch(capacity, layout="packed")
-            self.place = DispatchOverRanks(mesh.context, shape, whole, self.dispatch)
+            self.dispatch = DispatchOverRanks(mesh.context, shape, whole, self.local_dispatch)
         self.permute = PermuteTokens(moe.num_experts_chosen)
         self.exchange = None
         if mesh.exchange.size > 1:
-            rows = tokens * moe.num_experts_chosen
-            self.exchange = ExpertExchange(mesh.exchange, len(here), rows, capacity)
+            slots = tokens * moe.num_experts_chosen
+            self.exchange = ExpertExchange(mesh.exchange, len(local_experts), slots, capacity)
         self.combine = CombineTokens(moe.num_experts_chosen)
         self.copy_gates = CopyToRanks(mesh.tensor) if mesh.tensor.size > 1 else None
 
     def construct(self, x_TD: Tensor, routed_TD: Tensor, valid_T: Tensor) -> tuple:
-        """Returns y_TD and what `RouterLosses` reads: probs_TE, logits_TE, counts_E and taken_E.
+        """Returns y_TD and what `RouterLosses` reads: the router's two, then counts of each expert.
+
+        That is probs_TE, logits_TE, tokens_per_expert_E and kept_tokens_per_expert_E.
 
         routed_TD is x too, for the router. With tensor-parallel ranks y_TD is a term of the sum
         over them, and the gradients of the two inputs differ (see `EnterSplit`).
         """
         gates_Tk, expert_Tk, probs_TE, logits_TE = self.router(routed_TD)
         valid_Tk = ops.broadcast_to(ops.expand_dims(valid_T, 1), expert_Tk.shape)
-        row_Tk, kept_Tk, assignment_R, sizes_e, counts_E, taken_E = self.place(expert_Tk, valid_Tk)
+        (
+            slot_Tk,
+            not_dropped_Tk,
+            assignment_R,
+            tokens_per_local_expert_e,
+            tokens_per_expert_E,
+            kept_tokens_per_expert_E,
+        ) = self.dispatch(expert_Tk, valid_Tk)
         if self.copy_gates is not None:
             gates_Tk = self.copy_gates(gates_Tk)
-        gates_Tk = ops.where(kept_Tk, gates_Tk, zeros_like(gates_Tk))
-        x_RD = self.permute(ops.cast(x_TD, self.compute_dtype), assignment_R, row_Tk, kept_Tk)
+        gates_Tk = ops.where(not_dropped_Tk, gates_Tk, zeros_like(gates_Tk))
+        x_RD = self.permute(
+            ops.cast(x_TD, self.compute_dtype), assignment_R, slot_Tk, not_dropped_Tk
+        )
         if self.exchange is None:
-            y_RD = self._computed(x_RD, sizes_e)
+            y_RD = self._computed(x_RD, tokens_per_local_expert_e)
         else:
-            rows_ND, sizes_e, way = self.exchange(x_RD, sizes_e)
-            y_RD = self.exchange.returned(self._computed(rows_ND, sizes_e), way)
+            x_ND, tokens_per_local_expert_e, dispatch_metadata = self.exchange(
+                x_RD, tokens_per_local_expert_e
+            )
+            y_ND = self._computed(x_ND, tokens_per_local_expert_e)
+            y_RD = self.exchange.combined(y_ND, dispatch_metadata)
         gates_Tk = ops.cast(gates_Tk, self.compute_dtype)
-        y_TD = self.combine(y_RD, gates_Tk, assignment_R, row_Tk, kept_Tk)
-        return y_TD, (probs_TE, logits_TE, counts_E, taken_E)
+        y_TD = self.combine(y_RD, gates_Tk, assignment_R, slot_Tk, not_dropped_Tk)
+        return y_TD, (probs_TE, logits_TE, tokens_per_expert_E, kept_tokens_per_expert_E)
 
-    def _computed(self, x_RD: Tensor, sizes_e: Tensor) -> Tensor:
+    def _computed(self, x_RD: Tensor, tokens_per_local_expert_e: Tensor) -> Tensor:
         w1 = ops.cast(self.ffn.w1.weight, self.compute_dtype)
         w3 = ops.cast(self.ffn.w3.weight, self.compute_dtype)
         w2 = ops.cast(self.ffn.w2.weight, self.compute_dtype)
         if self.adapted:
-            return self.experts(x_RD, w1, w3, w2, sizes_e, *self.ffn.adapters())
-        return self.experts(x_RD, w1, w3, w2, sizes_e)
+            return self.experts(x_RD, w1, w3, w2, tokens_per_local_expert_e, *self.ffn.adapters())
+        return self.experts(x_RD, w1, w3, w2, tokens_per_local_expert_e)
 
     def adapt(self, experts: nn.Cell) -> None:
         """From now on these compute the outputs, and are given the adapters too."""
         self.experts, self.adapted = experts, True
-        self.dispatch.layout = experts.layout
+        self.local_dispatch.layout = experts.layout
 
 
 class MoEFeedForward(nn.Cell):

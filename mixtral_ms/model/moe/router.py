@@ -95,8 +95,8 @@ class RouterLosses(nn.Cell):
         self,
         probs_LTE: Tensor,
         logits_LTE: Tensor,
-        counts_LE: Tensor,
-        taken_LE: Tensor,
+        tokens_per_expert_LE: Tensor,
+        kept_tokens_per_expert_LE: Tensor,
         valid_T: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Returns aux_L, z_L, load_LE, dropped_L and entropy_L.
@@ -105,20 +105,20 @@ class RouterLosses(nn.Cell):
         any drop (it sums to 1) and P_e the mean probability: 1 * factor when the load is even.
         z = factor * mean(logsumexp(logits)^2) (arXiv 2202.08906).
         load is the share of assignments to each expert before dropping, dropped the share of them
-        that got no place, entropy that of the router's softmax in nats, a mean over tokens.
+        that got no slot, entropy that of the router's softmax in nats, a mean over tokens.
 
         Args:
             probs_LTE: the router's softmax.
             logits_LTE: what it is of.
-            counts_LE: assignments before dropping, of all ranks.
-            taken_LE: those that were not dropped.
+            tokens_per_expert_LE: assignments before dropping, of all ranks.
+            kept_tokens_per_expert_LE: those that were not dropped.
             valid_T: which tokens are not padding.
         """
         weight_T = ops.cast(valid_T, mstype.float32)
         one = Tensor(1.0, mstype.float32)
         tokens = ops.maximum(self._summed(ops.sum(weight_T)), one)
-        counts_LE = ops.cast(counts_LE, mstype.float32)
-        share_LE = counts_LE / (tokens * self.top_k)
+        tokens_per_expert_LE = ops.cast(tokens_per_expert_LE, mstype.float32)
+        share_LE = tokens_per_expert_LE / (tokens * self.top_k)
         mean_LE = self._summed(ops.sum(probs_LTE * ops.expand_dims(weight_T, 1), 1)) / tokens
         aux_L = self.aux_factor * self.experts * ops.sum(share_LE * mean_LE, 1)
         peak_LT1 = ops.stop_gradient(ops.amax(logits_LTE, 2, True))
@@ -128,9 +128,9 @@ class RouterLosses(nn.Cell):
         probs_LTE = ops.stop_gradient(probs_LTE)
         entropy_LT = -ops.sum(probs_LTE * ops.log(probs_LTE + 1e-20), 2)
         entropy_L = self._summed(ops.sum(entropy_LT * weight_T, 1)) / tokens
-        total_L = ops.maximum(ops.sum(counts_LE, 1), one)
-        load_LE = counts_LE / ops.expand_dims(total_L, 1)
-        dropped_L = 1.0 - ops.sum(ops.cast(taken_LE, mstype.float32), 1) / total_L
+        total_L = ops.maximum(ops.sum(tokens_per_expert_LE, 1), one)
+        load_LE = tokens_per_expert_LE / ops.expand_dims(total_L, 1)
+        dropped_L = 1.0 - ops.sum(ops.cast(kept_tokens_per_expert_LE, mstype.float32), 1) / total_L
         return aux_L, z_L, load_LE, dropped_L, entropy_L
 
     def _summed(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Where each token's copies go: slots by index, never by a one-hot product.
+"""Token dispatch: the slot of each token's copies, by index, never by a one-hot product.
 
-Legend: T tokens, k experts a token, A = T * k assignments, R rows, E experts, e those that rows are
-made of here, C capacity, D hidden.
+Legend: T tokens, k experts a token, A = T * k assignments, R slots of all experts, E experts, e
+local experts, C capacity, D hidden.
 """
 
 import math
@@ -34,15 +34,15 @@ def expert_capacity(
 
 
 class Dispatch(nn.Cell):
-    """Gives every assignment (token, choice) a row of its expert's group, or drops it.
+    """Token dispatch: gives every assignment (token, choice) a slot of its expert, or drops it.
 
     Args:
         experts: E.
         capacity: C, slots per expert; None for dropless.
         token_first: hand out slots token by token (sdrop) instead of choice by choice (kdrop).
-        layout: how the experts want their rows: "packed" or "padded".
-        here: of which experts rows are made at all, in ascending order; None for all. The others'
-            assignments take their places as ever, but are not kept here.
+        layout: how the experts want their slots: "packed" or "padded".
+        local_experts: those that get slots at all, in ascending order; None for all. Assignments
+            of the others take their turn in the queue as ever, but have no slot.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Dispatch(nn.Cell):
         capacity: int | None,
         token_first: bool,
         layout: str,
-        here: Sequence[int] | None = None,
+        local_experts: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.experts, self.capacity = experts, capacity
@@ -60,86 +60,99 @@ class Dispatch(nn.Cell):
         self.order, self.turn = (0, 1) if token_first else (1, 0), ops.Transpose()
         self.ids_E = Tensor(np.arange(experts, dtype=np.int32))
         self.scatter, self.slice = ops.ScatterNd(), ops.Slice()
-        self.here_e = self.is_here_E = None
-        if here is not None:
-            self.here_e = Tensor(np.array(here, np.int32))
-            self.is_here_E = Tensor(np.isin(np.arange(experts), here).astype(np.int32))
+        self.local_experts_e = self.is_local_E = None
+        if local_experts is not None:
+            self.local_experts_e = Tensor(np.array(local_experts, np.int32))
+            self.is_local_E = Tensor(np.isin(np.arange(experts), local_experts).astype(np.int32))
 
-    def rows(self, assignments: int) -> int:
-        """R, the static number of rows that this many assignments may need."""
+    def slots(self, assignments: int) -> int:
+        """R, the static number of slots that this many assignments may need."""
         if self.layout == "padded":
             return self.experts * self.capacity
         return assignments
 
     def construct(self, expert_Tk: Tensor, valid_Tk: Tensor) -> tuple:
-        """Places the assignments of expert_Tk (int32); invalid ones (of padding) nowhere.
+        """Slots for the assignments of expert_Tk (int32); invalid ones (of padding) get none.
 
         Returns:
-            row_Tk: the row of each assignment, 0 where it has none.
-            kept_Tk: whether it has a row.
-            assignment_R: index into the flattened (T, k) of what fills each row, -1 for empty.
-            sizes_e: rows used by each expert, or by each of those `here`.
-            counts_E: assignments to each expert before dropping.
-            taken_E: assignments to each expert that were not dropped.
+            slot_Tk: the slot of each assignment, 0 where it has none.
+            not_dropped_Tk: whether it has a slot.
+            assignment_R: index into the flattened (T, k) of what fills each slot, -1 for empty.
+            tokens_per_local_expert_e: slots used by each expert, or by each local one.
+            tokens_per_expert_E: assignments to each expert before dropping.
+            kept_tokens_per_expert_E: those of them that were not dropped.
         """
         ordered = self.turn(expert_Tk, self.order)
         expert_A1 = ops.reshape(ordered, (-1, 1))
         valid_A1 = ops.reshape(self.turn(valid_Tk, self.order), (-1, 1))
         chosen_AE = ops.logical_and(ops.equal(expert_A1, self.ids_E), valid_A1)
         chosen_AE = ops.cast(chosen_AE, mstype.int32)
-        counts_E = sum_over(chosen_AE, 0)
-        # A place in the queue of each expert, read off at the assignment's own expert.
-        place_A = sum_over(running_sum(chosen_AE, 0) * chosen_AE, 1) - 1
-        kept_A = ops.reshape(valid_A1, (-1,))
-        taken_E = counts_E
+        tokens_per_expert_E = sum_over(chosen_AE, 0)
+        # The slot in the queue of each expert, read off at the assignment's own expert.
+        queue_slot_A = sum_over(running_sum(chosen_AE, 0) * chosen_AE, 1) - 1
+        not_dropped_A = ops.reshape(valid_A1, (-1,))
+        kept_tokens_per_expert_E = tokens_per_expert_E
         if self.capacity is not None:
-            kept_A = ops.logical_and(kept_A, place_A < self.capacity)
-            taken_E = ops.minimum(counts_E, Tensor(self.capacity, mstype.int32))
-        if self.here_e is None:
-            sizes_e = taken_E
-            offsets_E = self._offsets(taken_E)
+            not_dropped_A = ops.logical_and(not_dropped_A, queue_slot_A < self.capacity)
+            kept_tokens_per_expert_E = ops.minimum(
+                tokens_per_expert_E, Tensor(self.capacity, mstype.int32)
+            )
+        if self.local_experts_e is None:
+            tokens_per_local_expert_e = kept_tokens_per_expert_E
+            offsets_E = self._offsets(kept_tokens_per_expert_E)
         else:
-            sizes_e = ops.gather(taken_E, self.here_e, 0)
-            offsets_E = self._offsets(taken_E * self.is_here_E)
-            kept_A = ops.logical_and(kept_A, sum_over(chosen_AE * self.is_here_E, 1) > 0)
-        row_A = sum_over(chosen_AE * offsets_E, 1) + place_A
-        row_A = ops.where(kept_A, row_A, Tensor(0, mstype.int32))
-        row_Tk = self.turn(ops.reshape(row_A, ordered.shape), self.order)
-        kept_Tk = self.turn(ops.reshape(kept_A, ordered.shape), self.order)
-        return row_Tk, kept_Tk, self._inverse(row_Tk, kept_Tk), sizes_e, counts_E, taken_E
+            tokens_per_local_expert_e = ops.gather(
+                kept_tokens_per_expert_E, self.local_experts_e, 0
+            )
+            offsets_E = self._offsets(kept_tokens_per_expert_E * self.is_local_E)
+            not_dropped_A = ops.logical_and(
+                not_dropped_A, sum_over(chosen_AE * self.is_local_E, 1) > 0
+            )
+        slot_A = sum_over(chosen_AE * offsets_E, 1) + queue_slot_A
+        slot_A = ops.where(not_dropped_A, slot_A, Tensor(0, mstype.int32))
+        slot_Tk = self.turn(ops.reshape(slot_A, ordered.shape), self.order)
+        not_dropped_Tk = self.turn(ops.reshape(not_dropped_A, ordered.shape), self.order)
+        return (
+            slot_Tk,
+            not_dropped_Tk,
+            self._inverse(slot_Tk, not_dropped_Tk),
+            tokens_per_local_expert_e,
+            tokens_per_expert_E,
+            kept_tokens_per_expert_E,
+        )
 
     def bprop(self, expert_Tk: Tensor, valid_Tk: Tensor, out: tuple, dout: tuple) -> tuple:
-        """Places have no gradient."""
+        """Slots have no gradient."""
         return zeros_like(expert_Tk), zeros_like(valid_Tk)
 
-    def _offsets(self, sizes_E: Tensor) -> Tensor:
-        """First row of each expert's group."""
+    def _offsets(self, tokens_per_expert_E: Tensor) -> Tensor:
+        """First slot of each expert."""
         if self.layout == "padded":
             return self.ids_E * self.capacity
-        return sum_before(sizes_E, 0)
+        return sum_before(tokens_per_expert_E, 0)
 
-    def _inverse(self, row_Tk: Tensor, kept_Tk: Tensor) -> Tensor:
-        """The assignment of each row; dropped ones are scattered to a row past the end."""
-        count = row_Tk.shape[0] * row_Tk.shape[1]
-        rows = self.rows(count)
-        target_Tk = ops.where(kept_Tk, row_Tk, Tensor(rows, mstype.int32))
-        # ScatterNd starts from zero, so assignment a is written as a + 1 and empty rows read -1.
+    def _inverse(self, slot_Tk: Tensor, not_dropped_Tk: Tensor) -> Tensor:
+        """The assignment of each slot; dropped ones are scattered to a slot past the end."""
+        count = slot_Tk.shape[0] * slot_Tk.shape[1]
+        slots = self.slots(count)
+        target_Tk = ops.where(not_dropped_Tk, slot_Tk, Tensor(slots, mstype.int32))
+        # ScatterNd starts from zero, so assignment a is written as a + 1 and empty slots read -1.
         numbers_A = ops.arange(1, count + 1, 1, dtype=mstype.int32)
-        filled = self.scatter(ops.reshape(target_Tk, (count, 1)), numbers_A, (rows + 1,))
-        return self.slice(filled, (0,), (rows,)) - 1
+        filled = self.scatter(ops.reshape(target_Tk, (count, 1)), numbers_A, (slots + 1,))
+        return self.slice(filled, (0,), (slots,)) - 1
 
 
 class PermuteTokens(nn.Cell):
-    """Copies tokens to their rows; the gradient comes back by index too, without a scatter."""
+    """Token permutation: copies tokens to their slots; the gradient is by index too, no scatter."""
 
     def __init__(self, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k
 
     def construct(
-        self, x_TD: Tensor, assignment_R: Tensor, row_Tk: Tensor, kept_Tk: Tensor
+        self, x_TD: Tensor, assignment_R: Tensor, slot_Tk: Tensor, not_dropped_Tk: Tensor
     ) -> Tensor:
-        """Returns (R, D); empty rows hold token 0, and nothing reads them."""
+        """Returns (R, D); empty slots hold token 0, and nothing reads them."""
         token_R = ops.maximum(assignment_R, Tensor(0, mstype.int32)) // self.top_k
         return ops.gather(x_TD, token_R, 0)
 
@@ -147,20 +160,20 @@ class PermuteTokens(nn.Cell):
         self,
         x_TD: Tensor,
         assignment_R: Tensor,
-        row_Tk: Tensor,
-        kept_Tk: Tensor,
+        slot_Tk: Tensor,
+        not_dropped_Tk: Tensor,
         out: Tensor,
         dout: Tensor,
     ) -> tuple:
-        """Each token sums the gradients of its own rows."""
+        """Each token sums the gradients of its own slots."""
         tokens, hidden = x_TD.shape
-        d_AD = ops.gather(dout, ops.reshape(row_Tk, (tokens * self.top_k,)), 0)
-        d_TkD = _without_dropped(ops.reshape(d_AD, (tokens, self.top_k, hidden)), kept_Tk)
+        d_AD = ops.gather(dout, ops.reshape(slot_Tk, (tokens * self.top_k,)), 0)
+        d_TkD = _without_dropped(ops.reshape(d_AD, (tokens, self.top_k, hidden)), not_dropped_Tk)
         return (
             ops.sum(d_TkD, 1),
             zeros_like(assignment_R),
-            zeros_like(row_Tk),
-            zeros_like(kept_Tk),
+            zeros_like(slot_Tk),
+            zeros_like(not_dropped_Tk),
         )
 
 
@@ -172,53 +185,58 @@ class CombineTokens(nn.Cell):
         self.top_k = top_k
 
     def construct(
-        self, y_RD: Tensor, gates_Tk: Tensor, assignment_R: Tensor, row_Tk: Tensor, kept_Tk: Tensor
+        self,
+        y_RD: Tensor,
+        gates_Tk: Tensor,
+        assignment_R: Tensor,
+        slot_Tk: Tensor,
+        not_dropped_Tk: Tensor,
     ) -> Tensor:
         """Returns (T, D)."""
-        y_TkD = self._picked(y_RD, row_Tk, kept_Tk)
+        y_TkD = self._picked(y_RD, slot_Tk, not_dropped_Tk)
         return ops.sum(y_TkD * _along(gates_Tk, 2, y_TkD), 1)
 
-    def _picked(self, y_RD: Tensor, row_Tk: Tensor, kept_Tk: Tensor) -> Tensor:
-        tokens = row_Tk.shape[0]
-        y_AD = ops.gather(y_RD, ops.reshape(row_Tk, (tokens * self.top_k,)), 0)
+    def _picked(self, y_RD: Tensor, slot_Tk: Tensor, not_dropped_Tk: Tensor) -> Tensor:
+        tokens = slot_Tk.shape[0]
+        y_AD = ops.gather(y_RD, ops.reshape(slot_Tk, (tokens * self.top_k,)), 0)
         y_TkD = ops.reshape(y_AD, (tokens, self.top_k, y_RD.shape[1]))
-        return _without_dropped(y_TkD, kept_Tk)
+        return _without_dropped(y_TkD, not_dropped_Tk)
 
     def bprop(  # noqa: PLR0913 - MindSpore's signature: inputs, output, its gradient
         self,
         y_RD: Tensor,
         gates_Tk: Tensor,
         assignment_R: Tensor,
-        row_Tk: Tensor,
-        kept_Tk: Tensor,
+        slot_Tk: Tensor,
+        not_dropped_Tk: Tensor,
         out: Tensor,
         dout: Tensor,
     ) -> tuple:
-        """Each row takes its token's gradient times its gate; empty rows take none."""
+        """Each slot takes its token's gradient times its gate; empty ones take none."""
         filled_R = assignment_R >= 0
         index_R = ops.maximum(assignment_R, Tensor(0, mstype.int32))
         gates_A = ops.reshape(gates_Tk, (gates_Tk.shape[0] * self.top_k,))
         gate_R = ops.gather(gates_A, index_R, 0) * ops.cast(filled_R, gates_Tk.dtype)
         dout_RD = ops.gather(dout, index_R // self.top_k, 0)
         d_y_RD = dout_RD * _along(gate_R, 1, dout_RD)
-        y_TkD = self._picked(y_RD, row_Tk, kept_Tk)
+        y_TkD = self._picked(y_RD, slot_Tk, not_dropped_Tk)
         d_gates_Tk = ops.sum(y_TkD * _along(dout, 1, y_TkD), 2)
         return (
             d_y_RD,
             d_gates_Tk,
             zeros_like(assignment_R),
-            zeros_like(row_Tk),
-            zeros_like(kept_Tk),
+            zeros_like(slot_Tk),
+            zeros_like(not_dropped_Tk),
         )
 
 
-def _without_dropped(x_TkD: Tensor, kept_Tk: Tensor) -> Tensor:
-    """0 for dropped assignments, whose row is not their own.
+def _without_dropped(x_TkD: Tensor, not_dropped_Tk: Tensor) -> Tensor:
+    """0 for dropped assignments, whose slot is not their own.
 
-    Not a product with 0: where no row is kept at all, nobody wrote the row that they read, and on
-    Ascend such rows hold whatever the memory held before, NaN included.
+    Not a product with 0: where no slot is used at all, nobody wrote the one that they read, and on
+    Ascend such slots hold whatever the memory held before, NaN included.
     """
-    dropped_Tk = ops.logical_not(kept_Tk)
+    dropped_Tk = ops.logical_not(not_dropped_Tk)
     return ops.masked_fill(x_TkD, _along(dropped_Tk, 2, x_TkD), 0.0)
 
 

@@ -8,9 +8,9 @@ from mindspore import dtype as mstype
 
 
 def hash_uniform(
-    tokens: int, columns: int, key: Tensor, place: int, numbers_T: Tensor | None = None
+    tokens: int, columns: int, key: Tensor, salt: int, numbers_T: Tensor | None = None
 ) -> Tensor:
-    """uniform(0, 1) of shape (T, D), float32, a function of `key`, a whole number, and of `place`.
+    """uniform(0, 1) of shape (T, D), float32, a function of `key`, a whole number, and of `salt`.
 
     numbers_T are the tokens' numbers, float32, where these are not 0, 1, ....
 
@@ -26,7 +26,7 @@ def hash_uniform(
     low = key - 4096.0 * high
     a = _fraction(row_T1 * 0.1031297)
     b = _fraction(column_1D * 0.1030619)
-    c = _fraction(low * 0.618034 + high * 0.754878 + 0.56984 * place)
+    c = _fraction(low * 0.618034 + high * 0.754878 + 0.56984 * salt)
     mixed = a * (b + 33.33) + b * (c + 33.33) + c * (a + 33.33)
     return _fraction((a + b + 2.0 * mixed) * (c + mixed))
 

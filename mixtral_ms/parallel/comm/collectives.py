@@ -108,7 +108,7 @@ class SumScatter(nn.Cell):
 
 
 class EnterSplit(nn.Cell):
-    """Where tensor-parallel ranks begin to compute different things.
+    """Megatron's f: copy to the tensor-parallel region, where ranks compute different things.
 
     Gives x twice: for those things, whose gradients are partial, and for what all ranks compute
     alike. With a split sequence x is each rank's part of axis 1, and both are the whole sequence.
@@ -135,7 +135,7 @@ class EnterSplit(nn.Cell):
 
 
 class LeaveSplit(nn.Cell):
-    """The end of what `EnterSplit` began: the ranks' terms are summed."""
+    """Megatron's g: reduce from the tensor-parallel region, whose terms are summed."""
 
     def __init__(self, group: ProcessGroup, *, sequence: bool) -> None:
         super().__init__()
@@ -146,8 +146,8 @@ class LeaveSplit(nn.Cell):
         return self.leave(x)
 
 
-class ExchangeRows(nn.Cell):
-    """Rows to the ranks they are for (`transports.all_to_all`); the gradients go back.
+class AllToAll(nn.Cell):
+    """All-to-all of rows to the ranks they are for (`transports`); the gradients go back.
 
     Args:
         group: the ranks.
@@ -157,16 +157,16 @@ class ExchangeRows(nn.Cell):
 
     def __init__(self, group: ProcessGroup, rows_in: int, rows_out: int) -> None:
         super().__init__()
-        self.there = transports.all_to_all(group, rows_in, rows_out)
-        self.back = transports.all_to_all(group, rows_out, rows_in)
+        self.send = transports.all_to_all(group, rows_in, rows_out)
+        self.send_back = transports.all_to_all(group, rows_out, rows_in)
 
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
         """Returns (rows_out, D)."""
-        return self.there(x_ND, sent_PP)
+        return self.send(x_ND, sent_PP)
 
     def bprop(self, x_ND: Tensor, sent_PP: Tensor, out: Tensor, dout: Tensor) -> tuple:
         """Each row's gradient comes from where it went."""
-        return self.back(dout, ops.transpose(sent_PP, (1, 0))), zeros_like(sent_PP)
+        return self.send_back(dout, ops.transpose(sent_PP, (1, 0))), zeros_like(sent_PP)
 
 
 class _Parts(nn.Cell):

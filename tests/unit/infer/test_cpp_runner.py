@@ -78,11 +78,13 @@ class Sequence:
 
     def feed(self, count):
         """Logits of the next `count` ids, as a chunk."""
-        places = np.arange(self.done, self.done + count, dtype=np.int32)
+        positions = np.arange(self.done, self.done + count, dtype=np.int32)
         self.done += count
-        rows = np.arange(count, dtype=np.int32)
+        with_logits = np.arange(count, dtype=np.int32)
         starts = np.array([0, count], np.int32)
-        return self.runner.step(StepInput(self.ids[places], places, starts, self.table[None], rows))
+        return self.runner.step(
+            StepInput(self.ids[positions], positions, starts, self.table[None], with_logits)
+        )
 
 
 def decode(runner, sequences):
@@ -91,27 +93,27 @@ def decode(runner, sequences):
     tables = np.full((len(sequences), width), NO_BLOCK, np.int32)
     for table, sequence in zip(tables, sequences, strict=True):
         table[: len(sequence.table)] = sequence.table
-    places = np.array([s.done for s in sequences], np.int32)
+    positions = np.array([s.done for s in sequences], np.int32)
     ids = np.array([s.ids[s.done] for s in sequences], np.int32)
     for sequence in sequences:
         sequence.done += 1
-    rows = np.arange(len(sequences), dtype=np.int32)
+    with_logits = np.arange(len(sequences), dtype=np.int32)
     starts = np.arange(len(sequences) + 1, dtype=np.int32)
-    return runner.step(StepInput(ids, places, starts, tables, rows))
+    return runner.step(StepInput(ids, positions, starts, tables, with_logits))
 
 
 def feed_all(runner, sequences, counts):
     """Logits of the next ids of each, so many of each, in one step."""
     tables = np.full((len(sequences), max(len(s.table) for s in sequences)), NO_BLOCK, np.int32)
-    places = []
+    positions = []
     for table, sequence, count in zip(tables, sequences, counts, strict=True):
         table[: len(sequence.table)] = sequence.table
-        places.append(np.arange(sequence.done, sequence.done + count, dtype=np.int32))
+        positions.append(np.arange(sequence.done, sequence.done + count, dtype=np.int32))
         sequence.done += count
-    ids = np.concatenate([s.ids[p] for s, p in zip(sequences, places, strict=True)])
+    ids = np.concatenate([s.ids[p] for s, p in zip(sequences, positions, strict=True)])
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    rows = np.arange(len(ids), dtype=np.int32)
-    return runner.step(StepInput(ids, np.concatenate(places), starts, tables, rows))
+    with_logits = np.arange(len(ids), dtype=np.int32)
+    return runner.step(StepInput(ids, np.concatenate(positions), starts, tables, with_logits))
 
 
 def random_ids(config, length=LENGTH, seed=0):
@@ -213,20 +215,20 @@ def test_prompts_that_share_a_step_do_not_depend_on_each_other(name, dtype):
         np.testing.assert_array_equal(got, np.concatenate([one[chunk] for one in alone]))
 
 
-def test_a_prompt_does_not_depend_on_its_blocks_or_the_rows_asked_for():
+def test_a_prompt_does_not_depend_on_its_blocks_or_the_logits_asked_for():
     config = network_config("wide")
     runner = runner_of(config, random_weights(config)[0])
     ids = random_ids(config)
     first = Sequence(runner, ids).feed(LENGTH)
     other = Sequence(runner, ids, seed=5)
-    places = np.arange(LENGTH, dtype=np.int32)
-    rows = np.array([LENGTH - 1, 7], np.int32)
+    positions = np.arange(LENGTH, dtype=np.int32)
+    with_logits = np.array([LENGTH - 1, 7], np.int32)
     starts = np.array([0, LENGTH], np.int32)
-    got = runner.step(StepInput(ids, places, starts, other.table[None], rows))
-    np.testing.assert_array_equal(got, first[rows])
+    got = runner.step(StepInput(ids, positions, starts, other.table[None], with_logits))
+    np.testing.assert_array_equal(got, first[with_logits])
 
 
-def test_a_step_without_rows_fills_the_cache():
+def test_a_step_without_logits_fills_the_cache():
     config = network_config("plain")
     runner = runner_of(config, random_weights(config)[0])
     ids = random_ids(config, 20)
@@ -297,7 +299,7 @@ def valid_step(**changes):
         "positions_T": [0, 1, 2],
         "starts": [0, 3],
         "block_tables_NM": [[2, NO_BLOCK]],
-        "logit_rows_R": [2],
+        "logit_tokens_R": [2],
     }
     return StepInput(**{n: np.array(v, np.int32) for n, v in (values | changes).items()})
 
@@ -313,7 +315,7 @@ def valid_step(**changes):
         ({"positions_T": [0, 1]}, "positions"),
         ({"block_tables_NM": [[8, 9]]}, "block 8 is not between 0 and 7"),
         ({"block_tables_NM": [[1], [2]]}, "block tables"),
-        ({"logit_rows_R": [3]}, "row of logits 3"),
+        ({"logit_tokens_R": [3]}, "token with logits 3"),
         ({"starts": [0, 2]}, r"starts \[0, 2\] of 3 tokens"),
         ({"starts": [0, 0, 3], "block_tables_NM": [[1], [2]]}, r"starts \[0, 0, 3\]"),
         ({"starts": [0, 1, 3], "block_tables_NM": [[1], [NO_BLOCK]]}, "block -1"),

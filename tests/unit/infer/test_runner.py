@@ -26,18 +26,18 @@ def runner(request, device):
     mindspore.set_context(mode=before)
 
 
-def prompt(ids, table, begin=0, rows=None):
+def prompt(ids, table, begin=0, with_logits=None):
     """A piece of one sequence's prompt."""
     return StepInput(
         np.array(ids, np.int32),
         np.arange(begin, begin + len(ids), dtype=np.int32),
         np.array([0, len(ids)], np.int32),
         np.array([table], np.int32),
-        np.array(range(len(ids)) if rows is None else rows, np.int32),
+        np.array(range(len(ids)) if with_logits is None else with_logits, np.int32),
     )
 
 
-def tokens(ids, positions, tables, rows=None):
+def tokens(ids, positions, tables, with_logits=None):
     """One token of each of several sequences."""
     longest = max(map(len, tables))
     return StepInput(
@@ -45,7 +45,7 @@ def tokens(ids, positions, tables, rows=None):
         np.array(positions, np.int32),
         np.arange(len(ids) + 1, dtype=np.int32),
         np.array([[*t, *[NO_BLOCK] * (longest - len(t))] for t in tables], np.int32),
-        np.array(range(len(ids)) if rows is None else rows, np.int32),
+        np.array(range(len(ids)) if with_logits is None else with_logits, np.int32),
     )
 
 
@@ -76,12 +76,12 @@ def test_a_prompt_in_one_piece_and_in_several(runner):
         close(runner.step(prompt(piece, table, begin)), wanted[begin : begin + 12])
 
 
-def test_only_the_rows_asked_for(runner):
+def test_only_the_logits_asked_for(runner):
     ids, table = ids_of(9), [5, 6, 7]
     everything = runner.step(prompt(ids, table))
-    some = runner.step(prompt(ids, table, rows=[8, 2]))
+    some = runner.step(prompt(ids, table, with_logits=[8, 2]))
     np.testing.assert_array_equal(some, everything[[8, 2]])
-    assert runner.step(prompt(ids, table, rows=[])).shape == (0, CONFIG.vocab_size)
+    assert runner.step(prompt(ids, table, with_logits=[])).shape == (0, CONFIG.vocab_size)
 
 
 def prepared(runner, lengths):
@@ -92,7 +92,7 @@ def prepared(runner, lengths):
         table = list(range(first, first + -(-length // BLOCK)))
         first += len(table)
         if length > 1:
-            runner.step(prompt(ids[:-1], table, rows=[]))
+            runner.step(prompt(ids[:-1], table, with_logits=[]))
         sequences.append((ids, table))
     return sequences
 
@@ -142,7 +142,7 @@ def test_what_other_blocks_hold_does_not_matter(runner):
     ids, table = ids_of(6), [20, 21]
     before = runner.step(prompt(ids, table))
     for other in range(0, 20):
-        runner.step(prompt(ids_of(4, other), [other], rows=[]))
+        runner.step(prompt(ids_of(4, other), [other], with_logits=[]))
     np.testing.assert_array_equal(runner.step(prompt(ids, table)), before)
     last = tokens([ids[5]], [5], [table])
     np.testing.assert_array_equal(runner.step(last), runner.step(last))
@@ -150,7 +150,7 @@ def test_what_other_blocks_hold_does_not_matter(runner):
 
 def test_copied_blocks_continue_alike_and_apart(runner):
     ids, table = ids_of(7), [30, 31]
-    runner.step(prompt(ids, table, rows=[]))
+    runner.step(prompt(ids, table, with_logits=[]))
     runner.copy_blocks([(31, 41), (30, 40)])
     runner.copy_blocks([])
     both = runner.step(tokens([9, 11], [7, 7], [[30, 31], [40, 41]]))

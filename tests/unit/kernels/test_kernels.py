@@ -88,8 +88,8 @@ def test_experts(name, sizes, device, record_error):
     if name == "in place":
         weights = tuple(Parameter(Tensor(value)) for value in (w1, w3, w2))
         cell.read_in_place(lambda: weights)
-    sizes_E = np.array(sizes, np.int32)
-    out, grads = gradients_of(cell, [x_RD, w1, w3, w2, sizes_E], towards)
+    tokens_per_expert_E = np.array(sizes, np.int32)
+    out, grads = gradients_of(cell, [x_RD, w1, w3, w2, tokens_per_expert_E], towards)
 
     leaves = [leaf(value) for value in (x_RD, w1, w3, w2)]
     x, a, b, c = leaves

@@ -66,52 +66,56 @@ def test_every_assignment_has_its_own_slot_or_is_dropped(case, layout):
     dispatch = Dispatch(experts, capacity, sdrop, layout)
     valid_Tk = np.repeat(valid_T[:, None], chosen_Tk.shape[1], 1)
     placed = dispatch(Tensor(chosen_Tk), Tensor(valid_Tk))
-    row_Tk, kept_Tk, assignment_R, sizes_E, counts_E, taken_E = (one.asnumpy() for one in placed)
+    slot_Tk, not_dropped_Tk, assignment_R, used_E, chosen_E, kept_E = (
+        one.asnumpy() for one in placed
+    )
 
-    np.testing.assert_array_equal(taken_E, sizes_E)
+    np.testing.assert_array_equal(kept_E, used_E)
     expected_kept = hand_out_slots(chosen_Tk, experts, capacity, sdrop, valid_T)
-    np.testing.assert_array_equal(kept_Tk, expected_kept)
+    np.testing.assert_array_equal(not_dropped_Tk, expected_kept)
     before = np.bincount(chosen_Tk[valid_T].ravel(), minlength=experts)
-    np.testing.assert_array_equal(counts_E, before)
-    np.testing.assert_array_equal(sizes_E, np.bincount(chosen_Tk[kept_Tk], minlength=experts))
-    assert len(assignment_R) == dispatch.rows(chosen_Tk.size)
-    # the two index tables are each other's inverse, so no row is used twice
-    kept = np.flatnonzero(kept_Tk)
-    np.testing.assert_array_equal(assignment_R[row_Tk.ravel()[kept]], kept)
+    np.testing.assert_array_equal(chosen_E, before)
+    np.testing.assert_array_equal(used_E, np.bincount(chosen_Tk[not_dropped_Tk], minlength=experts))
+    assert len(assignment_R) == dispatch.slots(chosen_Tk.size)
+    # the two index tables are each other's inverse, so no slot is used twice
+    kept = np.flatnonzero(not_dropped_Tk)
+    np.testing.assert_array_equal(assignment_R[slot_Tk.ravel()[kept]], kept)
     assert (assignment_R >= 0).sum() == len(kept)
-    starts_E = group_starts(layout, sizes_E, capacity)
-    slot_Tk = row_Tk - starts_E[chosen_Tk]
-    assert (slot_Tk[kept_Tk] >= 0).all()
-    assert (slot_Tk[kept_Tk] < sizes_E[chosen_Tk][kept_Tk]).all()
+    starts_E = group_starts(layout, used_E, capacity)
+    queue_slot_Tk = slot_Tk - starts_E[chosen_Tk]
+    assert (queue_slot_Tk[not_dropped_Tk] >= 0).all()
+    assert (queue_slot_Tk[not_dropped_Tk] < used_E[chosen_Tk][not_dropped_Tk]).all()
 
 
 @settings(max_examples=40)
 @given(assignments(), st.data())
-def test_rows_only_for_the_experts_here(case, data):
-    """Capacity is handed out among all experts; the rows of those here follow each other."""
+def test_slots_only_for_local_experts(case, data):
+    """Capacity is handed out among all experts; the slots of local ones follow each other."""
     chosen_Tk, experts, valid_T, capacity, sdrop = case
-    here = sorted(data.draw(st.sets(st.integers(0, experts - 1), min_size=1)))
-    dispatch = Dispatch(experts, capacity, sdrop, "packed", here)
+    local_experts = sorted(data.draw(st.sets(st.integers(0, experts - 1), min_size=1)))
+    dispatch = Dispatch(experts, capacity, sdrop, "packed", local_experts)
     valid_Tk = np.repeat(valid_T[:, None], chosen_Tk.shape[1], 1)
     placed = dispatch(Tensor(chosen_Tk), Tensor(valid_Tk))
-    row_Tk, kept_Tk, assignment_R, sizes_e, counts_E, taken_E = (one.asnumpy() for one in placed)
+    slot_Tk, not_dropped_Tk, assignment_R, used_e, chosen_E, kept_E = (
+        one.asnumpy() for one in placed
+    )
 
-    taken_Tk = hand_out_slots(chosen_Tk, experts, capacity, sdrop, valid_T)
-    np.testing.assert_array_equal(kept_Tk, taken_Tk & np.isin(chosen_Tk, here))
+    kept_Tk = hand_out_slots(chosen_Tk, experts, capacity, sdrop, valid_T)
+    np.testing.assert_array_equal(not_dropped_Tk, kept_Tk & np.isin(chosen_Tk, local_experts))
     before = np.bincount(chosen_Tk[valid_T].ravel(), minlength=experts)
-    np.testing.assert_array_equal(counts_E, before)
-    np.testing.assert_array_equal(taken_E, np.bincount(chosen_Tk[taken_Tk], minlength=experts))
-    np.testing.assert_array_equal(sizes_e, taken_E[here])
-    used = np.sort(row_Tk[kept_Tk])
-    np.testing.assert_array_equal(used, np.arange(sizes_e.sum()))
-    by_row = chosen_Tk.ravel()[assignment_R[: sizes_e.sum()]]
-    np.testing.assert_array_equal(by_row, np.repeat(here, sizes_e))
+    np.testing.assert_array_equal(chosen_E, before)
+    np.testing.assert_array_equal(kept_E, np.bincount(chosen_Tk[kept_Tk], minlength=experts))
+    np.testing.assert_array_equal(used_e, kept_E[local_experts])
+    used = np.sort(slot_Tk[not_dropped_Tk])
+    np.testing.assert_array_equal(used, np.arange(used_e.sum()))
+    by_slot = chosen_Tk.ravel()[assignment_R[: used_e.sum()]]
+    np.testing.assert_array_equal(by_slot, np.repeat(local_experts, used_e))
 
 
-def group_starts(layout, sizes_E, capacity):
+def group_starts(layout, used_E, capacity):
     if layout == "padded":
-        return np.arange(len(sizes_E)) * capacity
-    return np.concatenate([[0], np.cumsum(sizes_E)[:-1]])
+        return np.arange(len(used_E)) * capacity
+    return np.concatenate([[0], np.cumsum(used_E)[:-1]])
 
 
 @dataclasses.dataclass
@@ -209,7 +213,7 @@ def test_layer_output(kind, tokens, k, factor, sdrop, real, seed):
 )
 def test_dropless_layer_over_several_blocks(kind, load):
     """DeepSpeed issues 4808 and 5008: no load may hang, fail or lose a token."""
-    tokens = 3 * 128 + 5  # a block of rows has 128
+    tokens = 3 * 128 + 5  # a block of tokens has 128
     x_TD = np.random.default_rng(1).standard_normal((tokens, HIDDEN)).astype(np.float32)
     if load == "all to one":
         x_TD[:, 2] += 30

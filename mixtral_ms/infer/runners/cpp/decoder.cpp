@@ -1,4 +1,4 @@
-// One step of generation: embedding, layers, final norm, and the head for the rows asked for.
+// One step of generation: embedding, layers, final norm, and the head for the tokens asked for.
 //
 // Legend: as decoder.hpp.
 #include "decoder.hpp"
@@ -155,12 +155,12 @@ void norm_all(const Model& model, const Step& step, const float* weight, Activat
   });
 }
 
-// Logits are summed in one way, however many rows of a chunk are asked for.
+// Logits are summed in one way, however many tokens of a chunk ask for them.
 void head(const Model& model, const Step& step, Activations& own) {
-  for (int64_t r = 0; r < step.logit_rows; ++r)
-    rms_norm(own.x.get() + step.rows[r] * model.hidden, model.final_norm, model.hidden, model.eps,
+  for (int64_t r = 0; r < step.logit_tokens; ++r)
+    rms_norm(own.x.get() + step.with_logits[r] * model.hidden, model.final_norm, model.hidden, model.eps,
              own.normed.get() + r * own.ldn);
-  const Rows normed{own.normed.get(), own.ldn, step.logit_rows, Sum::kFewRows};
+  const Rows normed{own.normed.get(), own.ldn, step.logit_tokens, Sum::kFewRows};
   const int64_t V = model.vocabulary, some = rows_per_task(model.head, normed.sum);
   run_tasks((V + some - 1) / some, [&](int64_t task) {
     const int64_t begin = task * some;
@@ -169,7 +169,7 @@ void head(const Model& model, const Step& step, Activations& own) {
 }
 
 void run_step(const Model& model, const Step& step) {
-  Activations own(model, std::max(step.tokens, step.logit_rows));
+  Activations own(model, std::max(step.tokens, step.logit_tokens));
   for (int64_t t = 0; t < step.tokens; ++t)
     std::copy_n(model.embedding + step.token_ids[t] * model.hidden, model.hidden,
                 own.x.get() + t * model.hidden);
@@ -186,7 +186,7 @@ void run_step(const Model& model, const Step& step) {
     norm_all(model, step, layer.ffn_norm, own);
     add_experts(model, layer, step, own.normed.get(), own.ldn, own.x.get());
   }
-  if (step.logit_rows > 0) head(model, step, own);
+  if (step.logit_tokens > 0) head(model, step, own);
 }
 
 }  // namespace

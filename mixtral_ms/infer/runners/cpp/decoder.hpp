@@ -1,7 +1,7 @@
 // What decoder.py hands over: the network's sizes and weights, its cache, and one step.
 //
 // Legend: D hidden, H heads, K kv heads, d head_dim, E experts, F intermediate, V vocabulary,
-// N sequences, T tokens of the step, M blocks of a table, R rows of logits asked for.
+// N sequences, T tokens of the step, M blocks of a table, R tokens with logits.
 #pragma once
 #include "decoder_vec.hpp"
 
@@ -67,11 +67,11 @@ struct Model {
 };
 
 struct Step {
-  int64_t sequences, tokens, table_width, logit_rows;  // N, T, M, R
+  int64_t sequences, tokens, table_width, logit_tokens;  // N, T, M, R
   const int32_t *token_ids, *positions;  // (T)
   const int32_t* starts;                 // (N + 1): sequence n has tokens starts[n] : starts[n + 1]
   const int32_t* block_tables;           // (N, M)
-  const int32_t* rows;                   // (R)
+  const int32_t* with_logits;            // (R)
   float* logits;                         // (R, V)
 
   bool decodes() const { return tokens == sequences; }  // one token of each

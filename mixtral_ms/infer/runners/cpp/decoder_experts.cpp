@@ -65,10 +65,10 @@ std::vector<Assignment> route(const Model& model, const Layer& layer, const Step
   return all;
 }
 
-// Assignments [begin, begin + rows) go to one expert. Its activations start at row `place` of
-// their buffers and take whole panels.
+// Assignments [begin, begin + tokens) go to one expert. Its activations start at `slot` of their
+// buffers and take whole panels.
 struct Group {
-  int64_t expert, begin, rows, place;
+  int64_t expert, begin, tokens, slot;
 };
 
 std::vector<Group> groups_of(const std::vector<Assignment>& assignments) {
@@ -76,12 +76,12 @@ std::vector<Group> groups_of(const std::vector<Assignment>& assignments) {
   for (int64_t p = 0; p < static_cast<int64_t>(assignments.size()); ++p) {
     if (groups.empty() || groups.back().expert != assignments[p].expert)
       groups.push_back({assignments[p].expert, p, 0, 0});
-    ++groups.back().rows;
+    ++groups.back().tokens;
   }
-  int64_t place = 0;
+  int64_t slot = 0;
   for (Group& group : groups) {
-    group.place = place;
-    place += round_up(group.rows, kPanel);
+    group.slot = slot;
+    slot += round_up(group.tokens, kPanel);
   }
   return groups;
 }
@@ -105,13 +105,13 @@ std::vector<Piece> cut(const std::vector<Group>& groups, int64_t some, const Siz
 // The rows of `normed` that each group takes, as its products want them.
 void gather(const std::vector<Group>& groups, const std::vector<Assignment>& assignments,
             const float* normed, int64_t ldn, int64_t D, Sum sum, float* to) {
-  const auto pieces = cut(groups, kPanel, [](const Group& one) { return one.rows; });
+  const auto pieces = cut(groups, kPanel, [](const Group& one) { return one.tokens; });
   run_tasks(pieces.size(), [&](int64_t i) {
     const auto [group, begin, end] = pieces[i];
     const float* rows[kPanel];
     for (int64_t r = begin; r < end; ++r)
       rows[r - begin] = normed + assignments[group->begin + r].token * ldn;
-    float* own = to + (group->place + begin) * D;
+    float* own = to + (group->slot + begin) * D;
     if (sum == Sum::kManyRows) return pack_panel(rows, end - begin, D, own);
     for (int64_t r = begin; r < end; ++r) std::copy_n(rows[r - begin], D, own + (r - begin) * D);
   });
@@ -156,15 +156,15 @@ void add_experts(const Model& model, const Layer& layer, const Step& step, const
   const auto assignments = route(model, layer, step, normed, ldn);
   const auto groups = groups_of(assignments);
   const Sum sum = sum_of(step);
-  const int64_t places = groups.back().place + round_up(groups.back().rows, kPanel);
-  const Buffer inputs(places * D), hidden(places * F);
+  const int64_t slots = groups.back().slot + round_up(groups.back().tokens, kPanel);
+  const Buffer inputs(slots * D), hidden(slots * F);
   gather(groups, assignments, normed, ldn, D, sum, inputs.get());
   const auto pieces = cut(groups, rows_per_task(layer.w1, sum), [&](const Group&) { return F; });
   run_tasks(pieces.size(), [&](int64_t i) {
     const auto [group, begin, end] = pieces[i];
     gate_and_up(layer.w1.of_expert(group->expert), layer.w3.of_expert(group->expert), begin, end,
-                {inputs.get() + group->place * D, D, group->rows, sum},
-                hidden.get() + group->place * F);
+                {inputs.get() + group->slot * D, D, group->tokens, sum},
+                hidden.get() + group->slot * F);
   });
   // A task owns its columns of x and adds the experts to them in their order.
   const int64_t some = rows_per_task(layer.w2, sum);
@@ -172,10 +172,10 @@ void add_experts(const Model& model, const Layer& layer, const Step& step, const
     const int64_t begin = task * some, C = std::min(D - begin, some);
     thread_local std::vector<float> out;
     for (const Group& group : groups) {
-      out.resize(group.rows * C);
+      out.resize(group.tokens * C);
       product(layer.w2.of_expert(group.expert), begin, begin + C,
-              {hidden.get() + group.place * F, F, group.rows, sum}, out.data(), C);
-      for (int64_t r = 0; r < group.rows; ++r) {
+              {hidden.get() + group.slot * F, F, group.tokens, sum}, out.data(), C);
+      for (int64_t r = 0; r < group.tokens; ++r) {
         const Assignment& one = assignments[group.begin + r];
         float* to = x + one.token * D + begin;
         for (int64_t i = 0; i < C; ++i) to[i] += one.gate * out[r * C + i];

@@ -65,10 +65,17 @@ class Step(Structure):
     """Tokens of a step and room for their logits."""
 
     _fields_ = [
-        *[(name, c_int64) for name in ("sequences", "tokens", "table_width", "logit_rows")],
+        *[(name, c_int64) for name in ("sequences", "tokens", "table_width", "logit_tokens")],
         *[
             (name, c_void_p)
-            for name in ("token_ids", "positions", "starts", "block_tables", "rows", "logits")
+            for name in (
+                "token_ids",
+                "positions",
+                "starts",
+                "block_tables",
+                "with_logits",
+                "logits",
+            )
         ],
     ]
 
