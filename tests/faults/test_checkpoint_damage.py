@@ -205,7 +205,7 @@ def test_too_little_free_space_is_found_before_anything_is_written(damaged, monk
     root = damaged.parent
     usage = shutil.disk_usage(root)._replace(free=1_500_000)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(rank_parts, "write_safetensors", lambda *_: pytest.fail("it was written"))
+    monkeypatch.setattr(rank_parts, "write_tensor_file", lambda *_: pytest.fail("it was written"))
     with pytest.raises(CheckpointError, match=r"not enough free .*needs 2\.0 MB, 1\.5 MB are free"):
         save_checkpoint(root, "big", {"model": {"w": np.zeros(500_000, np.float32)}}, {"step": 9})
     assert resolve_checkpoint(root) == damaged
@@ -215,13 +215,13 @@ def test_full_disk(damaged):
     """A real one: /dev/full answers every write with ENOSPC."""
     root = damaged.parent
     with pytest.MonkeyPatch.context() as patch:
-        original = rank_parts.write_safetensors
+        original = rank_parts.write_tensor_file
 
-        def write_to_full_disk(path, tensors, metadata):
+        def write_to_full_disk(path, tensors):
             path.symlink_to("/dev/full")
-            return original(path, tensors, metadata)
+            return original(path, tensors)
 
-        patch.setattr(rank_parts, "write_safetensors", write_to_full_disk)
+        patch.setattr(rank_parts, "write_tensor_file", write_to_full_disk)
         with pytest.raises(CheckpointError, match="No space left on device"):
             save_checkpoint(root, "m-step_0000002", {"model": {}}, {"step": 9}, keep_max=1)
     assert [path.name for path in list_checkpoints(root)] == ["m-step_0000001", "m-step_0000002"]

@@ -338,10 +338,10 @@ import sys, time
 from mixtral_ms.checkpoint.reshard import rewrite as reshard
 from mixtral_ms.cli.commands.transform import command
 
-def slow(path, tensors, format_, on_bytes, write=reshard._write_file):
+def slow(path, tensors, on_bytes, write=reshard._write_file):
     print(path, flush=True)
     time.sleep(0.05)
-    return write(path, tensors, format_, on_bytes)
+    return write(path, tensors, on_bytes)
 
 reshard._write_file = slow
 sys.exit(command())

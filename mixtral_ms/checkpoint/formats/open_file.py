@@ -6,25 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mixtral_ms.checkpoint.formats.mindspore_ckpt_format import CkptSource
-from mixtral_ms.checkpoint.formats.safetensors_format import SafetensorsSource
+from mixtral_ms.checkpoint.formats.file_formats import FILE_FORMATS, START_BYTES, format_of
 from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorSource
 from mixtral_ms.checkpoint.formats.torch_format import TorchZipSource
 from mixtral_ms.errors import UserError
 
-_FORMATS = {
-    ".safetensors": SafetensorsSource,
-    ".ckpt": CkptSource,
-    ".bin": TorchZipSource,
-    ".pt": TorchZipSource,
-    ".pth": TorchZipSource,
-}
-_ZIP_START = b"PK\x03\x04"
 _PART = re.compile(r"(?P<whole>.+)-split(?P<number>\d+)")
 
 
 def open_tensors(path: Path) -> TensorSource:
-    """The tensors of a .safetensors, .ckpt, .bin, .pt or .pth file.
+    """The tensors of a file in any format of FILE_FORMATS.
 
     The beginning of the file decides, then its suffix. Of a PyTorch file that was split into
     `name-split0`, `name-split1`, ... the name or any part stands for all.
@@ -38,17 +29,16 @@ def open_tensors(path: Path) -> TensorSource:
     if not path.is_file():
         raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
     with open(path, "rb") as file:
-        start = file.read(9)
-    if start.startswith(_ZIP_START):
-        return TorchZipSource(path)
-    if start[5:] == b"\0\0\0{":  # a JSON header of less than a terabyte
-        return SafetensorsSource(path)
-    if path.suffix not in _FORMATS:
+        start = file.read(START_BYTES)
+    begun = next((one for one in FILE_FORMATS.values() if one.starts(start)), None)
+    found = begun or format_of(path)
+    if found is None:
+        suffixes = ", ".join(suffix for one in FILE_FORMATS.values() for suffix in one.suffixes)
         raise UserError(
-            f"{path} is not a file of tensors that can be read; these are {', '.join(_FORMATS)} "
+            f"{path} is not a file of tensors that can be read; these are {suffixes} "
             "and PyTorch files in parts (name-split0, name-split1, ...)"
         )
-    return _FORMATS[path.suffix](path)
+    return found.read(path)
 
 
 def _split_parts(path: Path) -> list[Path]:

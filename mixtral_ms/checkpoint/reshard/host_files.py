@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mixtral_ms.checkpoint.formats.file_formats import SAFETENSORS
 from mixtral_ms.checkpoint.formats.strategy_file import read_strategies
 from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorInfo, TensorSource
 from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource
@@ -36,7 +37,7 @@ def open_own_part(path: Path, manifest: Manifest, rank: int) -> OpenedSource:
     (own,) = open_ranks([[path / name for name in files_of_rank(manifest, rank)]])
     source = _OwnPart(path, own, _global_infos(manifest, strategies), strategies, rank)
     state = json.loads((path / STATE).read_bytes())
-    return OpenedSource(path, source, manifest.world, "safetensors", True, state)
+    return OpenedSource(path, source, manifest.world, SAFETENSORS.name, True, state)
 
 
 def _global_infos(manifest: Manifest, strategies: Strategies) -> dict[str, TensorInfo]:

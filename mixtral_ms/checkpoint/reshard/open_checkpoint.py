@@ -9,8 +9,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from mixtral_ms.checkpoint.formats.file_formats import (
+    SAFETENSORS,
+    format_of,
+    written_formats,
+    written_suffixes,
+)
 from mixtral_ms.checkpoint.formats.open_file import MergedSource, open_tensors
 from mixtral_ms.checkpoint.formats.strategy_file import read_strategies
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
@@ -22,9 +28,9 @@ from mixtral_ms.checkpoint.shards.network_from_shapes import (
 )
 from mixtral_ms.checkpoint.shards.rank_files import (
     STEMS,
-    SUFFIXES,
     find_rank_files,
     is_rank_folders,
+    tensor_files,
 )
 from mixtral_ms.checkpoint.shards.sharded_source import ShardedSource
 from mixtral_ms.checkpoint.store.folders import list_checkpoints
@@ -54,7 +60,8 @@ class OpenedSource:
     tensors: TensorSource
     """Global."""
     ranks: int
-    format: Literal["ckpt", "safetensors"]
+    format: str
+    """Of its files, or the one to write instead of one that is only read: a name of the table."""
     own_layout: bool = False
     """Weights and optimizer state are in files of our own names, a state beside them."""
     state: Mapping[str, Any] = field(default_factory=dict)
@@ -139,7 +146,7 @@ def open_source(
                 f"{path}: by the strategy {contradiction}: it is not this checkpoint's strategy"
             )
     own = bool(state) and all(file.stem in STEMS for file in files[0])
-    return OpenedSource(path, tensors, len(ranks), _format_of(files[0][0]), own, state)
+    return OpenedSource(path, tensors, len(ranks), _format_to_write(files[0][0]), own, state)
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -158,16 +165,18 @@ def checkpoint_folder(path: Path) -> Path:
 def _open_whole(path: Path) -> OpenedSource:
     """A file, or all the tensor files of a folder."""
     if path.is_file():
-        return OpenedSource(path, open_tensors(path), 1, _format_of(path))
-    files = sorted(one for one in path.iterdir() if one.suffix in SUFFIXES and one.is_file())
+        return OpenedSource(path, open_tensors(path), 1, _format_to_write(path))
+    files = tensor_files(path)
     if not files:
-        raise UserError(f"{path} holds no rank_0, rank_1, … and no .ckpt or .safetensors file")
+        suffixes = " or ".join(written_suffixes())
+        raise UserError(f"{path} holds no rank_0, rank_1, … and no {suffixes} file")
     sources = [open_tensors(file) for file in files]
-    return OpenedSource(path, MergedSource(path, sources), 1, _format_of(files[0]))
+    return OpenedSource(path, MergedSource(path, sources), 1, _format_to_write(files[0]))
 
 
-def _format_of(file: Path) -> Literal["ckpt", "safetensors"]:
-    return "ckpt" if file.suffix == ".ckpt" else "safetensors"
+def _format_to_write(file: Path) -> str:
+    found = format_of(file)
+    return found.name if found and found.name in written_formats() else SAFETENSORS.name
 
 
 def _checked_manifest(path: Path, verify: bool) -> Manifest | None:

@@ -11,13 +11,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Literal
 
 import numpy as np
 
-from mixtral_ms.checkpoint.formats.mindspore_ckpt_format import write_ckpt
+from mixtral_ms.checkpoint.formats.file_formats import FileFormat, write_tensor_file
 from mixtral_ms.checkpoint.formats.regions import region_shape, row_major_blocks, whole_region
-from mixtral_ms.checkpoint.formats.safetensors_format import write_safetensors
 from mixtral_ms.checkpoint.formats.tensor_source import (
     OutgoingTensor,
     Region,
@@ -38,7 +36,6 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid.sharding_rules import LORA_A, LORA_B
 
 PIECE_BYTES = 8 << 20
-Format = Literal["ckpt", "safetensors"]
 RankRegions = Mapping[str, Region]
 """What one rank holds of each of its tensors."""
 _OVERHEAD_BYTES = 1 << 20  # a file's framing and the file system's own blocks
@@ -56,18 +53,18 @@ class RankNaming:
     apart.
     """
 
-    format: Format
+    format: FileFormat
     prefix: str | None
 
     def file_of(self, name: str, rank: int) -> str:
         """The file, from the checkpoint's folder, that holds a tensor."""
         if self.prefix is not None:
-            return f"rank_{rank}/{self.prefix}{rank}.{self.format}"
+            return f"rank_{rank}/{self.prefix}{rank}{self.format.suffix}"
         if is_optimizer_state(name):
             stem = OPTIMIZER_STEM
         else:
             stem = ADAPTER_STEM if name.endswith((LORA_A, LORA_B)) else MODEL_STEM
-        return f"rank_{rank}/{stem}.{self.format}"
+        return f"rank_{rank}/{stem}{self.format.suffix}"
 
 
 def regions_of_ranks(
@@ -179,7 +176,7 @@ def write_ranks(
     files = _files(source, ranks, naming)
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         jobs = {
-            name: pool.submit(_write_file, folder / name, tensors, naming.format, told)
+            name: pool.submit(_write_file, folder / name, tensors, told)
             for name, tensors in files.items()
         }
         try:
@@ -216,13 +213,11 @@ def outgoing_region(source: TensorSource, name: str, region: Region) -> Outgoing
 
 
 def _write_file(
-    path: Path, tensors: list[OutgoingTensor], format_: Format, on_bytes: Callable[[int], None]
+    path: Path, tensors: list[OutgoingTensor], on_bytes: Callable[[int], None]
 ) -> FileEntry:
     try:
         path.parent.mkdir(exist_ok=True)
-        if format_ == "ckpt":
-            return write_ckpt(path, tensors, on_bytes)
-        return write_safetensors(path, tensors, {"format": "ms"}, on_bytes)
+        return write_tensor_file(path, tensors, on_bytes=on_bytes)
     except OSError as error:
         free = shutil.disk_usage(path.parent.parent).free
         raise CheckpointError(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_ms.checkpoint.formats.file_formats import require_dtypes, written_formats
 from mixtral_ms.checkpoint.formats.strategy_file import read_strategies, write_strategies
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
 from mixtral_ms.checkpoint.reshard.open_checkpoint import (
@@ -15,7 +16,6 @@ from mixtral_ms.checkpoint.reshard.open_checkpoint import (
     open_source,
 )
 from mixtral_ms.checkpoint.reshard.rewrite import (
-    Format,
     RankNaming,
     RankRegions,
     needed_bytes,
@@ -56,8 +56,8 @@ class TransformOptions:
     prefix: str | None = None
     """Of the new files' names; None: `checkpoint_`, or our own names for our own checkpoints."""
     src_prefix: str | None = None
-    format: Format | None = None
-    """None: the source's."""
+    format: str | None = None
+    """Name of the new files' format; None: the source's."""
     workers: int = 0
     overwrite: bool = False
     verify: bool = True
@@ -105,6 +105,8 @@ def transform(
         strategies = _target_strategies(options, source, known)
         ranks = regions_of_ranks(source.tensors.infos, strategies)
     naming = _naming(options, source)
+    dtypes = {name: info.dtype for name, info in source.tensors.infos.items()}
+    require_dtypes(naming.format, dtypes, "choose another --format")
     size = needed_bytes(source.tensors.infos, ranks)
     require_space(target, size, len(ranks))
     told = start_progress(size) if start_progress else None
@@ -180,7 +182,7 @@ def _naming(options: TransformOptions, source: OpenedSource) -> RankNaming:
         raise UserError(f"--prefix {options.prefix!r} is not the beginning of a file's name")
     own = source.own_layout and options.prefix is None
     prefix = None if own else options.prefix or DEFAULT_PREFIX
-    return RankNaming(options.format or source.format, prefix)
+    return RankNaming(written_formats()[options.format or source.format], prefix)
 
 
 def _write_small_files(

@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from mixtral_ms.checkpoint.formats.file_formats import written_suffixes
 from mixtral_ms.errors import UserError
 
 MODEL_STEM, ADAPTER_STEM, OPTIMIZER_STEM = "model", "adapter", "optimizer"
 STEMS = (MODEL_STEM, ADAPTER_STEM, OPTIMIZER_STEM)
 """Names without suffix of the files of one rank in our own checkpoints."""
-SUFFIXES = (".ckpt", ".safetensors")
 _RANK = re.compile(r"rank_(\d+)")
 _AT_STEP = re.compile(r"(?P<series>.+)-(?P<epoch>\d+)_(?P<step>\d+)")
 _NAMES_SHOWN = 3
@@ -22,6 +22,12 @@ _NAMES_SHOWN = 3
 def is_rank_folders(folder: Path) -> bool:
     """Whether a folder holds folders of ranks."""
     return folder.is_dir() and any(_rank_of(path) is not None for path in folder.iterdir())
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """Files in a folder that are of a format that is written."""
+    suffixes = written_suffixes()
+    return sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.is_file())
 
 
 def find_rank_files(folder: Path, prefix: str | None = None) -> list[list[Path]]:
@@ -58,12 +64,13 @@ def _rank_of(path: Path) -> int | None:
 
 def _choose(folder: Path, prefix: str | None) -> list[Path]:
     """The files of one rank's checkpoint."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    files = tensor_files(folder)
     wanted = [path for path in files if path.name.startswith(prefix or "")]
     if not wanted:
         has = f"; it holds {_listed(path.name for path in files)}" if files else ""
         named = f" whose name begins with {prefix!r}" if prefix else ""
-        raise UserError(f"{folder} holds no .ckpt or .safetensors file{named}{has}")
+        suffixes = " or ".join(written_suffixes())
+        raise UserError(f"{folder} holds no {suffixes} file{named}{has}")
     if len(wanted) == 1 or all(path.stem in STEMS for path in wanted):
         return _of_one_format(folder, wanted)
     if unnamed := [path.name for path in wanted if not _AT_STEP.fullmatch(path.stem)]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mixtral_ms.checkpoint.formats.file_formats import written_suffixes
 from mixtral_ms.checkpoint.formats.mapped_source import FramedSource
 from mixtral_ms.checkpoint.formats.open_file import open_tensors
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry, TensorEntry
@@ -129,8 +130,8 @@ def other_problems(folder: Path, manifest: Manifest) -> list[str]:
         problems += _hash_problems(folder / name, name, digest)
     present = {
         file.relative_to(folder).as_posix()
-        for pattern in ("*/*.safetensors", "*/*.ckpt")
-        for file in folder.glob(pattern)
+        for suffix in written_suffixes()
+        for file in folder.glob(f"*/*{suffix}")
     }
     unknown = present - set(manifest.files) - set(manifest.others)
     return problems + [f"{name} is not in the manifest" for name in sorted(unknown)]
@@ -151,7 +152,7 @@ def _hash_problems(path: Path, name: str, digest: str) -> list[str]:
 
 
 def verify_file(path: Path, entry: FileEntry, name: str | None = None) -> list[str]:
-    """Every way in which a safetensors or .ckpt file differs from what was saved.
+    """Every way in which a file of tensors differs from what was saved.
 
     Args:
         path: the file.

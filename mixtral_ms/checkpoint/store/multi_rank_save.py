@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mixtral_ms.checkpoint.formats.safetensors_format import write_safetensors
+from mixtral_ms.checkpoint.formats.file_formats import SAFETENSORS, write_tensor_file
 from mixtral_ms.checkpoint.formats.strategy_file import write_strategies
 from mixtral_ms.checkpoint.formats.tensor_source import Region, outgoing
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
@@ -161,9 +161,9 @@ def write_rank_files(folder: Path, tensors: Tensors) -> dict[str, FileEntry]:
     folder.mkdir(parents=True)
     files = {}
     for stem, group in tensors.items():
-        path = folder / f"{stem}.safetensors"
+        path = folder / f"{stem}{SAFETENSORS.suffix}"
         listed = [outgoing(name, array) for name, array in group.items()]
-        files[f"{folder.name}/{path.name}"] = write_safetensors(path, listed, {"format": "ms"})
+        files[f"{folder.name}/{path.name}"] = write_tensor_file(path, listed)
     return files
 
 

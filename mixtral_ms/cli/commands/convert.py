@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mixtral_ms.checkpoint.formats.file_formats import written_suffixes
 from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, run_command
 from mixtral_ms.cli.support.flags import true_or_false
 from mixtral_ms.convert.formats.open_weight_files import verify_release
@@ -80,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", choices=("mixtral",), default="mixtral", help="there is only one")
     add("--input_path", type=Path, help="weights: a folder or a file")
-    add("--output_path", type=Path, help="NAME.ckpt, NAME.safetensors, or else a folder to make")
+    files = ", ".join(f"NAME{suffix}" for suffix in written_suffixes())
+    add("--output_path", type=Path, help=f"{files}, or else a folder to make")
     add("--reversed", action="store_true", help="MindSpore to Hugging Face, into a folder")
     add(
         "--dtype",
@@ -238,9 +240,8 @@ def _next(conversion: Conversion) -> str:
         return f"transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})"
     if kind == "checkpoint" and conversion.plan.target_format is OURS:
         return f"python run_mindformer.py --config YOUR.yaml --load_checkpoint {path}"
-    file = path / "rank_0" / "model.safetensors" if kind == "checkpoint" else path
-    more = ', format="safetensors"' if file.suffix == ".safetensors" else ""
-    return f"mindspore.load_checkpoint({str(file)!r}{more})"
+    file = path / conversion.target.file_pattern if kind == "checkpoint" else path
+    return conversion.target.file_format.loading.format(file=str(file))
 
 
 def command() -> int:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from threading import Lock
 
+from mixtral_ms.checkpoint.formats.file_formats import written_formats
 from mixtral_ms.checkpoint.reshard.transform_checkpoint import (
     TransformOptions,
     TransformSummary,
@@ -99,7 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoints keep model.safetensors and optimizer.safetensors)",
     )
     add("--src_prefix", metavar="TEXT", help="take only source files whose names begin so")
-    add("--format", choices=("ckpt", "safetensors"), help="of the target (default: the source's)")
+    add(
+        "--format",
+        choices=tuple(written_formats()),
+        help="of the target (default: the source's)",
+    )
     add(
         "--config",
         type=Path,

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mixtral_ms.checkpoint.formats.file_formats import FILE_FORMATS, format_of
 from mixtral_ms.checkpoint.formats.open_file import MergedSource, open_tensors
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.checkpoint.reshard import open_checkpoint
@@ -17,8 +18,7 @@ from mixtral_ms.checkpoint.shards.rank_files import is_rank_folders
 from mixtral_ms.errors import UserError
 from mixtral_ms.progress import progress_bar
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_PATTERNS = (
+_KNOWN_NAMES = (
     "model.safetensors",
     "model-*.safetensors",
     "pytorch_model.bin",
@@ -26,8 +26,6 @@ _PATTERNS = (
     "consolidated*.pth",
     "consolidated*.pt",
     "consolidated*.safetensors",
-    "*.safetensors",
-    "*.ckpt",
 )
 _SPLIT = "*.pth-split0"
 _RELEASE_MD5 = {
@@ -47,7 +45,8 @@ def open_source(
 
     In a folder: a checkpoint of ours, the latest of several, or ranks of MindSpore's; files named
     by a Hugging Face index; else the first that is there of model*.safetensors,
-    pytorch_model*.bin, consolidated* (also in parts), any .safetensors, one .ckpt.
+    pytorch_model*.bin, consolidated* (also in parts), any files of a format that is written, or the
+    one file where that format knows no index.
 
     Args:
         path: what the user named.
@@ -82,21 +81,24 @@ def open_source(
 
 
 def _files(folder: Path, flag: str) -> Sequence[Path]:
-    for name in _INDEXES:
+    indexes = [one.index for one in FILE_FORMATS.values() if one.index]
+    for name in indexes:
         if (folder / name).is_file():
             return _indexed(folder / name)
     if parts := sorted(folder.glob(_SPLIT)):
         return parts
-    for pattern in _PATTERNS:
+    written = [one for one in FILE_FORMATS.values() if one.write]
+    patterns = (*_KNOWN_NAMES, *(f"*{suffix}" for one in written for suffix in one.suffixes))
+    for pattern in patterns:
         found = sorted(one for one in folder.glob(pattern) if not one.name.startswith("."))
-        if pattern == "*.ckpt" and len(found) > 1:
+        if len(found) > 1 and format_of(found[0]).index is None:
             names = ", ".join(one.name for one in found)
             raise UserError(f"{flag}: {folder} holds several checkpoints: name one of {names}")
         if found:
             return found
     raise UserError(
         f"{flag}: {folder} holds no weights: looked for rank_0, "
-        f"{', '.join(_INDEXES)} and {', '.join(_PATTERNS)}"
+        f"{', '.join(indexes)} and {', '.join(patterns)}"
     )
 
 

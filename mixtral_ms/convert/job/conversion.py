@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from mixtral_ms.checkpoint.formats.file_formats import require_dtypes
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.convert.adapters.lora_weights import AdaptedWeights, adapted, is_adapter
@@ -128,6 +129,8 @@ def prepare(options: ConvertOptions) -> Conversion:
         file_pattern=target.file_pattern,
         max_shard_bytes=options.max_shard_bytes if target.kind == "huggingface" else None,
     )
+    dtypes = {one.layout.name: one.info.dtype for one in plan.targets}
+    require_dtypes(target.file_format, dtypes, "say with --dtype what they are to have")
     config = _with_compute_dtype(found, plan)
     _require_yaml_possible(options, config)
     return Conversion(options, plan, target, config)

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_ms.checkpoint.formats.dtype_casts import cast, count_fp16_losses
-from mixtral_ms.checkpoint.formats.mindspore_ckpt_format import write_ckpt
-from mixtral_ms.checkpoint.formats.safetensors_format import write_safetensors
+from mixtral_ms.checkpoint.formats.file_formats import write_tensor_file
 from mixtral_ms.checkpoint.formats.tensor_source import OutgoingTensor, carrier
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
 from mixtral_ms.convert.formats.atom_audit import ReadCounts
@@ -146,10 +145,8 @@ class _Run:
         return done
 
     def _write_file(self, path: Path, tensors: list[OutgoingTensor]) -> FileEntry:
-        if path.suffix == ".ckpt":
-            return write_ckpt(path, tensors, self._progress)
-        metadata = {"format": "ms" if self._plan.target_format.mindspore else "pt"}
-        return write_safetensors(path, tensors, metadata, self._progress)
+        framework = "ms" if self._plan.target_format.mindspore else "pt"
+        return write_tensor_file(path, tensors, framework, self._progress)
 
     def _pieces(
         self, target: Target, read: Counter[str], losses: dict[str, tuple[int, int]]

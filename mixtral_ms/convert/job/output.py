@@ -10,6 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mixtral_ms.checkpoint.formats.file_formats import (
+    SAFETENSORS,
+    FileFormat,
+    format_of,
+    written_suffixes,
+)
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
 from mixtral_ms.checkpoint.store.folders import put_in_place, restore_moved
 from mixtral_ms.checkpoint.store.manifest import STATE, Manifest, write_manifest
@@ -28,16 +34,22 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-_INDEX = "model.safetensors.index.json"
 _GENERATION = "generation_config.json"
 _OWN_NAMES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|rank_0|manifest\.(json|sha256)|"
     + "|".join(
         re.escape(one)
-        for one in (_INDEX, _GENERATION, CONFIG_JSON, FOLDER_RECORD, STATE, *TOKENIZER_FILES)
+        for one in (
+            SAFETENSORS.index,
+            _GENERATION,
+            CONFIG_JSON,
+            FOLDER_RECORD,
+            STATE,
+            *TOKENIZER_FILES,
+        )
     )
 )
-_SUFFIXES = (".ckpt", ".safetensors")
+_ARRAY_FILES = (".npz",)  # a name that looks like a file of weights, and is none that is known
 
 
 @dataclass(frozen=True)
@@ -57,11 +69,13 @@ class Destination:
         """Names of the files of tensors, with {shard}."""
         if self.kind == "file":
             return self.path.name
-        return (
-            "model{shard}.safetensors"
-            if self.kind == "huggingface"
-            else ("rank_0/model.safetensors")
-        )
+        name = "model{shard}" if self.kind == "huggingface" else "rank_0/model"
+        return name + SAFETENSORS.suffix
+
+    @property
+    def file_format(self) -> FileFormat:
+        """Of the files of tensors."""
+        return format_of(self.path) if self.kind == "file" else SAFETENSORS
 
 
 def destination(path: Path, flag: str, huggingface: bool) -> Destination:
@@ -71,15 +85,16 @@ def destination(path: Path, flag: str, huggingface: bool) -> Destination:
         UserError: a file is named where Hugging Face's format needs a folder, or a file of
             another kind.
     """
+    written = written_suffixes()
     if huggingface:
-        if path.suffix in _SUFFIXES:
+        if path.suffix in written:
             raise UserError(f"{flag}: {path} is a file's name; Hugging Face's format is a folder")
         return Destination(path, "huggingface")
-    if path.suffix in _SUFFIXES:
+    if path.suffix in written:
         return Destination(path, "file")
-    if path.suffix in (".bin", ".pt", ".pth", ".npz"):
+    if format_of(path) or path.suffix in _ARRAY_FILES:
         raise UserError(
-            f"{flag}: {path}: weights for MindSpore are .ckpt, .safetensors or a folder"
+            f"{flag}: {path}: weights for MindSpore are {', '.join(written)} or a folder"
         )
     return Destination(path, "checkpoint")
 
@@ -153,7 +168,7 @@ def _complete_huggingface(
         total = sum(one.size for entry in files.values() for one in entry.tensors.values())
         names = {tensor: file for file, entry in files.items() for tensor in entry.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-        _write_json(output / _INDEX, index)
+        _write_json(output / SAFETENSORS.index, index)
 
 
 def copy_tokenizer(source: Path, output: Path) -> list[str]:
