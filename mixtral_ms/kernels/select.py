@@ -42,7 +42,7 @@ def select_kernels(
     Args:
         backend: "cpu" (C++ where it builds, numpy elsewhere), "reference" (plain
             operators everywhere) or "ascend".
-        dropless: whether experts have any number of rows (True) or a fixed capacity.
+        dropless: whether experts take any number of tokens (True) or a fixed capacity.
         dtype: compute dtype; others than float32 have plain operators.
 
     Raises:

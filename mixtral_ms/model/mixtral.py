@@ -1,6 +1,6 @@
 """Mixtral for causal language modelling.
 
-Each rank holds the layers of its pipeline stage, and of each tensor what parallel/layout.py says.
+Each rank holds the layers of its pipeline stage, and of each tensor what sharding_rules.py says.
 
 Legend: B batch, S sequence (with context parallel: this rank's part), T = B * S tokens, D hidden,
 V vocabulary, L layers of the stage, E experts.
@@ -44,23 +44,23 @@ class TokenEmbedding(nn.Cell):
 
     def __init__(self, vocab_size: int, hidden_size: int, mesh: Mesh, dtype: mstype.Type) -> None:
         super().__init__()
-        self.dtype, self.first, self.rows = dtype, 0, vocab_size
+        self.dtype, self.first, self.ids = dtype, 0, vocab_size
         ranks, sequence = mesh.tensor, mesh.grid.use_seq_parallel
         self.join = None
-        self.split_rows = ranks.size > 1 and not mesh.grid.vocab_emb_dp
-        if self.split_rows:
-            self.rows = vocab_size // ranks.size
-            self.first = ranks.index * self.rows
+        self.split_vocabulary = ranks.size > 1 and not mesh.grid.vocab_emb_dp
+        if self.split_vocabulary:
+            self.ids = vocab_size // ranks.size
+            self.first = ranks.index * self.ids
             self.join = LeaveSplit(ranks, sequence=sequence)
         elif ranks.size > 1 and sequence:
             self.join = SplitToRanks(ranks, 1)
-        self.embedding_weight = empty_parameter("embedding_weight", self.rows, hidden_size)
+        self.embedding_weight = empty_parameter("embedding_weight", self.ids, hidden_size)
 
     def construct(self, input_ids_BS: Tensor) -> Tensor:
         """Returns (B, S, D)."""
-        if self.split_rows:
+        if self.split_vocabulary:
             local = input_ids_BS - self.first
-            inside = ops.logical_and(local >= 0, local < self.rows)
+            inside = ops.logical_and(local >= 0, local < self.ids)
             x = ops.gather(self.embedding_weight, ops.where(inside, local, local * 0), 0)
             x = x * ops.cast(ops.expand_dims(inside, 2), x.dtype)
         else:
@@ -83,7 +83,7 @@ class MixtralModel(nn.Cell):
         super().__init__()
         dtype = compute_type(config.compute_dtype)
         self.pad_token_id = config.pad_token_id
-        self.is_first_stage, is_last_stage = mesh.stage == 0, mesh.is_last_stage
+        self.is_first_stage, is_last_stage = mesh.is_first_stage, mesh.is_last_stage
         self.tok_embeddings = None
         if self.is_first_stage or (is_last_stage and config.tie_word_embeddings):
             residual_dtype = compute_type(config.residual_dtype or config.compute_dtype)
@@ -135,7 +135,7 @@ class MixtralModel(nn.Cell):
         return (x, *self.router_losses(*stacks, valid_T))
 
     def valid_tokens(self, input_ids_BS: Tensor) -> Tensor:
-        """Which tokens (T) are not padding."""
+        """The padding mask: which tokens (T) are not padding."""
         if self.pad_token_id >= 0:
             return ops.reshape(ops.not_equal(input_ids_BS, self.pad_token_id), (-1,))
         return ops.reshape(input_ids_BS >= 0, (-1,))
@@ -173,7 +173,7 @@ class MixtralForCausalLM(nn.Cell):
         self.dtype = compute_type(config.compute_dtype)
         if backend is None:
             backend = "cpu" if mindspore.get_context("device_target") == "CPU" else "ascend"
-        # experts that have rows of several ranks have any number of them
+        # experts that have tokens of several ranks have any number of them
         spread = mesh.grid.expert_parallel * mesh.grid.context_parallel > 1
         dropless = config.moe_config.dropless or spread
         kernels = select_kernels(backend, dropless=dropless, dtype=self.dtype)
@@ -293,8 +293,8 @@ class MixtralForCausalLM(nn.Cell):
         if not self.is_last_stage:
             return
         if not config.tie_word_embeddings:
-            rows = config.vocab_size // ranks.size
-            self.lm_head = Linear(config.hidden_size, rows, compute_dtype=self.dtype)
+            own_ids = config.vocab_size // ranks.size
+            self.lm_head = Linear(config.hidden_size, own_ids, compute_dtype=self.dtype)
         self.cross_entropy = kernels.cross_entropy(vocabulary=ranks)
         # A frozen head has no gradient, which the operator in numpy would compute all the same.
         if kernels.name == "numpy" and ranks.size == 1 and config.pet_config is None:

@@ -1,4 +1,4 @@
-"""The order of work on the stages of a pipeline: 1F1B (section 2.2 of arXiv 2104.04473).
+"""The order of work on a pipeline stage: 1F1B (section 2.2 of arXiv 2104.04473).
 
 After as many forwards as there are stages behind it, a stage does one forward and one backward in
 turn, so that it holds the inputs of at most `stages - stage` micro batches.
@@ -16,8 +16,8 @@ class Compute:
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """Meet a neighbour, who meets this stage in the same place of its own list.
+class SendRecv:
+    """Send to and receive from a neighbour, at the same point of its own list of actions.
 
     To the stage behind go activations, to the one before go their gradients.
     """
@@ -31,31 +31,33 @@ class Exchange:
 
 def one_forward_one_backward(
     stage: int, stages: int, micro_batches: int
-) -> list[Compute | Exchange]:
+) -> list[Compute | SendRecv]:
     """What one stage does in a step, in order."""
     warm_up = min(stages - 1 - stage, micro_batches)
     before = stage - 1 if stage > 0 else None
     behind = stage + 1 if stage < stages - 1 else None
-    actions: list[Compute | Exchange] = []
+    actions: list[Compute | SendRecv] = []
 
-    def meet(other: int | None, *, send: int | None = None, receive: int | None = None) -> None:
+    def send_recv(
+        other: int | None, *, send: int | None = None, receive: int | None = None
+    ) -> None:
         if other is not None and (send is not None or receive is not None):
-            actions.append(Exchange(other, send, receive))
+            actions.append(SendRecv(other, send, receive))
 
     for micro in range(warm_up):
-        meet(before, receive=micro)
+        send_recv(before, receive=micro)
         actions.append(Compute(micro, backward=False))
-        meet(behind, send=micro)
+        send_recv(behind, send=micro)
     if warm_up < micro_batches:
-        meet(before, receive=warm_up)
+        send_recv(before, receive=warm_up)
     for micro in range(warm_up, micro_batches):
         oldest, following = micro - warm_up, micro + 1
         actions.append(Compute(micro, backward=False))
-        meet(behind, send=micro, receive=oldest)
+        send_recv(behind, send=micro, receive=oldest)
         actions.append(Compute(oldest, backward=True))
-        meet(before, send=oldest, receive=following if following < micro_batches else None)
+        send_recv(before, send=oldest, receive=following if following < micro_batches else None)
     for micro in range(micro_batches - warm_up, micro_batches):
-        meet(behind, receive=micro)
+        send_recv(behind, receive=micro)
         actions.append(Compute(micro, backward=True))
-        meet(before, send=micro)
+        send_recv(before, send=micro)
     return actions

@@ -28,7 +28,7 @@ from mixtral_ms.train.evaluation import Evaluation, Evaluator
 from mixtral_ms.train.state.rank_agreement import (
     agree_on_storage,
     configuration_facts,
-    require_alike,
+    require_same_on_all_ranks,
 )
 from mixtral_ms.train.state.resume import find_resume
 from mixtral_ms.train.state.saver import checkpoint_root
@@ -56,7 +56,7 @@ class Trainer:
         set_up_device(self.config)
         facts = configuration_facts(self.config)
         grid = effective_parallel(self.config)
-        self.mesh = connect(grid, lambda world: require_alike(world, facts))
+        self.mesh = connect(grid, lambda world: require_same_on_all_ranks(world, facts))
         self._answering: LoadedModel | None = None
 
     def train(self) -> TrainResult:

@@ -40,7 +40,7 @@ from mixtral_ms.train.report.metrics import MetricsWriter, NoMetrics
 from mixtral_ms.train.report.report import write_report
 from mixtral_ms.train.report.step_monitor import StepMonitor, step_line
 from mixtral_ms.train.state.lora_run import base_of, save_peft, trained_text
-from mixtral_ms.train.state.rank_agreement import StepAgreement, Storage, require_alike
+from mixtral_ms.train.state.rank_agreement import StepSync, Storage, require_same_on_all_ranks
 from mixtral_ms.train.state.resume import restore
 from mixtral_ms.train.state.saver import Saver, checkpoint_root, write_strategy_files
 from mixtral_ms.train.step.loss_scale import build_loss_scale
@@ -125,7 +125,7 @@ class TrainingRun:
         if eval_loader:
             self.evaluator = Evaluator(self.network, eval_loader, config.eval_dataset.batch_size)
         self.samples = build_samples(config, self.network)
-        self.agree = StepAgreement(mesh)
+        self.step_sync = StepSync(mesh)
         self.evaluation: Evaluation | None = None
         self.resumed_step = self._restore(checkpoint) if checkpoint else None
 
@@ -139,7 +139,7 @@ class TrainingRun:
             "fingerprint of load_checkpoint": fingerprint_of(weights) if weights else None,
             "checkpoint": checkpoint and (checkpoint.folder.name, checkpoint.state),
         }
-        require_alike(self.mesh.world, facts)
+        require_same_on_all_ranks(self.mesh.world, facts)
 
     def _restore(self, checkpoint: OpenedSource) -> int:
         return restore(
@@ -167,7 +167,7 @@ class TrainingRun:
             stack.enter_context(contextlib.closing(self.saver))
             self.monitor = self._new_monitor()
             steps = self.plan.micro_batches(self.loader, step)
-            ended_by, _ = self.agree(stop.signal_number, False)
+            ended_by, _ = self.step_sync(stop.signal_number, False)
             while step < self.plan.last_step and ended_by is None:
                 self.monitor.start_step()
                 micro_batches = next(steps)
@@ -176,12 +176,12 @@ class TrainingRun:
                 if self._evaluation_due(step):
                     self._evaluate(step, writer)
                 stop.listen()
-                ended_by, time_to_save = self.agree(stop.signal_number, self.saver.time_is_up())
+                ended_by, time_to_save = self.step_sync(stop.signal_number, self.saver.time_is_up())
                 if time_to_save or self.saver.due(step):
                     self.saver.save(step)
             if step != self.resumed_step:
                 self.saver.save(step)
-        self.agree.wait()  # who leaves earlier is taken for failed, and the others are ended
+        self.step_sync.wait()  # who leaves earlier is taken for failed, and the others are ended
         return self._finish(step, loss, ended_by)
 
     def _metrics_writer(self, step: int) -> MetricsWriter | NoMetrics:

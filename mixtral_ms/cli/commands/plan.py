@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         config,
         cluster,
         token_flops,
-        global_rows=arguments.global_batch,
+        global_batch_size=arguments.global_batch,
         fixed=_fixed(arguments.fix),
     )
     own = _own(config, cluster, token_flops)

@@ -3,7 +3,7 @@
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.checks.check_paths import check_paths
 from mixtral_ms.config.loading.render import render_config
-from mixtral_ms.config.loading.resolve import rank_count, rows_per_micro_step
+from mixtral_ms.config.loading.resolve import rank_count, samples_per_micro_step
 from mixtral_ms.parallel.grid.sharding_rules import active_parameter_count, parameter_count
 from mixtral_ms.parallel.planner.memory_model import (
     RankMemory,
@@ -35,9 +35,9 @@ def describe(config: RunConfig) -> str:
 
 
 def _batch(config: RunConfig) -> str:
-    rows = rows_per_micro_step(config) * config.runner_config.gradient_accumulation_steps
-    tokens = rows * config.model.model_config.seq_length
-    return f"one step: {rows:,} rows, {tokens:,} tokens"
+    samples = samples_per_micro_step(config) * config.runner_config.gradient_accumulation_steps
+    tokens = samples * config.model.model_config.seq_length
+    return f"one step: {samples:,} samples, {tokens:,} tokens"
 
 
 def _too_large(config: RunConfig, plan: list[RankMemory]) -> list[str]:

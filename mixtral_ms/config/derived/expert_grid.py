@@ -5,7 +5,7 @@ from mixtral_ms.errors import UserError
 
 
 def exchange_ranks(grid: ParallelConfig) -> int:
-    """Ranks with tokens of their own that exchange rows for the experts each of them has."""
+    """Ranks with tokens of their own that exchange them for the experts each of them has."""
     return min(grid.expert_parallel, grid.data_parallel * grid.context_parallel)
 
 

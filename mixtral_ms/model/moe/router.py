@@ -139,5 +139,5 @@ class RouterLosses(nn.Cell):
 
 def _token_numbers(context: ProcessGroup, batch: int, length: int) -> np.ndarray:
     """The numbers in the whole batch of the tokens of this rank's part of the sequences."""
-    rows = np.arange(batch)[:, None] * (context.size * length)
-    return (rows + context.index * length + np.arange(length)).ravel().astype(np.float32)
+    first_B1 = np.arange(batch)[:, None] * (context.size * length)
+    return (first_B1 + context.index * length + np.arange(length)).ravel().astype(np.float32)

@@ -1,4 +1,4 @@
-"""Which ranks' gradients of a parameter are added, and what of the sum this rank's optimizer needs.
+"""Gradient reduction: whose gradients of a parameter are added, and what this rank needs of it.
 
 A rank's backward pass sees its own tokens, so gradients are added over the ranks with other tokens.
 Ranks that hold the same parameter for the same tokens have the same gradient, except where each of
@@ -58,11 +58,11 @@ def gradient_rules(
         mesh: this rank. Groups that do not exist yet are made, so all ranks of a stage must call
             this with the same names.
         names: parameters on this rank's stage.
-        zero: cut the optimizer moments over replicas, as `layout.placements` says.
+        zero: cut the optimizer moments over replicas, as `sharding_rules.placements` says.
     """
     names = list(names)
-    placed = placements(config, mesh.grid, [MOMENTS[0] + name for name in names], zero=zero)
-    return {name: _rule(name, placed[MOMENTS[0] + name], mesh) for name in names}
+    by_name = placements(config, mesh.grid, [MOMENTS[0] + name for name in names], zero=zero)
+    return {name: _rule(name, by_name[MOMENTS[0] + name], mesh) for name in names}
 
 
 def shard_groups(
@@ -73,19 +73,19 @@ def shard_groups(
     return {name: rule.shard for name, rule in rules.items() if rule.shard is not None}
 
 
-def _rule(name: str, places: dict[int, Placement], mesh: Mesh) -> GradientRule:
-    place = places[mesh.stage]
-    replicas = mesh.group(_replicas(place, mesh.rank))
+def _rule(name: str, by_stage: dict[int, Placement], mesh: Mesh) -> GradientRule:
+    placement = by_stage[mesh.stage]
+    replicas = mesh.group(_replicas(placement, mesh.rank))
     groups = [replicas if _partial(name, mesh) else mesh.tokens]
-    groups += [mesh.pair(mesh.beside(other)) for other in places if other != mesh.stage]
-    shard = replicas if place.shards > 1 else None
-    first = mesh.stage == min(places) and (shard is not None or replicas.index == 0)
+    groups += [mesh.pair(mesh.beside(other)) for other in by_stage if other != mesh.stage]
+    shard = replicas if placement.shards > 1 else None
+    first = mesh.stage == min(by_stage) and (shard is not None or replicas.index == 0)
     return GradientRule(tuple(groups), shard, first)
 
 
 @functools.lru_cache
-def _replicas(place: Placement, rank: int) -> tuple[int, ...]:
-    return place.replicas_of(rank)
+def _replicas(placement: Placement, rank: int) -> tuple[int, ...]:
+    return placement.replicas_of(rank)
 
 
 def _partial(name: str, mesh: Mesh) -> bool:

@@ -11,6 +11,6 @@ zeros_like = ops.ZerosLike()
 sum_over = ops.ReduceSum()
 """x, axis -> the sum in x's dtype; ops.sum makes int64 of int32, which some kernels do not take."""
 running_sum = ops.CumSum()
-"""x, axis -> the sum up to each place, itself included."""
+"""x, axis -> the sum up to each index, itself included."""
 sum_before = ops.CumSum(exclusive=True)
-"""x, axis -> the sum of what comes before each place."""
+"""x, axis -> the sum of what comes before each index."""

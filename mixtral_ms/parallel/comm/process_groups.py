@@ -19,7 +19,7 @@ from mindspore import Tensor, nn, ops
 
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.errors import UserError
-from mixtral_ms.parallel.comm.transports import count, is_described
+from mixtral_ms.parallel.comm.transports import count, is_simulated
 from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.1  # seconds
@@ -37,7 +37,7 @@ def own_rank() -> int:
     return int(os.environ.get("RANK_ID", "0")) if started_processes() > 1 else 0
 
 
-_patience: "list[_Patience]" = []
+_barriers: "list[_Barrier]" = []
 """That of this process, once it is connected."""
 
 
@@ -67,7 +67,7 @@ def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = N
 
     mesh = Mesh(grid, own_rank(), make)
     if on_cpu:
-        _patience.append(_Patience(mesh.world))
+        _barriers.append(_Barrier(mesh.world))
     if met:
         met(mesh.world)
     # All groups at once and in one order: members that make their groups in different orders
@@ -83,8 +83,8 @@ def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = N
     return mesh
 
 
-class _Patience:
-    """Waits for all ranks, however long the slowest of them takes.
+class _Barrier:
+    """Without a timeout: waits for all ranks, however long the slowest of them takes.
 
     MCCL's collectives give up after 30 s, which one rank may need to compile, save or load.
 
@@ -147,8 +147,8 @@ def open_store(ranks: ProcessGroup, patience: timedelta = timedelta(minutes=5)) 
 
 
 def wait_for_all() -> None:
-    """Return when every process of the run has come here; nothing where collectives are patient."""
-    for one in _patience:
+    """A barrier for every process of the run; nothing where collectives themselves wait."""
+    for one in _barriers:
         one.wait()
 
 
@@ -162,7 +162,7 @@ def compile_together(mesh: Mesh, graphs: Mapping[nn.Cell, Sequence[Tensor]]) -> 
 
 def sum_tensor(group: ProcessGroup, tensor: Tensor) -> Tensor:
     """The sum of the ranks' tensors (float16 or 32), the same on all of them."""
-    if is_described(group):
+    if is_simulated(group):
         count(group, tensor, 2 * (group.size - 1) / group.size)
         return tensor
     return ops.AllReduce(group=group.name)(tensor) if group.size > 1 else tensor
@@ -207,7 +207,7 @@ def sum_and_scatter(group: ProcessGroup, tensor: Tensor) -> Tensor:
     MindSpore has no ReduceScatter on the CPU: there the whole sum is made and cut, which sends
     twice as much. The other branch cannot run in CI.
     """
-    if is_described(group):
+    if is_simulated(group):
         count(group, tensor, (group.size - 1) / group.size)
         return own_part(group, tensor)
     if group.size > 1 and mindspore.get_context("device_target") != "CPU":
@@ -224,7 +224,7 @@ def own_part(group: ProcessGroup, tensor: Tensor) -> Tensor:
     return tensor[group.index * rows : (group.index + 1) * rows].copy()
 
 
-def exchange(pair: ProcessGroup, sent: Tensor | None, empty: Tensor | None) -> Tensor | None:
+def send_recv(pair: ProcessGroup, sent: Tensor | None, empty: Tensor | None) -> Tensor | None:
     """Send a tensor to the other rank of a pair, receive one of it, or both in one message.
 
     MCCL's collectives only sum: on the CPU it is a sum with zeros, of two slots when both send. The
@@ -238,7 +238,7 @@ def exchange(pair: ProcessGroup, sent: Tensor | None, empty: Tensor | None) -> T
     Returns:
         What the other rank sent, if `empty` was given.
     """
-    if is_described(pair):
+    if is_simulated(pair):
         if sent is not None:
             count(pair, sent, 1)
         return empty
@@ -276,7 +276,7 @@ def gather_tensors(group: ProcessGroup, tensor: Tensor) -> list[Tensor]:
     """The ranks' tensors of one shape, in the order of ranks."""
     if group.size == 1:
         return [tensor]
-    if is_described(group):
+    if is_simulated(group):
         count(group, tensor, group.size - 1)
         return [tensor] * group.size
     from mindspore.mint import distributed  # noqa: PLC0415 - with the connection only

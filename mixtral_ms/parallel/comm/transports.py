@@ -1,11 +1,11 @@
-"""What moves bytes between ranks inside the compiled network; no gradients here (collectives.py).
+"""Collectives inside the compiled network, all-to-all among them; gradients: collectives.py.
 
-Three ways, chosen in one place:
+Three kinds, chosen by the functions of this file:
   CPU       MCCL compiles AllReduce only, so the others are sums of buffers that are zero but for a
             rank's own part: the same numbers, more bytes.
   Ascend    HCCL's own collectives. CI cannot run them; the same contract tests can, with
             `pytest --device Ascend`.
-  described nobody is there: a rank of a grid is only described (`Mesh` without a connection). Bytes
+  simulated nobody is there: a rank of a grid is only simulated (`Mesh` without a connection). Bytes
             are counted, in PyNative mode, as a ring would send them.
 
 Legend: P ranks of the group, N rows, D columns.
@@ -22,35 +22,35 @@ from mixtral_ms.parallel.comm.graph_primitives import sum_before, sum_over, zero
 from mixtral_ms.parallel.grid.mesh import ProcessGroup
 
 sent_bytes: Counter[str] = Counter()
-"""By the kind of group: what described ranks would have sent (see above)."""
+"""By the kind of group: what simulated ranks would have sent (see above)."""
 
 
 def all_reduce(group: ProcessGroup) -> nn.Cell:
     """x -> the sum of the ranks' x."""
-    return _CountedSum(group) if is_described(group) else _AllReduce(group)
+    return _CountedSum(group) if is_simulated(group) else _AllReduce(group)
 
 
 def all_gather(group: ProcessGroup) -> nn.Cell:
     """x (...) -> (P, ...), the ranks' x in order."""
-    if is_described(group):
+    if is_simulated(group):
         return _CountedGather(group)
     return _GatherBySum(group) if _on_cpu() else _AllGather(group)
 
 
 def reduce_scatter(group: ProcessGroup) -> nn.Cell:
     """x (P, ...) -> (...), this rank's part of the sum of the ranks' x."""
-    if is_described(group):
+    if is_simulated(group):
         return _CountedScatter(group)
     return _ScatterBySum(group) if _on_cpu() else _ReduceScatter(group)
 
 
 def all_to_all(group: ProcessGroup, rows_in: int, rows_out: int) -> nn.Cell:
-    """Rows to the ranks they are for (AllToAllV): x (rows_in, D), sent_PP int32 -> (rows_out, D).
+    """All-to-all (AllToAllV), rows to their ranks: x (rows_in, D), sent_PP int32 -> (rows_out, D).
 
     sent_PP[s, d] rows go from rank s to rank d. x holds those for rank 0 first, then those for rank
     1, ...; so does the result hold those from rank 0 first. What is behind them is undefined.
     """
-    if is_described(group):
+    if is_simulated(group):
         return _CountedExchange(group, rows_out)
     if not _on_cpu():
         return _AllToAllV(group, rows_out)
@@ -59,13 +59,13 @@ def all_to_all(group: ProcessGroup, rows_in: int, rows_out: int) -> nn.Cell:
     return _ExchangeByScatter(group, rows_out)
 
 
-def is_described(group: ProcessGroup) -> bool:
+def is_simulated(group: ProcessGroup) -> bool:
     """Whether nobody is there: bytes are counted, and something of the right shape is given."""
     return group.size > 1 and not group.name
 
 
 def count(group: ProcessGroup, tensor: Tensor, times: float) -> None:
-    """Add `times` the bytes of a tensor to what a described rank would have sent."""
+    """Add `times` the bytes of a tensor to what a simulated rank would have sent."""
     sent_bytes[group.kind] += times * tensor.size * tensor.itemsize
 
 
@@ -92,8 +92,8 @@ class _GatherBySum(nn.Cell):
         x = ops.expand_dims(x, 0)
         zeros = zeros_like(x)
         parts = ()
-        for place in range(self.size):
-            parts += (x if place == self.index else zeros,)
+        for rank in range(self.size):
+            parts += (x if rank == self.index else zeros,)
         return self.sum(self.concat(parts))
 
 
@@ -119,10 +119,10 @@ class _ExchangeByGather(nn.Cell):
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
         everyone_PND = self.gather(x_ND)
         everyone = ops.reshape(everyone_PND, (self.size * self.rows_in, x_ND.shape[1]))
-        source, place = self.block_of(sent_PP[:, self.index])
+        source, offset = self.block_of(sent_PP[:, self.index])
         before_PP = sum_before(sent_PP, 1)
         begin_P = self.begins_P + before_PP[:, self.index]
-        index = ops.minimum(ops.gather(begin_P, source, 0) + place, self.size * self.rows_in - 1)
+        index = ops.minimum(ops.gather(begin_P, source, 0) + offset, self.size * self.rows_in - 1)
         return ops.gather(everyone, index, 0)
 
 
@@ -133,7 +133,7 @@ class _ExchangeByScatter(nn.Cell):
         super().__init__()
         self.index, self.size, self.rows_out = group.index, group.size, rows_out
         self.scatter = _ScatterBySum(group)
-        self.slots = Tensor(np.arange(rows_out, dtype=np.int32))
+        self.rows_N = Tensor(np.arange(rows_out, dtype=np.int32))
         self.select, self.stack = ops.Select(), ops.Stack()
 
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
@@ -142,9 +142,9 @@ class _ExchangeByScatter(nn.Cell):
         earlier_P = sum_before(sent_PP, 0)[self.index]
         results = ()
         for target in range(self.size):
-            place = self.slots - earlier_P[target]
-            held = ops.logical_and(place >= 0, place < mine_P[target])
-            index = self.select(held, begin_P[target] + place, zeros_like(place))
+            offset = self.rows_N - earlier_P[target]
+            held = ops.logical_and(offset >= 0, offset < mine_P[target])
+            index = self.select(held, begin_P[target] + offset, zeros_like(offset))
             picked = ops.gather(x_ND, index, 0)
             held_ND = ops.broadcast_to(ops.expand_dims(held, 1), picked.shape)
             results += (self.select(held_ND, picked, zeros_like(picked)),)
@@ -152,7 +152,7 @@ class _ExchangeByScatter(nn.Cell):
 
 
 class BlockOf(nn.Cell):
-    """For each row of blocks that follow each other: its block, and its place in the block.
+    """For each row of blocks that follow each other: its block, and its offset in the block.
 
     Args:
         rows: how many rows there are; those behind the blocks count to the last one.
@@ -234,7 +234,7 @@ class _CountedScatter(_Counted):
 
 
 class _CountedExchange(_Counted):
-    """As if every rank sent as many rows to every other; the way back has as many as came."""
+    """As if every rank sent as many rows to every other; what comes back is as many as came."""
 
     def __init__(self, group: ProcessGroup, rows_out: int) -> None:
         super().__init__(group)

@@ -19,7 +19,7 @@ class ProcessGroup:
     ranks: tuple[int, ...]
     """In ascending order."""
     index: int
-    """This rank's place among them."""
+    """This rank's index among them."""
     name: str = ""
     """MindSpore's group; empty where there is nobody to talk to."""
     kind: str = ""
@@ -37,13 +37,13 @@ Connect = Callable[[tuple[int, ...]], str]
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's place in the grid, and its groups. Without arguments: one process alone.
+    """One rank's position in the grid, and its groups. Without arguments: one process alone.
 
     Args:
         grid: sizes of the rank grid.
         rank: this process.
         connect: makes MindSpore's group of some ranks and returns its name
-            (`parallel.connection`); None for a rank that only is described.
+            (`comm.process_groups`); None for a rank that is only simulated.
     """
 
     grid: ParallelConfig = field(default_factory=ParallelConfig)
@@ -67,13 +67,18 @@ class Mesh:
         return self.rank // self.stage_size
 
     @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank has the embedding."""
+        return self.stage == 0
+
+    @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
         return self.stage == self.grid.pipeline_stage - 1
 
     @property
     def data_index(self) -> int:
-        """Which rows of the batch this rank sees."""
+        """Which samples of the batch this rank sees."""
         per_group = self.grid.context_parallel * self.grid.model_parallel
         return self.rank % self.stage_size // per_group
 
@@ -122,11 +127,11 @@ class Mesh:
 
     @cached_property
     def exchange(self) -> ProcessGroup:
-        """Ranks of `tokens` that exchange rows for the experts each of them has."""
+        """Ranks of `tokens` that exchange tokens for the experts each of them has (all-to-all)."""
         step = self.grid.model_parallel
         size = exchange_ranks(self.grid)
-        place = (self.rank - self._stage_begin) // step
-        first = self._stage_begin + place // size * size * step + self.tensor_index
+        among_tokens = (self.rank - self._stage_begin) // step
+        first = self._stage_begin + among_tokens // size * size * step + self.tensor_index
         return self._group("exchange", range(first, first + size * step, step))
 
     @cached_property
@@ -152,7 +157,7 @@ class Mesh:
         return (self.rank - self._stage_begin) // width % parts
 
     def beside(self, stage: int) -> int:
-        """The rank with this one's place on another stage."""
+        """The rank with this one's position on another stage."""
         return self.rank + (stage - self.stage) * self.stage_size
 
     def pair(self, rank: int) -> ProcessGroup:

@@ -119,15 +119,15 @@ class Tensors:
         """What a rank holds of each kind of tensor."""
         first, _ = MOMENTS  # both are cut alike
         names = dict.fromkeys(self._alike.values())
-        placed = placements(self.model, grid, [first + name for name in names], zero=zero)
+        by_name = placements(self.model, grid, [first + name for name in names], zero=zero)
         sizes = {}
         for name in names:
-            shape, place = self._shapes[name], placed[first + name][0]
-            moment = math.prod(place.local_shape(shape))
+            shape, placement = self._shapes[name], by_name[first + name][0]
+            moment = math.prod(placement.local_shape(shape))
             values = math.prod(local_shape(name, shape, grid))
-            wider = place.shards > grid.data_parallel * grid.context_parallel
+            wider = placement.shards > grid.data_parallel * grid.context_parallel
             gathered = values - moment if wider else 0
-            sizes[name] = _Sizes(values, moment, moment if place.shards > 1 else 0, gathered)
+            sizes[name] = _Sizes(values, moment, moment if placement.shards > 1 else 0, gathered)
         return sizes
 
     def _sum(self, counted: Counter[str], sizes: dict[str, "_Sizes"]) -> StageValues:
@@ -262,28 +262,29 @@ def _layer_values_per_token(model: MixtralConfig, grid: ParallelConfig, *, fused
     # before and after rotation; the heads' output; both norms' input and output; wo's output
     attention = 3 * query + 3 * key_value + probabilities + 5 * _hidden(model, grid)
     slots = moe.num_experts_chosen * (1.0 if moe.dropless else moe.capacity_factor)
-    if moe.dropless:  # room for all rows of all ranks that share the experts: any may get them
+    if moe.dropless:  # room for all tokens of all ranks that share the experts: any may get them
         slots *= exchange_ranks(grid)
-    # dispatched rows, w1's and w3's output, their product, w2's output; each of the tensor-parallel
-    # ranks that share out the experts sees its part of the rows
+    # dispatched tokens, w1's and w3's output, their product, w2's output; each of the
+    # tensor-parallel ranks that share out the experts sees its part of the tokens
     _, _, width = expert_matrix(grid)
-    rows = slots * width / split
-    experts = rows * (2 * model.hidden_size + 3 * model.intermediate_size // width)
+    local_slots = slots * width / split
+    experts = local_slots * (2 * model.hidden_size + 3 * model.intermediate_size // width)
     return int(attention + experts + 2 * moe.expert_num)
 
 
 def _cache_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> int:
-    """Keys and values of the whole sequence, float32 logits of one position."""
+    """KV cache of the whole sequence, float32 logits of one position."""
     model = config.model.model_config
     width = dtype_bytes(model.compute_dtype, config.context.device_target)
     layers = layers_per_stage(model, grid.pipeline_stage)[stage]
     key_value = 2 * model.n_kv_heads * model.head_dim // grid.model_parallel
-    rows = config.predict_batch_size or model.batch_size
-    return layers * key_value * rows * model.seq_length * width + 4 * rows * model.vocab_size
+    sequences = config.predict_batch_size or model.batch_size
+    positions = sequences * model.seq_length
+    return layers * key_value * positions * width + 4 * sequences * model.vocab_size
 
 
 def tokens_per_micro_batch(config: RunConfig) -> int:
     """T, the tokens of a micro batch on one rank."""
-    rows = config.runner_config.batch_size or 1
+    samples = config.runner_config.batch_size or 1
     grid = effective_parallel(config)
-    return rows * config.model.model_config.seq_length // grid.context_parallel
+    return samples * config.model.model_config.seq_length // grid.context_parallel

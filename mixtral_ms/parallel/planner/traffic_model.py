@@ -24,7 +24,7 @@ from mixtral_ms.parallel.planner.memory_model import (
 _GRADIENT_BYTES = 4
 # Collectives of a layer in one pass.
 _REDUCTIONS = 2  # behind attention and behind the experts
-_EXCHANGES = 2  # rows to their experts and back
+_EXCHANGES = 2  # tokens to their experts and back
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Traffic:
     tensor_parallel: float
     """All-reduces of activations over model_parallel; a sequence split sends as much."""
     expert_parallel: float
-    """All-to-all of rows over the data-parallel ranks that share the experts."""
+    """All-to-all of tokens over the data-parallel ranks that share the experts."""
     context_parallel: float
     """Keys and values gathered over the sequence, their gradients scattered."""
     pipeline: float

@@ -98,8 +98,8 @@ def own_regions(
     """What this rank holds of parameters (or their moments) that are on its stage."""
     config, mesh = network.config, network.mesh
     shapes = parameter_shapes(config) | adapter_shapes(config)
-    placed = placements(config, mesh.grid, names, zero=zero)
+    by_name = placements(config, mesh.grid, names, zero=zero)
     return {
-        name: places[mesh.stage].region(shapes[parameter_of(name)], mesh.rank)
-        for name, places in placed.items()
+        name: by_stage[mesh.stage].region(shapes[parameter_of(name)], mesh.rank)
+        for name, by_stage in by_name.items()
     }

@@ -45,7 +45,7 @@ def _flatten(value: Any, key: str, facts: dict[str, Any]) -> None:
         facts[key] = value
 
 
-def require_alike(world: ProcessGroup, facts: Mapping[str, Any]) -> None:
+def require_same_on_all_ranks(world: ProcessGroup, facts: Mapping[str, Any]) -> None:
     """Refuse ranks of which the facts differ. All ranks must ask, and all get the same answer.
 
     Raises:
@@ -127,7 +127,7 @@ def agree_on_storage(mesh: Mesh, folder: Path, *, shared: bool) -> Storage:
     return Storage(run)
 
 
-class StepAgreement:
+class StepSync:
     """What the ranks decide together after each step, by one small sum.
 
     Args:

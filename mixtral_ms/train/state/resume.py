@@ -159,7 +159,7 @@ def _require_same_adapters(checkpoint: OpenedSource, network: MixtralForCausalLM
 
 
 def _require_same_data(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """The rows of each step must stay; who takes which of them may change."""
+    """The samples of each step must stay; who takes which of them may change."""
     before = dict(saved["data"])
     if "rows_per_step" not in before:  # saved when one process was all there was
         before["rows_per_step"] = before["batch_size"] * before["gradient_accumulation_steps"]

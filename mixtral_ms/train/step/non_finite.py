@@ -47,7 +47,7 @@ def _first_layer(network: MixtralForCausalLM, batch: Batch) -> int | None:
     input_ids, segments = Tensor(batch.input_ids), segment_tensors(batch)
     beside = Neighbours(network, batch)
     x = beside.input_of_stage()
-    if mesh.stage == 0:
+    if mesh.is_first_stage:
         x = model.tok_embeddings(input_ids)
     finite = bool(np.isfinite(x.asnumpy()).all())  # or else an earlier stage names the layer
     first, valid_T = None, model.valid_tokens(input_ids)

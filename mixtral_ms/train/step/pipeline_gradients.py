@@ -1,4 +1,4 @@
-"""Micro batches through the stages of a pipeline.
+"""Micro batches through the stages of a pipeline, with their gradients accumulated.
 
 A stage is compiled twice: forwards, and backwards with the forward in it, so that of a micro batch
 under way only the stage's input is kept. The last stage needs the second graph alone.
@@ -16,8 +16,8 @@ from mindspore import dtype as mstype
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.model.nn.compute_dtype import compute_type
-from mixtral_ms.parallel.comm.process_groups import compile_together, exchange
-from mixtral_ms.parallel.pipeline_schedule import Compute, Exchange, one_forward_one_backward
+from mixtral_ms.parallel.comm.process_groups import compile_together, send_recv
+from mixtral_ms.parallel.pipeline_schedule import Compute, SendRecv, one_forward_one_backward
 from mixtral_ms.train.step.gradients import GradientSums, segment_tensors
 
 
@@ -26,7 +26,7 @@ class Neighbours:
 
     Args:
         network: the stage's.
-        batch: one with the number of rows and columns that this rank always has.
+        batch: one of the shape that this rank always has.
     """
 
     def __init__(self, network: MixtralForCausalLM, batch: Batch) -> None:
@@ -41,11 +41,11 @@ class Neighbours:
         """Zeros, as large as what goes from stage to stage."""
         return ops.zeros(self._shape, self._dtype)
 
-    def meet(self, stage: int, sent: Tensor | None, *, receive: bool) -> Tensor | None:
-        """Meet a neighbour; returns what it sends."""
+    def send_recv(self, stage: int, sent: Tensor | None, *, receive: bool) -> Tensor | None:
+        """Send to and receive from a neighbour; returns what it sends."""
         pair = self.mesh.pair(self.mesh.beside(stage))
         empty = self.empty() if receive else None
-        return exchange(pair, sent, empty)
+        return send_recv(pair, sent, empty)
 
     def empty_input(self) -> Tensor:
         """Zeros in place of what the stage before sends."""
@@ -54,12 +54,12 @@ class Neighbours:
     def input_of_stage(self) -> Tensor:
         """What the stage before sends; the first stage gets a number that it does not read."""
         stage = self.mesh.stage
-        return self.meet(stage - 1, None, receive=True) if stage > 0 else _NOTHING
+        return self.send_recv(stage - 1, None, receive=True) if stage > 0 else _NOTHING
 
     def pass_on(self, hidden_BSD: Tensor) -> None:
         """Send the stage's output to the next one, if there is one."""
         if not self.mesh.is_last_stage:
-            self.meet(self.mesh.stage + 1, hidden_BSD, receive=False)
+            self.send_recv(self.mesh.stage + 1, hidden_BSD, receive=False)
 
 
 class PipelineGradients:
@@ -98,8 +98,8 @@ class PipelineGradients:
             compile_together(self.network.mesh, step.graphs(self._forward, self._backward, weights))
             self._compiled = True
         for action in self._actions:
-            if isinstance(action, Exchange):
-                step.meet(action)
+            if isinstance(action, SendRecv):
+                step.send_recv(action)
             elif action.backward:
                 before(action.micro)
                 step.backward(action, self._backward, weights)
@@ -133,9 +133,9 @@ class _Step:
             found[forward] = (hidden, ids, labels, *segments)
         return found
 
-    def meet(self, action: Exchange) -> None:
+    def send_recv(self, action: SendRecv) -> None:
         sent = None if action.send is None else self.to_send.pop(action.send)
-        received = self.neighbours.meet(action.stage, sent, receive=action.receive is not None)
+        received = self.neighbours.send_recv(action.stage, sent, receive=action.receive is not None)
         if received is not None:
             kept = self.inputs if action.stage < self.stage else self.gradients
             kept[action.receive] = received
@@ -185,7 +185,7 @@ class _StageObjective(nn.Cell):
 
     def __init__(self, network: MixtralForCausalLM) -> None:
         super().__init__(auto_prefix=False)
-        self.network, self.ends = network, network.mesh.is_last_stage
+        self.network, self.is_last_stage = network, network.mesh.is_last_stage
 
     def construct(
         self,
@@ -202,7 +202,7 @@ class _StageObjective(nn.Cell):
             hidden_BSD, input_ids_BS, labels_BS, segment_ids_BS, positions_BS
         )
         objective = parts[0] * per_token + (ops.sum(parts[2]) + ops.sum(parts[3])) * per_micro
-        if not self.ends:
+        if not self.is_last_stage:
             weighted = ops.cast(out_BSD, mstype.float32) * ops.cast(dy_BSD, mstype.float32)
             objective = objective + ops.sum(weighted)
         return (objective, *parts)
@@ -215,9 +215,9 @@ class _StageBackward(nn.Cell):
         super().__init__(auto_prefix=False)
         self.weights = ParameterTuple(network.trainable_params())
         self.sums = GradientSums(self.weights)
-        self.begins = network.mesh.stage == 0
+        self.is_first_stage = network.mesh.is_first_stage
         self.differentiate = mindspore.value_and_grad(
-            _StageObjective(network), None if self.begins else 0, self.weights, has_aux=True
+            _StageObjective(network), None if self.is_first_stage else 0, self.weights, has_aux=True
         )
 
     def construct(
@@ -242,7 +242,7 @@ class _StageBackward(nn.Cell):
             positions_BS,
         )
         dx_BSD = hidden_BSD
-        if not self.begins:
+        if not self.is_first_stage:
             dx_BSD, gradients = gradients
         self.sums(gradients)
         return outputs[1:], dx_BSD

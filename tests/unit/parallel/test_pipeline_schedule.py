@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixtral_ms.parallel.pipeline_schedule import Compute, Exchange, one_forward_one_backward
+from mixtral_ms.parallel.pipeline_schedule import Compute, SendRecv, one_forward_one_backward
 
 SIZES = {"stages": st.integers(1, 6), "micro_batches": st.integers(1, 9)}
 
@@ -46,10 +46,10 @@ def test_neighbours_meet_and_have_what_they_give(stages, micro_batches):
             held[stage].add(("dx" if action.backward else "y", action.micro))
             place[stage] += 1
             return True
-        if not isinstance(action, Exchange) or action.stage < stage:
+        if not isinstance(action, SendRecv) or action.stage < stage:
             return False
         other, theirs = action.stage, current(action.stage)
-        if not isinstance(theirs, Exchange) or theirs.stage != stage:
+        if not isinstance(theirs, SendRecv) or theirs.stage != stage:
             return False
         assert (action.send, action.receive) == (theirs.receive, theirs.send)
         if action.send is not None:
@@ -69,15 +69,15 @@ def test_neighbours_meet_and_have_what_they_give(stages, micro_batches):
 
 def test_the_middle_of_three_stages():
     assert one_forward_one_backward(1, 3, 2) == [
-        Exchange(0, None, 0),
+        SendRecv(0, None, 0),
         Compute(0, backward=False),
-        Exchange(2, 0, None),
-        Exchange(0, None, 1),
+        SendRecv(2, 0, None),
+        SendRecv(0, None, 1),
         Compute(1, backward=False),
-        Exchange(2, 1, 0),
+        SendRecv(2, 1, 0),
         Compute(0, backward=True),
-        Exchange(0, 0, None),
-        Exchange(2, None, 1),
+        SendRecv(0, 0, None),
+        SendRecv(2, None, 1),
         Compute(1, backward=True),
-        Exchange(0, 1, None),
+        SendRecv(0, 1, None),
     ]

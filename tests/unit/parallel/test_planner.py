@@ -173,7 +173,7 @@ def test_what_is_proposed_is_allowed(devices, rows, megabytes, experts, layers, 
         }
     )
     cluster = Cluster(devices, megabytes * 2**20, devices_per_host=4)
-    plan = plan_layouts(config, cluster, token_flops(config), global_rows=rows)
+    plan = plan_layouts(config, cluster, token_flops(config), global_batch_size=rows)
     for one in plan.fitting:
         check_config(one.config, world_size=None, needs_paths=False)
         assert rank_count(one.config) == devices
@@ -193,7 +193,7 @@ def test_more_memory_never_loses_a_layout():
     config, before = run(), set()
     for megabytes in (0.3, 0.6, 1.2, 100):
         cluster = Cluster(8, megabytes * 2**20)
-        plan = plan_layouts(config, cluster, token_flops(config), global_rows=16)
+        plan = plan_layouts(config, cluster, token_flops(config), global_batch_size=16)
         fitting = {repr(without_split(one)) for one in plan.fitting}
         assert before <= fitting
         before = fitting
@@ -202,15 +202,19 @@ def test_more_memory_never_loses_a_layout():
 
 def test_why_grids_are_refused():
     config = run()
-    plan = plan_layouts(config, Cluster(16, GIB), token_flops(config), global_rows=24)
+    plan = plan_layouts(config, Cluster(16, GIB), token_flops(config), global_batch_size=24)
     assert any("n_kv_heads 4 is not divisible by" in reason for reason in plan.refused)
-    assert any("a global batch of 24 rows is not divisible by" in reason for reason in plan.refused)
+    assert any(
+        "a global batch of 24 samples is not divisible by" in reason for reason in plan.refused
+    )
 
 
 def test_fixed_sizes_are_kept():
     config = run()
     fixed = {"model_parallel": 2, "context_parallel": 1}
-    plan = plan_layouts(config, Cluster(8, GIB), token_flops(config), global_rows=16, fixed=fixed)
+    plan = plan_layouts(
+        config, Cluster(8, GIB), token_flops(config), global_batch_size=16, fixed=fixed
+    )
     assert plan.fitting
     for one in plan.fitting:
         grid = one.config.parallel_config

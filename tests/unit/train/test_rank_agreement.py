@@ -10,11 +10,11 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.train.state import rank_agreement as agreement
 from mixtral_ms.train.state.rank_agreement import (
-    StepAgreement,
+    StepSync,
     Storage,
     agree_on_storage,
     configuration_facts,
-    require_alike,
+    require_same_on_all_ranks,
 )
 
 
@@ -56,18 +56,18 @@ def test_every_key_is_a_fact_but_the_device(tmp_path):
 def test_a_rank_that_differs_is_named(others, theirs, said):
     others({"a": 1, "b": 2}, theirs)
     with pytest.raises(UserError) as caught:
-        require_alike(Mesh().world, {"a": 1, "b": 2})
+        require_same_on_all_ranks(Mesh().world, {"a": 1, "b": 2})
     assert str(caught.value).startswith("rank 2 was started with something else than rank 0:")
     assert said in str(caught.value)
 
 
 def test_one_process_agrees_with_itself(tmp_path):
-    require_alike(Mesh().world, {"a": 1})
+    require_same_on_all_ranks(Mesh().world, {"a": 1})
     folder = tmp_path / "none"
     assert agree_on_storage(Mesh(), folder, shared=True) == Storage() and not folder.exists()
-    agree = StepAgreement(Mesh())
-    agree.wait()
-    assert agree(None, False) == (None, False)
-    assert agree(None, True) == (None, True)
-    assert agree(signal.SIGTERM, False) == (signal.SIGTERM, False)
-    assert agree(signal.SIGINT, True) == (signal.SIGINT, True)
+    sync = StepSync(Mesh())
+    sync.wait()
+    assert sync(None, False) == (None, False)
+    assert sync(None, True) == (None, True)
+    assert sync(signal.SIGTERM, False) == (signal.SIGTERM, False)
+    assert sync(signal.SIGINT, True) == (signal.SIGINT, True)
