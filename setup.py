@@ -59,6 +59,7 @@ setup(
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "ruff==0.17.5",  # another version formats otherwise
+            "mypy==2.4.1",  # another version finds other errors
             "torch==2.13.0",  # exact: what the tests compare with
             "transformers>=5.12,<6",
             "peft>=0.21",

@@ -8,7 +8,8 @@ if [ "${1:-}" = "--help" ] || [ "${1:-}" = "-h" ]; then
 usage: bash scripts/test.sh [PYTEST OPTIONS]
 
 Makes .venv when it is missing, installs mixtral-ms[test] into it, and mixtral-ms[mindformers] into
-.venv-mindformers; checks lint and format with ruff, and runs pytest with the options given.
+.venv-mindformers; checks lint and format with ruff and types with mypy, and runs pytest with the
+options given.
 
   bash scripts/test.sh                        everything but the tests marked long
   bash scripts/test.sh --long                 those too
@@ -26,5 +27,7 @@ export MINDFORMERS_PYTHON
 echo "== lint and format"
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m ruff format --check .
+echo "== types"
+"$VENV_PYTHON" scripts/check_types.py
 echo "== tests"
 exec "$VENV_PYTHON" -m pytest "$@"
