@@ -28,11 +28,11 @@ def predict(
     engine = model.engine
     try:
         with progress_bar(len(prompts), "answering", "prompt") as bar:
-            for place, text in enumerate(prompts):
+            for index, text in enumerate(prompts):
                 try:
-                    running[engine.submit(model.prompt(text), params or model.params)] = place
+                    running[engine.submit(model.prompt(text), params or model.params)] = index
                 except UserError as error:
-                    answers[place] = Generation(text, "", (), "error", error=str(error))
+                    answers[index] = Generation(text, "", (), "error", error=str(error))
                     bar.update()
             while running:
                 for event in engine.step():
@@ -42,7 +42,7 @@ def predict(
     finally:
         for number in running:
             engine.cancel(number)
-    return [_with_prompt(answers[place], text) for place, text in enumerate(prompts)]
+    return [_with_prompt(answers[index], text) for index, text in enumerate(prompts)]
 
 
 def answer_record(answer: Generation) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The one place that chooses which implementation of each operator a run uses."""
+"""The choice of which implementation of each operator a run uses; nothing else makes it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

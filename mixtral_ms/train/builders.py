@@ -67,7 +67,7 @@ def build_network(config: RunConfig, mesh: Mesh) -> MixtralForCausalLM:
 
 
 def open_network_weights(config: RunConfig) -> TensorSource:
-    """Those of load_checkpoint, with the adapter added where the network has no place for it."""
+    """Those of load_checkpoint, with the adapter added where the network has none of its own."""
     if config.model.model_config.pet_config is not None:
         config = dataclasses.replace(config, adapter="")
     return open_run_weights(config)
@@ -118,7 +118,7 @@ def callback(config: RunConfig, kind: type) -> object | None:
 
 
 def build_samples(config: RunConfig, network: MixtralForCausalLM) -> Samples | None:
-    """What SampleMonitor asks, of rows of eval_dataset or else of the training's; None without."""
+    """What SampleMonitor asks, out of eval_dataset or else of the training's; None without."""
     section = callback(config, SampleMonitorSection)
     if section is None:
         return None

@@ -40,7 +40,7 @@ class Evaluator:
     Args:
         network: whose weights to evaluate.
         loader: the data, its last batch perhaps partial.
-        batch_size: rows of a full batch.
+        batch_size: sequences of a full batch.
     """
 
     def __init__(self, network: MixtralForCausalLM, loader: Loader, batch_size: int) -> None:
@@ -52,7 +52,7 @@ class Evaluator:
         self._compiled = False
 
     def __call__(self) -> Evaluation:
-        """Evaluate over the whole set; on several ranks all must call, each over its own rows.
+        """Evaluate over the whole set; on several ranks all must call, each over its own records.
 
         Raises:
             UserError: the set holds no supervised token.
@@ -65,7 +65,7 @@ class Evaluator:
                 bar.update()
         mesh = self._network.mesh
         if mesh.tensor_index > 0 or not mesh.is_last_stage:
-            sums[:] = 0.0  # its rows are counted on another rank
+            sums[:] = 0.0  # its tokens are counted on another rank
         total, tokens = sum_values(mesh.world, sums)
         if tokens == 0:
             raise UserError("the evaluation data holds no supervised token")
@@ -112,9 +112,9 @@ class _SummedLoss(nn.Cell):
         )[:2]
 
 
-def _filled_up(batch: Batch, rows: int) -> Batch:
-    """A partial batch with unsupervised rows added: one shape compiles once."""
-    missing = rows - len(batch.input_ids)
+def _filled_up(batch: Batch, sequences: int) -> Batch:
+    """A partial batch with unsupervised sequences added: one shape compiles once."""
+    missing = sequences - len(batch.input_ids)
     if missing == 0:
         return batch
     padding = ((0, missing), (0, 0))

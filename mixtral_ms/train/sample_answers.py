@@ -32,10 +32,10 @@ class Samples:
         config: the run.
         section: how many prompts, how long the answers.
         network: whose current weights answer.
-        loader: rows; what stands before the first supervised token of one is a prompt.
+        loader: records; what stands before the first supervised token of one is a prompt.
 
     Raises:
-        UserError: there is no tokenizer, or no row has a prompt.
+        UserError: there is no tokenizer, or no record has a prompt.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class Samples:
         self.tokenizer, self.mesh = Tokenizer(file), network.mesh
         self.path = Path(config.output_dir) / SAMPLES_FILE
         self.most, self.eos = section.max_new_tokens, network.config.eos_token_id
-        rows = _split_rows(
+        pairs = _prompts_and_answers(
             loader, section.rows, network.config.seq_length - self.most, network.config
         )
-        self.prompts, self.answers = [row[0] for row in rows], [row[1] for row in rows]
+        self.prompts, self.answers = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         shared = MixtralForCausalLM(
-            dropless(network.config), batch_size=len(rows), share=network, mesh=network.mesh
+            dropless(network.config), batch_size=len(pairs), share=network, mesh=network.mesh
         )
         self.next_token = _NextToken(shared)
         self.next_token.set_train(False)
@@ -72,7 +72,7 @@ class Samples:
         expected = [self._decode(ids[: self.most]) for ids in self.answers]
         columns = zip(texts, expected, self._generate(), strict=True)
         keys = ("prompt", "expected", "before")
-        self._write([dict(zip(keys, row, strict=True)) for row in columns])
+        self._write([dict(zip(keys, texts, strict=True)) for texts in columns])
 
     def after(self) -> None:
         """Ask again, with the weights as they are now."""
@@ -85,20 +85,20 @@ class Samples:
         """Greedy answers, every token by a pass over the whole sequence."""
         ids_NS = np.zeros((len(self.prompts), self.next_token.seq_length), np.int32)
         ends = [len(prompt) for prompt in self.prompts]
-        for row, prompt in enumerate(self.prompts):
-            ids_NS[row, : ends[row]] = prompt
+        for number, prompt in enumerate(self.prompts):
+            ids_NS[number, : ends[number]] = prompt
         done = [False] * len(ends)
         for _ in range(self.most):
             last_N = Tensor(np.array(ends, np.int32) - 1)
-            for row, token in enumerate(self.next_token(Tensor(ids_NS), last_N).asnumpy()):
-                done[row] = done[row] or token == self.eos
-                if not done[row]:
-                    ids_NS[row, ends[row]] = token
-                    ends[row] += 1
+            for number, token in enumerate(self.next_token(Tensor(ids_NS), last_N).asnumpy()):
+                done[number] = done[number] or token == self.eos
+                if not done[number]:
+                    ids_NS[number, ends[number]] = token
+                    ends[number] += 1
             if all(done):
                 break
         spans = zip(ids_NS, self.prompts, ends, strict=True)
-        return [self._decode(row[len(prompt) : end]) for row, prompt, end in spans]
+        return [self._decode(ids[len(prompt) : end]) for ids, prompt, end in spans]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode([int(one) for one in ids])
@@ -110,10 +110,10 @@ class Samples:
             aside.write_text(json.dumps(samples, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def _split_rows(
+def _prompts_and_answers(
     loader: RecordLoader, count: int, longest: int, config: MixtralConfig
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Prompt and supervised answer of the first rows that have both."""
+    """Prompt and supervised answer of the first records that have both."""
     found = []
     for batch in loader.batches(0):
         for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
@@ -128,14 +128,14 @@ def _split_rows(
                 return found
     if not found:
         raise UserError(
-            "the callback SampleMonitor found no row with a prompt: its data has no labels, or "
+            "the callback SampleMonitor found no record with a prompt: its data has no labels, or "
             "every prompt is too long for seq_length"
         )
     return found
 
 
 class _NextToken(nn.Cell):
-    """The likeliest id after position `last` of every row."""
+    """The likeliest id after position `last` of every sequence."""
 
     def __init__(self, network: MixtralForCausalLM) -> None:
         super().__init__(auto_prefix=False)
@@ -143,6 +143,6 @@ class _NextToken(nn.Cell):
 
     def construct(self, ids_NS: Tensor, last_N: Tensor) -> Tensor:
         hidden_NSD = self.network.model(ids_NS)[0]
-        rows = ops.arange(0, hidden_NSD.shape[0], 1, dtype=last_N.dtype) * hidden_NSD.shape[1]
+        first_N = ops.arange(0, hidden_NSD.shape[0], 1, dtype=last_N.dtype) * hidden_NSD.shape[1]
         flat = ops.reshape(hidden_NSD, (-1, hidden_NSD.shape[2]))
-        return ops.argmax(self.network.logits(ops.gather(flat, rows + last_N, 0)), -1)
+        return ops.argmax(self.network.logits(ops.gather(flat, first_N + last_N, 0)), -1)

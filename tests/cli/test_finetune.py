@@ -190,8 +190,8 @@ def test_the_report_shows_answers_before_and_after(finetune, folder):
     )
     samples = json.loads((folder / "samples" / "samples.json").read_text())
     config = load_config(folder / "finetune.yaml").model.model_config
-    for place, key in (("pretrained", "before"), ("samples", "after")):
-        answers = greedy_answers(folder / place, config, rows_of(folder), most=4)
+    for weights, key in (("pretrained", "before"), ("samples", "after")):
+        answers = greedy_answers(folder / weights, config, rows_of(folder), most=4)
         assert [one[key] for one in samples] == [Tokenizer(tokenizer).decode(a) for a in answers]
     page = (folder / "samples" / "report.html").read_text()
     assert "Answers before and after" in page and page.count('class="sample"') == 2

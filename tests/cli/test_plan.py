@@ -64,7 +64,7 @@ def test_the_command_of_the_help():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("16 devices, 8 a host, 57.6 GiB usable on each: ")
-    assert lines[1] == "a step of 128 samples, 524,288 tokens; micro batches of 1 sample"
+    assert lines[1] == "a step of 128 sequences, 524,288 tokens; micro batches of 1 sequence"
     assert lines[3].split()[:6] == ["#", "dp", "mp", "ep", "pp", "cp"]
     assert [line.split()[0] for line in lines[4:7]] == ["1", "2", "3"]
     own = lines.index(next(line for line in lines if line.startswith("the file's own layout fits")))
@@ -130,7 +130,10 @@ def test_a_run_without_use_parallel_is_planned_too(tmp_path, capsys):
     config = make_run(tmp_path)
     flags = ("--config", config, "--devices", "4", "--memory", "1GB")
     assert plan(*flags, "--global_batch", "16") == 0
-    assert "a step of 16 samples, 512 tokens; micro batches of 4 samples" in capsys.readouterr().out
+    assert (
+        "a step of 16 sequences, 512 tokens; micro batches of 4 sequences"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

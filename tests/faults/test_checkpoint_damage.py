@@ -115,10 +115,10 @@ def assert_refused(path, match):
 def test_every_flipped_bit_is_found(damaged, file):
     path = damaged / file
     whole_bytes = path.read_bytes()
-    places = random.Random(file)
+    random_bytes = random.Random(file)
     for _ in range(40):
         data = bytearray(whole_bytes)
-        data[places.randrange(len(data))] ^= 1 << places.randrange(8)
+        data[random_bytes.randrange(len(data))] ^= 1 << random_bytes.randrange(8)
         path.write_bytes(data)
         assert verify_checkpoint(damaged), "a flipped bit was not found"
     assert_refused(damaged, "manifest.json" if "manifest" in file else file)

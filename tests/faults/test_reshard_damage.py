@@ -121,10 +121,10 @@ def test_cut_at_a_message_boundary(cuts, tmp_path, manifest):
 @pytest.mark.parametrize("name", FILES)
 def test_every_flipped_bit_is_found_with_a_manifest(cut, name):
     file = cut / name.format(cut.name)
-    places, before = random.Random(name), file.read_bytes()
+    random_bytes, before = random.Random(name), file.read_bytes()
     for _ in range(12):
         data = bytearray(before)
-        data[places.randrange(len(data))] ^= 1 << places.randrange(8)
+        data[random_bytes.randrange(len(data))] ^= 1 << random_bytes.randrange(8)
         file.write_bytes(data)
         with pytest.raises(UserError, match=f"damaged.*{file.name}"):
             open_sharded(cut, cut / "strategy")

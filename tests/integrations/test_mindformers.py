@@ -228,7 +228,7 @@ def test_losses_of_data_of_all_kinds(folder):
     trained, evaluated = found["fewer_rows"]
     assert trained == pytest.approx(evaluated, rel=1e-6)
     assert found["part"] == pytest.approx([found["part"][0]] * 3, rel=1e-6)
-    assert "fit_rows" in found["more_rows"]
+    assert "fit_batch_size" in found["more_rows"]
 
 
 def test_steps_names_and_refusals(folder, ours):

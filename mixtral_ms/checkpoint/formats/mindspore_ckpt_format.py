@@ -82,7 +82,7 @@ class CkptSource(FramedSource):
 
 @dataclass(frozen=True)
 class _Value:
-    """One value of the file; `start` and `stop` are the content's place in the file."""
+    """One value of the file; the content is at `start` to `stop` in the file."""
 
     tag: str
     dims: tuple[int, ...]

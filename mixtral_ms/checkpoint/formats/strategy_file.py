@@ -102,20 +102,20 @@ def read_strategies(path: str | os.PathLike[str]) -> dict[str, dict[int, Placeme
     result: dict[str, dict[int, Placement]] = {}
     for stage in sorted(stages):
         for name, placement in stages[stage].items():
-            placed = replace(placement, first_rank=stage * devices)
-            result.setdefault(name, {})[stage] = placed
+            moved = replace(placement, first_rank=stage * devices)
+            result.setdefault(name, {})[stage] = moved
     return result
 
 
 def _by_stage(placements: Placements) -> _Stages:
     stages: _Stages = {}
-    for name, places in placements.items():
+    for name, by_stage in placements.items():
         if "-" in name:
             raise UserError(
                 f"{name!r}: MindSpore reads what stands before a '-' in a strategy file as the "
                 "pipeline stage; rename the tensor"
             )
-        for stage, placement in places.items():
+        for stage, placement in by_stage.items():
             stages.setdefault(stage, {})[name] = placement
     devices = _check_stages(stages, "the strategy")
     for stage, name, placement in _each(stages):

@@ -9,7 +9,7 @@ from mixtral_ms.checkpoint.formats.file_formats import SAFETENSORS
 from mixtral_ms.checkpoint.formats.strategy_file import read_strategies
 from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorInfo, TensorSource
 from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource
-from mixtral_ms.checkpoint.shards.assemble import Strategies, open_ranks, places_of
+from mixtral_ms.checkpoint.shards.assemble import Strategies, open_ranks, placements_of
 from mixtral_ms.checkpoint.store.manifest import STATE, Manifest
 from mixtral_ms.checkpoint.store.multi_rank_save import STRATEGY_FOLDER
 from mixtral_ms.errors import UserError
@@ -44,7 +44,7 @@ def _global_infos(manifest: Manifest, strategies: Strategies) -> dict[str, Tenso
     """Every tensor of the checkpoint with its global shape."""
     entries = {n: one for file in manifest.files.values() for n, one in file.tensors.items()}
     shapes = {
-        name: next(iter(places_of(name, strategies).values())).global_shape(entry.shape)
+        name: next(iter(placements_of(name, strategies).values())).global_shape(entry.shape)
         for name, entry in entries.items()
     }
     return {name: TensorInfo(shapes[name], entry.dtype) for name, entry in entries.items()}
@@ -64,10 +64,10 @@ class _OwnPart(TensorSource):
         self.path, self.infos = path, infos
         self._files = files
         self._regions = {
-            name: place.region(infos[name].shape, rank)
+            name: placement.region(infos[name].shape, rank)
             for name in files.infos
-            for place in places_of(name, strategies).values()
-            if rank in place.ranks
+            for placement in placements_of(name, strategies).values()
+            if rank in placement.ranks
         }
 
     def read(self, name: str, region: Region | None = None) -> np.ndarray:

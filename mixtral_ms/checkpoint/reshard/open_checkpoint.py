@@ -136,10 +136,10 @@ def open_source(
     if manifest and len(files) != manifest.world:
         raise UserError(f"{path} has {len(files)} ranks, by its manifest {manifest.world}")
     ranks = open_ranks(files)
-    places = _strategies(path, ranks, strategy, grid, known or known_network(state))
+    strategies = _strategies(path, ranks, strategy, grid, known or known_network(state))
     tensors = ranks[0]
-    if places is not None:
-        tensors = assemble(path, ranks, places, every_replica=every_replica)
+    if strategies is not None:
+        tensors = assemble(path, ranks, strategies, every_replica=every_replica)
         _check_layout(path, tensors, manifest)
         if contradiction := shape_contradiction(tensors.infos):
             raise UserError(

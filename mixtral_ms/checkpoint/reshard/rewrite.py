@@ -27,7 +27,7 @@ from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
 from mixtral_ms.checkpoint.shards.assemble import (
     Strategies,
     is_optimizer_state,
-    places_of,
+    placements_of,
     world_size,
 )
 from mixtral_ms.checkpoint.shards.rank_files import ADAPTER_STEM, MODEL_STEM, OPTIMIZER_STEM
@@ -86,8 +86,8 @@ def regions_of_ranks(
     _require_parameters(infos, strategies)
     ranks: list[dict[str, Region]] = [{} for _ in range(world_size(strategies))]
     for name, info in infos.items():
-        places = places_of(name, strategies)
-        if places is None:
+        by_stage = placements_of(name, strategies)
+        if by_stage is None:
             if info.shape not in ((), (1,)):
                 raise UserError(
                     f"the target strategy does not name the tensor {name} of shape "
@@ -96,18 +96,18 @@ def regions_of_ranks(
             for regions in ranks:
                 regions[name] = whole_region(info.shape)
             continue
-        for place in places.values():
+        for placement in by_stage.values():
             try:
-                for rank in place.ranks:
-                    ranks[rank][name] = place.region(info.shape, rank)
+                for rank in placement.ranks:
+                    ranks[rank][name] = placement.region(info.shape, rank)
             except UserError as error:
                 raise UserError(f"the target strategy does not fit {name}: {error}") from error
     return ranks
 
 
 def _require_parameters(infos: Mapping[str, TensorInfo], strategies: Strategies) -> None:
-    for name, places in strategies.items():
-        scalar = not next(iter(places.values())).tensor_map
+    for name, by_stage in strategies.items():
+        scalar = not next(iter(by_stage.values())).tensor_map
         if name not in infos and not is_optimizer_state(name) and not scalar:
             raise UserError(
                 f"the target strategy names {name}, which the checkpoint does not have: it is the "

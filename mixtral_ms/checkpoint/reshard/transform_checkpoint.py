@@ -23,7 +23,7 @@ from mixtral_ms.checkpoint.reshard.rewrite import (
     require_space,
     write_ranks,
 )
-from mixtral_ms.checkpoint.shards.assemble import Strategies, layout_sha256, places_of
+from mixtral_ms.checkpoint.shards.assemble import Strategies, layout_sha256, placements_of
 from mixtral_ms.checkpoint.shards.network_from_shapes import grid_strategies, known_network
 from mixtral_ms.checkpoint.store.atomic_folder import new_folder, require_replaceable
 from mixtral_ms.checkpoint.store.background_verify import Verification
@@ -194,8 +194,8 @@ def _write_small_files(
         fsync_path(folder / STATE)
     if strategies is None:
         return {}
-    placed = {name: places_of(name, strategies) for name in source.tensors.infos}
-    named = {name: places for name, places in placed.items() if places is not None}
+    by_name = {name: placements_of(name, strategies) for name in source.tensors.infos}
+    named = {name: by_stage for name, by_stage in by_name.items() if by_stage is not None}
     files = write_strategies(folder / STRATEGY_FOLDER, named)
     return {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
 

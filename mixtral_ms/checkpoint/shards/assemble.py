@@ -51,10 +51,10 @@ def assemble(
     infos: dict[str, TensorInfo] = {}
     parts: dict[str, list[Part]] = {}
     for name in _names_in_order(ranks, strategies):
-        places = places_of(name, strategies)
-        if places is None:
+        by_stage = placements_of(name, strategies)
+        if by_stage is None:
             infos[name], parts[name] = _on_every_rank(path, name, ranks)
-        elif found := _parts(path, name, places, ranks):
+        elif found := _parts(path, name, by_stage, ranks):
             infos[name], parts[name] = found
     _check_moments(path, infos)
     check_parts(path, infos, parts, every_replica=every_replica)
@@ -63,10 +63,12 @@ def assemble(
 
 def world_size(strategies: Strategies) -> int:
     """How many ranks a strategy is for."""
-    return max(place.ranks.stop for places in strategies.values() for place in places.values())
+    return max(
+        placement.ranks.stop for by_stage in strategies.values() for placement in by_stage.values()
+    )
 
 
-def places_of(name: str, strategies: Strategies) -> Mapping[int, Placement] | None:
+def placements_of(name: str, strategies: Strategies) -> Mapping[int, Placement] | None:
     """Where a tensor is; a moment that is not named is where its parameter is."""
     return strategies.get(name) or strategies.get(parameter_of(name))
 
@@ -97,12 +99,12 @@ def _names_in_order(ranks: Sequence[TensorSource], strategies: Strategies) -> li
 
 
 def _parts(
-    path: Path, name: str, places: Mapping[int, Placement], ranks: Sequence[TensorSource]
+    path: Path, name: str, by_stage: Mapping[int, Placement], ranks: Sequence[TensorSource]
 ) -> tuple[TensorInfo, list[Part]] | None:
     """A tensor's global shape and parts; None for state that was not saved."""
-    holders = {rank: place for place in places.values() for rank in place.ranks}
+    holders = {rank: placement for placement in by_stage.values() for rank in placement.ranks}
     present = [rank for rank, source in enumerate(ranks) if name in source.infos]
-    scalar = not next(iter(places.values())).tensor_map
+    scalar = not next(iter(by_stage.values())).tensor_map
     if not present and (scalar or is_optimizer_state(name)):
         return None
     if surplus := sorted(set(present) - set(holders)):
@@ -117,11 +119,11 @@ def _parts(
         )
     local = _common_info(path, name, ranks, present)
     try:
-        shapes = {place.global_shape(local.shape) for place in places.values()}
+        shapes = {placement.global_shape(local.shape) for placement in by_stage.values()}
         if len(shapes) > 1:
             raise UserError(f"pipeline stages give it the shapes {sorted(shapes)}")
         info = TensorInfo(shapes.pop(), local.dtype)
-        regions = {rank: place.region(info.shape, rank) for rank, place in holders.items()}
+        regions = {rank: placement.region(info.shape, rank) for rank, placement in holders.items()}
     except UserError as error:
         raise UserError(f"{path}: {name}: {error}: it is not this checkpoint's strategy") from error
     return info, [Part(regions[rank], rank, ranks[rank]) for rank in sorted(holders)]

@@ -142,10 +142,8 @@ class SavingRanks:
         regions = []
         for rank, held in enumerate(shapes):
             stage = rank // self.mesh.stage_size
-            places = {name: strategies[name][stage] for name in held}
-            regions.append(
-                {n: places[n].region(places[n].global_shape(held[n]), rank) for n in held}
-            )
+            own = {name: strategies[name][stage] for name in held}
+            regions.append({n: own[n].region(own[n].global_shape(held[n]), rank) for n in held})
         return regions, strategies
 
     def _wait(self, until: Callable[[], bool], failure: Callable[[], str]) -> None:

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the memory that a run may plan with; the rest is the driver's, buffers and "
         "fragments (default: 0.9)",
     )
-    add("--global_batch", type=_count, metavar="ROWS", help="of a step (default: the YAML's)")
+    add("--global_batch", type=_count, metavar="SEQUENCES", help="of a step (default: the YAML's)")
     add("--fix", default="", metavar="GRID", help="sizes to keep: dp, mp, ep, pp, cp; mp=8,cp=1")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the YAML")
     add("--top", type=_count, default=10, metavar="N", help="layouts to show (default: 10)")

@@ -3,7 +3,7 @@
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.checks.check_paths import check_paths
 from mixtral_ms.config.loading.render import render_config
-from mixtral_ms.config.loading.resolve import rank_count, samples_per_micro_step
+from mixtral_ms.config.loading.resolve import rank_count, sequences_per_micro_step
 from mixtral_ms.parallel.grid.sharding_rules import active_parameter_count, parameter_count
 from mixtral_ms.parallel.planner.memory_model import (
     RankMemory,
@@ -35,9 +35,9 @@ def describe(config: RunConfig) -> str:
 
 
 def _batch(config: RunConfig) -> str:
-    samples = samples_per_micro_step(config) * config.runner_config.gradient_accumulation_steps
-    tokens = samples * config.model.model_config.seq_length
-    return f"one step: {samples:,} samples, {tokens:,} tokens"
+    sequences = sequences_per_micro_step(config) * config.runner_config.gradient_accumulation_steps
+    tokens = sequences * config.model.model_config.seq_length
+    return f"one step: {sequences:,} sequences, {tokens:,} tokens"
 
 
 def _too_large(config: RunConfig, plan: list[RankMemory]) -> list[str]:

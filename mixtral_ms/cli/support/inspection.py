@@ -117,8 +117,8 @@ def _read_record(found: Inspection, verify: bool) -> None:
         found.problems += problems
         found.manifest = _verdict(problems, verify)
     elif record := _conversion_record(folder):
-        place, files = record
-        entries = {place.parent / name: _entry(one) for name, one in files.items()}
+        told_by, files = record
+        entries = {told_by.parent / name: _entry(one) for name, one in files.items()}
         problems = [
             line for file, entry in entries.items() if verify for line in verify_file(file, entry)
         ]
@@ -142,11 +142,10 @@ def _readable(folder: Path) -> list[str]:
 
 def _conversion_record(path: Path) -> tuple[Path, Mapping[str, Any]] | None:
     """The hashes that a conversion has left beside its output."""
-    places = [path / "conversion.json"] if path.is_dir() else [path.with_name(path.name + ".json")]
-    for place in places:
-        if place.is_file():
-            files = read_json(place).get("files")
-            return (place, files) if files else None
+    record = path / "conversion.json" if path.is_dir() else path.with_name(path.name + ".json")
+    if record.is_file():
+        files = read_json(record).get("files")
+        return (record, files) if files else None
     return None
 
 
@@ -178,11 +177,11 @@ def _open_ranks(found: Inspection, strategy: Path | None, grid: str | None) -> N
         found.layout = "unknown: give --strategy or --grid to have the parts checked"
         return
     if grid is not None:
-        places = source_strategies(found.path, ranks, grid, "--grid")
+        strategies = source_strategies(found.path, ranks, grid, "--grid")
     else:
-        places = read_strategies(strategy)
-    found.layout = layout_text(places)
-    found.source = source = assemble(found.path, ranks, places)
+        strategies = read_strategies(strategy)
+    found.layout = layout_text(strategies)
+    found.source = source = assemble(found.path, ranks, strategies)
     found.tensors = dict(source.infos)
     for name, parts in source.parts.items():
         if (local := region_shape(parts[0].region)) != source.infos[name].shape:
@@ -191,20 +190,22 @@ def _open_ranks(found: Inspection, strategy: Path | None, grid: str | None) -> N
 
 def layout_text(strategies: Strategies) -> str:
     """The grid that a strategy is of, as far as it shows: `2 stages of 4 ranks, mp=2, ep=2`."""
-    stages = {stage for places in strategies.values() for stage in places}
-    ranks = max(len(place.ranks) for places in strategies.values() for place in places.values())
+    stages = {stage for by_stage in strategies.values() for stage in by_stage}
+    ranks = max(
+        len(placement.ranks) for by_stage in strategies.values() for placement in by_stage.values()
+    )
     tensor, expert, zero = 1, 1, False
-    for name, places in strategies.items():
-        place = next(iter(places.values()))
+    for name, by_stage in strategies.items():
+        placement = next(iter(by_stage.values()))
         try:
             rule = rule_of(parameter_of(name))
         except UserError:
             continue
         if rule.expert_axis is not None:
-            expert = max(expert, place.cuts[rule.expert_axis])
+            expert = max(expert, placement.cuts[rule.expert_axis])
         elif rule.tensor_axis is not None:
-            tensor = max(tensor, place.cuts[rule.tensor_axis])
-        zero = zero or (name.startswith(MOMENTS) and place.shards > 1)
+            tensor = max(tensor, placement.cuts[rule.tensor_axis])
+        zero = zero or (name.startswith(MOMENTS) and placement.shards > 1)
     text = f"dp={ranks // tensor},mp={tensor},ep={expert},pp={len(stages)}"
     return text + (",zero=1" if zero else "") + f" ({len(stages) * ranks} ranks)"
 

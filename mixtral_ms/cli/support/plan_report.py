@@ -98,8 +98,8 @@ def _batch(layout: Layout) -> str:
     runner = layout.config.runner_config
     tokens = runner.global_batch_size * layout.config.model.model_config.seq_length
     return (
-        f"a step of {runner.global_batch_size:,} samples, {tokens:,} tokens; micro batches of "
-        f"{runner.batch_size} sample{'s' * (runner.batch_size > 1)}"
+        f"a step of {runner.global_batch_size:,} sequences, {tokens:,} tokens; micro batches of "
+        f"{runner.batch_size} sequence{'s' * (runner.batch_size > 1)}"
     )
 
 

@@ -92,7 +92,7 @@ FLAGS: tuple[Flag, ...] = (
     flag("use_parallel", "use_parallel", bool, "run over several processes"),
     flag("do_eval", "do_eval", bool, "evaluate during training"),
     flag("epochs", "runner_config.epochs", int, "times through the data"),
-    flag("batch_size", "runner_config.batch_size", int, "rows of a micro batch of one rank"),
+    flag("batch_size", "runner_config.batch_size", int, "sequences of a micro batch of one rank"),
     flag(
         "gradient_accumulation_steps",
         "runner_config.gradient_accumulation_steps",

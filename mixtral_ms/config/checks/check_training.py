@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mixtral_ms.config.loading.resolve import effective_parallel, samples_per_micro_step
+from mixtral_ms.config.loading.resolve import effective_parallel, sequences_per_micro_step
 from mixtral_ms.config.loading.section_builder import nearest
 from mixtral_ms.config.sections.run_section import RunConfig
 
@@ -23,21 +23,23 @@ def check_training(config: RunConfig) -> Iterator[str]:
 
 def _check_batch(config: RunConfig) -> Iterator[str]:
     runner = config.runner_config
-    wanted, samples = runner.global_batch_size, samples_per_micro_step(config)
+    wanted, sequences = runner.global_batch_size, sequences_per_micro_step(config)
     if wanted is None:
         return
-    made_of = _rows_in_words(config)
-    if wanted % samples:
-        yield f"runner_config.global_batch_size {wanted} is not divisible by {made_of} = {samples}"
-    elif wanted != samples * runner.gradient_accumulation_steps:
+    made_of = _sequences_in_words(config)
+    if wanted % sequences:
+        yield (
+            f"runner_config.global_batch_size {wanted} is not divisible by {made_of} = {sequences}"
+        )
+    elif wanted != sequences * runner.gradient_accumulation_steps:
         yield (
             f"runner_config.global_batch_size {wanted} is not {made_of} * "
             f"gradient_accumulation_steps {runner.gradient_accumulation_steps} = "
-            f"{samples * runner.gradient_accumulation_steps}: leave one of the two keys out"
+            f"{sequences * runner.gradient_accumulation_steps}: leave one of the two keys out"
         )
 
 
-def _rows_in_words(config: RunConfig) -> str:
+def _sequences_in_words(config: RunConfig) -> str:
     grid = effective_parallel(config)
     words = f"runner_config.batch_size {config.runner_config.batch_size}"
     words += f" * data_parallel {grid.data_parallel}"

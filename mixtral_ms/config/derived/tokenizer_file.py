@@ -17,5 +17,5 @@ def find_tokenizer(config: RunConfig) -> Path | None:
     if not config.load_checkpoint:
         return None
     weights = Path(config.load_checkpoint)
-    places = (weights / TOKENIZER_FILE, weights.parent / TOKENIZER_FILE)
-    return next((place for place in places if place.is_file()), None)
+    paths = (weights / TOKENIZER_FILE, weights.parent / TOKENIZER_FILE)
+    return next((path for path in paths if path.is_file()), None)

@@ -76,13 +76,13 @@ def _same(tree: Value, first: tuple[str, ...], second: tuple[str, ...]) -> bool:
 
 def _given_twice(tree: Value) -> list[str]:
     """Sections that one may write in two places, but not differently."""
-    places = [
+    pairs = [
         (("moe_config",), ("model", "model_config", "moe_config")),
         (("train_dataset",), _task_path("train_dataset")),
         (("eval_dataset",), _task_path("eval_dataset")),
     ]
     errors = []
-    for first, second in places:
+    for first, second in pairs:
         one, two = _find(tree, first), _find(tree, second)
         if one is not None and two is not None and to_python(one) != to_python(two):
             errors.append(

@@ -55,19 +55,19 @@ def micro_batches(config: RunConfig) -> int:
     return in_pipeline * config.runner_config.gradient_accumulation_steps
 
 
-def samples_per_micro_step(config: RunConfig) -> int:
+def sequences_per_micro_step(config: RunConfig) -> int:
     """Rows of all ranks whose gradients one accumulation step takes.
 
     In a pipeline that is one row of micro batches.
     """
     grid = effective_parallel(config)
-    samples = (config.runner_config.batch_size or 0) * grid.data_parallel
-    return samples * pipeline_micro_batches(grid)
+    sequences = (config.runner_config.batch_size or 0) * grid.data_parallel
+    return sequences * pipeline_micro_batches(grid)
 
 
-def samples_per_step(config: RunConfig) -> int:
+def sequences_per_step(config: RunConfig) -> int:
     """Rows of all ranks that one optimizer step takes."""
-    return samples_per_micro_step(config) * config.runner_config.gradient_accumulation_steps
+    return sequences_per_micro_step(config) * config.runner_config.gradient_accumulation_steps
 
 
 def _resolve_datasets(config: RunConfig) -> None:
@@ -83,7 +83,7 @@ def _resolve_datasets(config: RunConfig) -> None:
 
 
 def _note_remainder(config: RunConfig) -> None:
-    """The last samples are left out in training, counted in evaluation, whatever the YAML says."""
+    """The last records are left out in training, counted in evaluation, whatever the YAML says."""
     for name, dropped in (("train_dataset", True), ("eval_dataset", False)):
         dataset = getattr(config, name)
         if dataset is not None and dataset.drop_remainder not in (None, dropped):
@@ -114,10 +114,15 @@ def _resolve_batch(config: RunConfig) -> None:
         train.batch_size = runner.batch_size
     if config.eval_dataset is not None and config.eval_dataset.batch_size is None:
         config.eval_dataset.batch_size = runner.batch_size
-    samples = samples_per_micro_step(config)
+    sequences = sequences_per_micro_step(config)
     wanted = runner.global_batch_size
-    if wanted and runner.gradient_accumulation_steps == 1 and samples > 0 and wanted % samples == 0:
-        runner.gradient_accumulation_steps = wanted // samples
+    if (
+        wanted
+        and runner.gradient_accumulation_steps == 1
+        and sequences > 0
+        and wanted % sequences == 0
+    ):
+        runner.gradient_accumulation_steps = wanted // sequences
 
 
 def _resolve_warmup(config: RunConfig) -> None:

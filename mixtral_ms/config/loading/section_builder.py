@@ -159,8 +159,8 @@ class SectionBuilder:
         return None
 
     def _wrong(self, value: Value, path: str, wanted: str, advice: str = "") -> None:
-        place = f"{value.where}: {path}" if path else value.where
-        self.errors.append(f"{place}: {_shown(value.data)} given; {wanted} is needed{advice}")
+        key = f"{value.where}: {path}" if path else value.where
+        self.errors.append(f"{key}: {_shown(value.data)} given; {wanted} is needed{advice}")
 
     def _not_allowed(self, value: Value, path: str, allowed: tuple) -> None:
         close = nearest(str(value.data), [str(choice) for choice in allowed])

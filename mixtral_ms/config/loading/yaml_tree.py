@@ -65,8 +65,8 @@ def parse_tree(text: str, source: str, *, numbered: bool = True) -> Value:
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"{source}:{mark.line + 1}" if numbered and mark else source
-        raise UserError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+        line = f"{source}:{mark.line + 1}" if numbered and mark else source
+        raise UserError(f"{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:

@@ -40,8 +40,8 @@ class DatasetSection:
     """Columns of a record: ["input_ids"], or ["input_ids", "labels"] for fine-tuning."""
     num_parallel_workers: int = inert(8, _LOADER_NO_EFFECT)
     drop_remainder: bool | None = None
-    """Training leaves out the last rows that do not fill a batch, evaluation counts them; another
-    value gives a line in the log."""
+    """Training leaves out the last records that do not fill a batch, evaluation counts them;
+    another value gives a line in the log."""
     batch_size: int | None = None
     """Rows of a micro batch of one rank; runner_config.batch_size wins for training and stands in
     for evaluation where this is empty."""

@@ -46,8 +46,8 @@ class ParallelContext:
     parallel_mode: ParallelMode = inert(0, _EXPLICIT)
     gradients_mean: bool = inert(False, "gradients are always the mean over the global batch")
     enable_alltoall: bool = inert(False, "experts exchange tokens as expert_parallel needs")
-    full_batch: bool = inert(True, "each rank reads its own rows")
-    dataset_strategy: str | list = inert("full_batch", "each rank reads its own rows")
+    full_batch: bool = inert(True, "each rank reads its own records")
+    dataset_strategy: str | list = inert("full_batch", "each rank reads its own records")
     search_mode: str = inert("sharding_propagation", _EXPLICIT)
     enable_parallel_optimizer: bool = False
     """Split optimizer state over the data-parallel ranks (ZeRO-1)."""
@@ -75,7 +75,7 @@ class ParallelConfig:
     """`parallel_config`: sizes of the rank grid."""
 
     data_parallel: int = 1
-    """Groups of ranks that see different rows of the batch."""
+    """Groups of ranks that see different sequences of the batch."""
     model_parallel: int = 1
     """Ranks over which attention heads, expert widths and the vocabulary are split."""
     expert_parallel: int = 1

@@ -215,7 +215,7 @@ class ReportSection:
 class SampleMonitorSection:
     """`- type: SampleMonitor`: the report shows answers before and after training.
 
-    Prompts are what stands before the supervised part of rows of eval_dataset, or without one of
+    Prompts are what stands before the supervised part of records of eval_dataset, or without one of
     train_dataset. Every token of an answer costs a forward pass.
     """
 

@@ -12,11 +12,11 @@ FORMAT_KEY = "weights_format"
 
 def recorded_format(source: Path) -> str | None:
     """The format that a record with the weights says they are in."""
-    places = [source / STATE, source / FOLDER_RECORD]
+    paths = [source / STATE, source / FOLDER_RECORD]
     if not source.is_dir():
-        places = [source.with_name(source.name + RECORD_SUFFIX), source.parent.parent / STATE]
-    for place in places:
-        if place.is_file():
-            name = read_json(place).get(FORMAT_KEY)
+        paths = [source.with_name(source.name + RECORD_SUFFIX), source.parent.parent / STATE]
+    for path in paths:
+        if path.is_file():
+            name = read_json(path).get(FORMAT_KEY)
             return name if name in FORMATS else None
     return None

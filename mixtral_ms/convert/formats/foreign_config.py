@@ -96,17 +96,17 @@ def read_config(path: Path) -> FoundConfig:
 def find_config(source: Path) -> FoundConfig | None:
     """The configuration that lies with weights, in their folder or beside their file."""
     if source.is_dir():
-        places = [source / name for name in (CONFIG_JSON, PARAMS_JSON, STATE)]
+        paths = [source / name for name in (CONFIG_JSON, PARAMS_JSON, STATE)]
     else:
-        places = [
+        paths = [
             source.with_name(source.name + RECORD_SUFFIX),
             source.parent / CONFIG_JSON,
             source.parent / PARAMS_JSON,
             source.parent.parent / STATE,
         ]
-    for place in places:
-        if place.is_file() and (place.name != STATE or "model_config" in read_json(place)):
-            return read_config(place)
+    for path in paths:
+        if path.is_file() and (path.name != STATE or "model_config" in read_json(path)):
+            return read_config(path)
     return None
 
 

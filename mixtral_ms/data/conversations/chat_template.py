@@ -31,7 +31,7 @@ class ChatTemplate:
     Attributes:
         name: fschat's name.
         opening: before the first question, when the row has no system message.
-        system: before and after a system message; None when the template has no place for one.
+        system: before and after a system message; None when the template knows none.
         to_answer: from a question to the end of what the model is given to answer.
         lead: between that and the answer; the model has to write it.
         between: from an answer to the next question.

@@ -1,4 +1,4 @@
-"""From files of conversations to rows of samples, each row of the files accounted for."""
+"""From files of conversations to records of samples, each row of the files accounted for."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from typing import Literal, get_args
 from mixtral_ms.data.conversations.chat_template import DEFAULT_TEMPLATE, load_template
 from mixtral_ms.data.conversations.parse_conversation import UnfitRowError, read_conversation
 from mixtral_ms.data.conversations.sample_encoder import Sample, SampleEncoder
-from mixtral_ms.data.conversations.sample_packing import Row, one_a_row, pack
+from mixtral_ms.data.conversations.sample_packing import Record, one_a_record, pack
 from mixtral_ms.data.conversations.skipped_rows import RowLog
-from mixtral_ms.data.mindrecord.writer import MAX_ROW_LENGTH
+from mixtral_ms.data.mindrecord.writer import MAX_RECORD_LENGTH
 from mixtral_ms.data.readers.json_and_parquet import read_rows
 from mixtral_ms.data.readers.text_blocks import Advance
 from mixtral_ms.data.tokenizer.tokenizer import Backend, Tokenizer
@@ -56,14 +56,14 @@ class Conversations:
         self.tokenizer = Tokenizer(
             options.model_file, options.tokenizer_backend, bulk=self.total_bytes >= _BULK_BYTES
         )
-        self.row_length = options.seq_length + 1
+        self.record_length = options.seq_length + 1
         self.pad_id = self._pad_id()
         self._encode = SampleEncoder(self.tokenizer, load_template(options.template))
 
-    def rows(self, advance: Advance) -> Iterator[Row]:
-        """Rows of samples that together have at most seq_length + 1 ids."""
+    def records(self, advance: Advance) -> Iterator[Record]:
+        """Samples that share a record, together at most seq_length + 1 ids."""
         samples = self.samples(advance)
-        return pack(samples, self.row_length) if self.options.packing else one_a_row(samples)
+        return pack(samples, self.record_length) if self.options.packing else one_a_record(samples)
 
     def samples(self, advance: Advance) -> Iterator[Sample]:
         """One sample for each usable row, of at most seq_length + 1 ids and something supervised.
@@ -84,8 +84,8 @@ class Conversations:
         conversation = read_conversation(row)
         sample = self._encode(conversation)
         count = len(sample.ids)
-        if count > self.row_length:
-            what = f"{count} ids, seq_length + 1 is {self.row_length}"
+        if count > self.record_length:
+            what = f"{count} ids, seq_length + 1 is {self.record_length}"
             sample = self._shorter(path, number, sample, what)
             reason = "; ".join(filter(None, (what, conversation.shortened)))
             self.log.add(path, number, "cut", reason)
@@ -102,7 +102,7 @@ class Conversations:
             )
         if self.options.long_rows == "drop":
             raise UnfitRowError(f"too long: {what}")
-        cut = Sample(*(part[: self.row_length] for part in sample))
+        cut = Sample(*(part[: self.record_length] for part in sample))
         if not cut.supervised.any():
             raise UnfitRowError(f"too long, and no answer begins within it: {what}")
         return cut
@@ -124,7 +124,7 @@ class Conversations:
 def _check(options: ConversationOptions) -> None:
     if options.long_rows not in get_args(LongRows):
         raise UserError(f"--long_rows {options.long_rows!r} is not one of {get_args(LongRows)}")
-    if not 1 <= options.seq_length < MAX_ROW_LENGTH:
+    if not 1 <= options.seq_length < MAX_RECORD_LENGTH:
         raise UserError(
-            f"--seq_length {options.seq_length} is not between 1 and {MAX_ROW_LENGTH - 1}"
+            f"--seq_length {options.seq_length} is not between 1 and {MAX_RECORD_LENGTH - 1}"
         )

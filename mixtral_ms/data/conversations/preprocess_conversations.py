@@ -1,9 +1,9 @@
 """From conversations to a MindRecord for fine-tuning.
 
 A record has int32 `input_ids` and `labels` of seq_length + 1 ids each, a supervised id standing in
-`labels` at its own place and -100 elsewhere. This is what MindFormers writes and reads: its network
-drops the last input and the first label when it trains, and so does our loader. Packed records have
-`segment_ids` too.
+`labels` at its own position and -100 elsewhere. This is what MindFormers writes and reads: its
+network drops the last input and the first label when it trains, and so does our loader. Packed
+records have `segment_ids` too.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mixtral_ms.data.conversations.conversation_samples import ConversationOptions, Conversations
 from mixtral_ms.data.conversations.sample_encoder import Sample
-from mixtral_ms.data.conversations.sample_packing import Row, lay_out
+from mixtral_ms.data.conversations.sample_packing import Record, lay_out
 from mixtral_ms.data.conversations.skipped_rows import RowLog
 from mixtral_ms.data.mindrecord.writer import RecordWriter
 from mixtral_ms.data.readers.text_blocks import find_inputs
@@ -67,7 +67,7 @@ def preprocess_qa(options: QaOptions) -> QaSummary:
     summary = QaSummary(log, input_files=len(inputs))
     with _named_rows(listing, log), writer:
         with progress_bar(data.total_bytes, "preprocess", "B", scale=True) as bar:
-            _write(data, data.rows(bar.update), writer, summary)
+            _write(data, data.records(bar.update), writer, summary)
         if not writer.records:
             raise _nothing_usable(options, log)
     summary.files, summary.records = writer.files, writer.records
@@ -86,16 +86,17 @@ def first_samples(options: QaOptions, count: int) -> tuple[Conversations, list[S
 
 
 def _write(
-    data: Conversations, rows: Iterator[Row], writer: RecordWriter, summary: QaSummary
+    data: Conversations, records: Iterator[Record], writer: RecordWriter, summary: QaSummary
 ) -> None:
-    batch = writer.batch_rows(data.row_length)
-    while some := list(islice(rows, batch)):
-        columns = lay_out(some, data.row_length, data.pad_id, packed=data.options.packing)
+    batch = writer.batch_records(data.record_length)
+    while some := list(islice(records, batch)):
+        columns = lay_out(some, data.record_length, data.pad_id, packed=data.options.packing)
         writer.write(**columns)
-        tokens = sum(len(sample.ids) for row in some for sample in row)
+        tokens = sum(len(sample.ids) for record in some for sample in record)
         summary.tokens += tokens
-        summary.supervised_tokens += sum(int(one.supervised.sum()) for row in some for one in row)
-        summary.padding += len(some) * data.row_length - tokens
+        supervised = sum(int(one.supervised.sum()) for record in some for one in record)
+        summary.supervised_tokens += supervised
+        summary.padding += len(some) * data.record_length - tokens
 
 
 def _listing_of(options: QaOptions) -> Path:

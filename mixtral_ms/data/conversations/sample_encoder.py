@@ -1,8 +1,9 @@
 """Conversations to ids, and which of the ids are supervised.
 
 A token is supervised when it ends within what the model has to write: from the end of the prompt
-it is given (`... ASSISTANT:`) to the end of the answer and the eos behind it. Its place in the text
-decides, found from the pieces' own lengths, never from counting the ids of parts encoded anew.
+it is given (`... ASSISTANT:`) to the end of the answer and the eos behind it. Its offset in
+the text decides, found from the pieces' own lengths, never from counting the ids of parts encoded
+anew.
 """
 
 import re
@@ -114,7 +115,7 @@ class _Builder:
         self._length += len(text)
 
     def supervise(self, on: bool) -> None:
-        """From this place on tokens are, or are not, supervised."""
+        """From this offset on tokens are, or are not, supervised."""
         if on:
             # -1: the piece for the space that sentencepiece puts in front has no width.
             self._since = self._length or -1

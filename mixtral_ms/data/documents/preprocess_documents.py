@@ -11,7 +11,7 @@ from tqdm import tqdm
 from mixtral_ms.data.documents.json_documents import read_wikipedia
 from mixtral_ms.data.documents.token_packer import TokenPacker
 from mixtral_ms.data.documents.wikitext import read_wiki
-from mixtral_ms.data.mindrecord.writer import MAX_ROW_LENGTH, RecordWriter
+from mixtral_ms.data.mindrecord.writer import MAX_RECORD_LENGTH, RecordWriter
 from mixtral_ms.data.readers.text_blocks import Advance, Piece, find_inputs
 from mixtral_ms.data.tokenizer.tokenizer import Backend, Tokenizer
 from mixtral_ms.errors import UserError
@@ -100,7 +100,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
     summary.files = writer.files
     summary.tokens = packer.tokens
     summary.records = writer.records
-    summary.dropped_tokens = packer.tokens - writer.records * packer.row_length
+    summary.dropped_tokens = packer.tokens - writer.records * packer.record_length
     return summary
 
 
@@ -116,7 +116,7 @@ def _encode_and_write(
     before = np.array([tokenizer.bos_id] * options.add_bos, np.int32)
     after = np.array([tokenizer.eos_id] * options.add_eos, np.int32)
     nothing = np.empty(0, np.int32)
-    batch = writer.batch_rows(packer.row_length)
+    batch = writer.batch_records(packer.record_length)
     limit = options.samples_num
 
     def room() -> int | None:
@@ -148,9 +148,9 @@ def _check(options: PreprocessOptions) -> None:
             f"--dataset_type {options.dataset_type!r} is not available; "
             f"choose one of: {', '.join(sorted(DATASET_TYPES))}"
         )
-    if not 1 <= options.seq_length < MAX_ROW_LENGTH:
+    if not 1 <= options.seq_length < MAX_RECORD_LENGTH:
         raise UserError(
-            f"--seq_length {options.seq_length} is not between 1 and {MAX_ROW_LENGTH - 1}"
+            f"--seq_length {options.seq_length} is not between 1 and {MAX_RECORD_LENGTH - 1}"
         )
     for name in ("repeat", "file_partition", "samples_num"):
         value = getattr(options, name)

@@ -1,25 +1,25 @@
-"""Pack a stream of documents' ids into rows of equal length."""
+"""Document packing: a stream of documents' ids cut into records of equal length."""
 
 import numpy as np
 
 
 class TokenPacker:
-    """Joins ids in the order they come and cuts the stream into rows of `row_length` ids.
+    """Joins ids in the order they come and cuts the stream into records of `record_length` ids.
 
-    Documents follow one another without padding; a document may begin in one row and end in the
-    next. What does not fill a last row stays `pending`.
+    Documents follow one another without padding; a document may begin in one record and end in the
+    next. What does not fill a last record stays `pending`.
     """
 
-    def __init__(self, row_length: int) -> None:
-        self.row_length = row_length
+    def __init__(self, record_length: int) -> None:
+        self.record_length = record_length
         self.tokens = 0
         self.pending = 0
         self._parts: list[np.ndarray] = []
 
     @property
     def ready(self) -> int:
-        """Whole rows that can be taken."""
-        return self.pending // self.row_length
+        """Whole records that can be taken."""
+        return self.pending // self.record_length
 
     def add(self, *parts: np.ndarray) -> None:
         """Append ids, each part int32 (tokens,), to the stream."""
@@ -29,10 +29,10 @@ class TokenPacker:
         self.pending += count
 
     def take(self, limit: int | None = None) -> np.ndarray:
-        """Remove and return the whole rows, at most `limit`: int32 (rows, row_length)."""
-        rows = self.ready if limit is None else min(limit, self.ready)
-        used = rows * self.row_length
+        """Remove and return the whole records, at most `limit`: int32 (records, record_length)."""
+        records = self.ready if limit is None else min(limit, self.ready)
+        used = records * self.record_length
         stream = np.concatenate(self._parts) if self._parts else np.empty(0, np.int32)
         self._parts = [stream[used:].copy()]
         self.pending = len(self._parts[0])
-        return stream[:used].reshape(rows, self.row_length)
+        return stream[:used].reshape(records, self.record_length)

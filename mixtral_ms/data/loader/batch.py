@@ -12,9 +12,9 @@ class Batch:
     Attributes:
         input_ids: (B, S) int32.
         labels: (B, S) int32, the target of each position, negative where there is none.
-        segment_ids: (B, S) int32 of packed samples, 1, 2, ... in each row, 0 for padding; None when
-            a row is one sample.
-        positions: (B, S) int32, the place of each token in its own sample; None when a row is one.
+        segment_ids: (B, S) int32 of packed samples, 1, 2, ... in each sequence, 0 for padding; None
+            when a sequence is one sample.
+        positions: (B, S) int32, of each token in its own sample; None when a sequence is one.
     """
 
     input_ids: np.ndarray
@@ -24,7 +24,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.segment_ids is not None and self.positions is None:
-            self.positions = _places(self.segment_ids)
+            self.positions = _positions(self.segment_ids)
 
     @property
     def supervised_tokens(self) -> int:
@@ -32,7 +32,7 @@ class Batch:
         return int((self.labels >= 0).sum())
 
     def columns(self, part: int, parts: int) -> "Batch":
-        """Part number `part` of the sequence, which is cut into so many; places stay the same."""
+        """Part number `part` of the sequence, which is cut into so many; positions stay."""
         if parts == 1:
             return self
         length = self.input_ids.shape[1] // parts
@@ -41,7 +41,7 @@ class Batch:
         return Batch(*(None if one is None else np.ascontiguousarray(one[:, cut]) for one in every))
 
 
-def _places(segment_ids_BS: np.ndarray) -> np.ndarray:
-    place_S = np.arange(segment_ids_BS.shape[1], dtype=np.int32)
+def _positions(segment_ids_BS: np.ndarray) -> np.ndarray:
+    index_S = np.arange(segment_ids_BS.shape[1], dtype=np.int32)
     begins_BS = np.diff(segment_ids_BS, axis=1, prepend=-1) != 0
-    return place_S - np.maximum.accumulate(np.where(begins_BS, place_S, 0), axis=1)
+    return index_S - np.maximum.accumulate(np.where(begins_BS, index_S, 0), axis=1)

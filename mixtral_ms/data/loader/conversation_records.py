@@ -59,25 +59,28 @@ class ConversationRecords:
         log = RowLog()
         self._data = Conversations(find_conversations(section.dataset_dir), options, log)
         with progress_bar(self._data.total_bytes, "tokenizing", "B", scale=True) as bar:
-            self._rows = list(self._data.rows(bar.update))
+            self._records = list(self._data.records(bar.update))
         self._report(log)
         self.identity = self._digest()
 
     def __len__(self) -> int:
         """How many records there are."""
-        return len(self._rows)
+        return len(self._records)
 
     def read(self, records: list[int]) -> Iterator[list[np.ndarray]]:
         """The columns of some records, in the order asked for."""
         data = self._data
         for record in records:
             columns = lay_out(
-                [self._rows[record]], data.row_length, data.pad_id, packed=data.options.packing
+                [self._records[record]],
+                data.record_length,
+                data.pad_id,
+                packed=data.options.packing,
             )
             yield [columns[name][0] for name in self.columns]
 
     def _report(self, log: RowLog) -> None:
-        if not self._rows:
+        if not self._records:
             reasons = "".join(f"\n  {one}" for one in log.first)
             raise UserError(f"none of the {log.read} rows of {self.where} can be used{reasons}")
         for line in log.report().splitlines():
@@ -85,8 +88,8 @@ class ConversationRecords:
 
     def _digest(self) -> str:
         digest = hashlib.sha256()
-        for row in self._rows:
-            for sample in row:
+        for record in self._records:
+            for sample in record:
                 digest.update(sample.ids.astype("<i4").tobytes())
                 digest.update(sample.supervised.tobytes())
             digest.update(b"|")
@@ -100,11 +103,11 @@ def find_conversations(path: str) -> list[Path]:
     """
     if not path:
         raise UserError("no data: give --train_data, or data_loader.dataset_dir in the YAML")
-    place = Path(path)
-    if place.is_file():
-        return [place]
+    source = Path(path)
+    if source.is_file():
+        return [source]
     known = JSON_SUFFIXES | PARQUET_SUFFIXES
-    names = place.iterdir() if place.is_dir() else ()
+    names = source.iterdir() if source.is_dir() else ()
     files = [
         one
         for one in names

@@ -31,7 +31,7 @@ class RecordLoader:
             a partitioned one, or a folder of them (for a ConversationDataset, files of
             conversations); `data_loader.num_samples` limits the records to the first so many.
         seq_length: ids of an input.
-        batch_size: rows of a batch of one rank.
+        batch_size: sequences of a batch of one rank, each a record.
         seed: orders the records, together with the epoch.
         shuffle: False keeps the records' own order.
         ignore_token_id: label that means "no target".
@@ -39,11 +39,11 @@ class RecordLoader:
         rank: this process among those that share the data.
         world: how many processes share the data.
         part: which part of the sequence this process has.
-        parts: into how many parts each row is cut.
+        parts: into how many parts each sequence is cut.
         vocab_size: ids must be below it; None skips the check.
         tokenizer_file: the tokenizer.model, which a ConversationDataset needs.
-        keep_partial: the last batch may hold fewer rows (evaluation); otherwise they are left out.
-            With several ranks all get equally many rows, filled up with rows without any target.
+        keep_partial: the last batch may hold fewer records (evaluation); otherwise they are left
+            out. With several ranks all get equally many, filled up with ones without any target.
 
     Raises UserError for data that is absent, damaged or does not fit; for a record found to be
     unfit only when it is read.
@@ -85,11 +85,11 @@ class RecordLoader:
         if not len(self):
             raise UserError(
                 f"{section.data_loader.dataset_dir} has {self.records} records, fewer than one "
-                f"batch of {batch_size} rows on each of {world} ranks; make the batch smaller or "
+                f"batch of {batch_size} on each of {world} ranks; make the batch smaller or "
                 "give more data"
             )
-        for record, row in zip(self._ends, self.data.read(self._ends), strict=True):
-            self._check_row(row, record)
+        for number, record in zip(self._ends, self.data.read(self._ends), strict=True):
+            self._check_record(record, number)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -105,8 +105,8 @@ class RecordLoader:
         digest = hashlib.sha256()
         facts = (self.data.identity, len(self.data), self.records, self.data.columns)
         digest.update(repr(facts).encode())
-        for row in self.data.read(self._ends):
-            for column in row:
+        for record in self.data.read(self._ends):
+            for column in record:
                 digest.update(column.astype("<i4").tobytes())
         return digest.hexdigest()[:16]
 
@@ -116,10 +116,10 @@ class RecordLoader:
         shares = [self._share(order, batch) for batch in range(start_batch, len(self))]
         if not shares:
             return
-        rows = self.data.read([one for share in shares for one in share if one != _NO_RECORD])
-        with closing(rows):
+        records = self.data.read([one for share in shares for one in share if one != _NO_RECORD])
+        with closing(records):
             for share in shares:
-                yield self._batch(share, rows).columns(self._part, self._parts)
+                yield self._batch(share, records).columns(self._part, self._parts)
 
     @property
     def _ends(self) -> list[int]:
@@ -135,45 +135,45 @@ class RecordLoader:
         return np.random.RandomState(bits).permutation(self.records)
 
     def _share(self, order: np.ndarray, batch: int) -> list[int]:
-        """Records of this rank in a global batch, filled up to as many as the other ranks have."""
+        """Numbers of this rank's records in a global batch, as many as the other ranks have."""
         size = self.batch_size * self._world
         everyone = order[batch * size : (batch + 1) * size]
-        rows = -(-len(everyone) // self._world)
-        mine = everyone[self._rank * rows : (self._rank + 1) * rows].tolist()
-        return mine + [_NO_RECORD] * (rows - len(mine))
+        each = -(-len(everyone) // self._world)
+        mine = everyone[self._rank * each : (self._rank + 1) * each].tolist()
+        return mine + [_NO_RECORD] * (each - len(mine))
 
-    def _batch(self, share: list[int], rows: Iterator[list[np.ndarray]]) -> Batch:
+    def _batch(self, share: list[int], records: Iterator[list[np.ndarray]]) -> Batch:
         shape = (len(share), self.seq_length)
         inputs_BS = np.zeros(shape, np.int32)
         labels_BS = np.full(shape, self._ignore, np.int32)
         segments_BS = np.zeros(shape, np.int32) if "segment_ids" in self.data.columns else None
-        for place, record in enumerate(share):
-            if record != _NO_RECORD:
-                row = next(rows)
-                self._check_row(row, record)
-                columns = dict(zip(self.data.columns, row, strict=True))
-                inputs_BS[place] = columns["input_ids"][:-1]
-                labels_BS[place] = columns.get("labels", columns["input_ids"])[1:]
+        for index, number in enumerate(share):
+            if number != _NO_RECORD:
+                record = next(records)
+                self._check_record(record, number)
+                columns = dict(zip(self.data.columns, record, strict=True))
+                inputs_BS[index] = columns["input_ids"][:-1]
+                labels_BS[index] = columns.get("labels", columns["input_ids"])[1:]
                 if segments_BS is not None:
-                    segments_BS[place] = columns["segment_ids"][:-1]
+                    segments_BS[index] = columns["segment_ids"][:-1]
         if self._pad >= 0:
             labels_BS[labels_BS == self._pad] = self._ignore
         return Batch(inputs_BS, labels_BS, segments_BS)
 
-    def _check_row(self, row: list[np.ndarray], record: int) -> None:
-        """Raise UserError, with the record's number, unless the row fits the model."""
+    def _check_record(self, record: list[np.ndarray], number: int) -> None:
+        """Raise UserError, with the record's number, unless it fits the model."""
         wanted = self.seq_length + 1
-        for name, ids in zip(self.data.columns, row, strict=True):
+        for name, ids in zip(self.data.columns, record, strict=True):
             if len(ids) != wanted:
                 raise UserError(
-                    f"record {record} of {self.data.where} has {len(ids)} {name}, but "
+                    f"record {number} of {self.data.where} has {len(ids)} {name}, but "
                     f"seq_length {self.seq_length} needs records of {wanted}: {_advice(len(ids))}"
                 )
-        low, high = int(row[0].min()), int(row[0].max())
+        low, high = int(record[0].min()), int(record[0].max())
         if low < 0 or (self._vocab_size is not None and high >= self._vocab_size):
             limit = "" if self._vocab_size is None else f" and below vocab_size {self._vocab_size}"
             raise UserError(
-                f"record {record} of {self.data.where} has the id {low if low < 0 else high}, "
+                f"record {number} of {self.data.where} has the id {low if low < 0 else high}, "
                 f"but ids must be 0 or more{limit}; was it made with another tokenizer?"
             )
 

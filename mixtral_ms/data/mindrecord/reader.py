@@ -20,8 +20,8 @@ class Records(Protocol):
 
     Attributes:
         columns: names of a record's columns, `input_ids` first.
-        where: the place to name in messages.
-        identity: what tells this data from other data, but not by its place.
+        where: what to call the data's folder in messages.
+        identity: what tells this data from other data, but not by where it is.
     """
 
     columns: list[str]
@@ -119,8 +119,8 @@ def _is_data_file(path: Path) -> bool:
 
 def _check_complete(path: Path, files: list[Path]) -> None:
     names = read_header(path)["shard_addresses"]
-    here = {one.name for one in files if one.parent == path.parent}
-    missing = sorted(set(names) - here)
+    given = {one.name for one in files if one.parent == path.parent}
+    missing = sorted(set(names) - given)
     if path.name not in names:
         raise UserError(
             f"{path} was renamed: a MindRecord holds its own name, {names[0]!r}; "

@@ -30,19 +30,19 @@ _SMALL_PAGE = 1 << 18
 _DEFAULT_PAGE = 1 << 25
 _MAX_PAGE = 1 << 28
 _MAX_HEADER = 1 << 27
-_BATCH_ROWS = 1000
+_BATCH_RECORDS = 1000
 _BATCH_BYTES = 4 << 20
 
-MAX_ROW_LENGTH = _MAX_PAGE // 16
-"""Ids a row may have at most, so that it fits a page."""
+MAX_RECORD_LENGTH = _MAX_PAGE // 16
+"""Ids a record may have at most, so that it fits a page."""
 
 
 class RecordWriter:
-    """Writes rows of int32 columns of equal length as a MindRecord; a context manager.
+    """Writes records of int32 columns of equal length as a MindRecord; a context manager.
 
     Nothing is at `path` before the block ends without an error; then all files are, and their
     records have been counted. With several partitions the files are `path` followed by 0, 1, …, and
-    the rows are dealt out to them a stretch at a time.
+    the records are dealt out to them a stretch at a time.
 
     Raises UserError for an existing output (unless `overwrite`) or a name MindRecord refuses.
     """
@@ -63,7 +63,7 @@ class RecordWriter:
         _check_target(self.path, partitions, overwrite)
         self._aside = self.path.parent / f".{self.path.name}.{uuid.uuid4().hex[:8]}.tmp"
         self._writer: Any = None
-        self._row_shape: tuple[int, ...] | None = None
+        self._record_shape: tuple[int, ...] | None = None
         self._held: list[dict[str, np.ndarray]] = []
         self._held_bytes = 0
 
@@ -84,21 +84,21 @@ class RecordWriter:
             self._writer = None
             shutil.rmtree(self._aside, ignore_errors=True)
 
-    def batch_rows(self, row_length: int) -> int:
+    def batch_records(self, record_length: int) -> int:
         """Rows to hand to `write` at a time: enough for speed, few enough for memory."""
-        row_bytes = 4 * row_length * len(self.columns)
-        return max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))
+        record_bytes = 4 * record_length * len(self.columns)
+        return max(1, min(_BATCH_RECORDS, _BATCH_BYTES // record_bytes))
 
     def write(self, **columns: np.ndarray) -> None:
-        """Append rows, an int32 array (rows, row_length) per column.
+        """Append records, an int32 array (records, record_length) per column.
 
-        Raises ValueError for another type or shape: MindRecord drops such rows without an error.
+        Raises ValueError for another type or shape: MindRecord drops such records without an error.
         """
-        self._check_rows(columns)
-        rows = len(columns[self.columns[0]])
-        if not rows:
+        self._check_columns(columns)
+        records = len(columns[self.columns[0]])
+        if not records:
             return
-        self.records += rows
+        self.records += records
         if self._writer is not None:
             self._write_now(columns)
             return
@@ -107,26 +107,26 @@ class RecordWriter:
         if self._held_bytes > _SMALL_BYTES:
             self._open(small=False)
 
-    def _check_rows(self, columns: Mapping[str, np.ndarray]) -> None:
+    def _check_columns(self, columns: Mapping[str, np.ndarray]) -> None:
         if set(columns) != set(self.columns):
             raise ValueError(f"columns {sorted(columns)} are not {sorted(self.columns)}")
-        for name, rows in columns.items():
-            if rows.dtype != np.int32 or rows.ndim != 2:
+        for name, ids in columns.items():
+            if ids.dtype != np.int32 or ids.ndim != 2:
                 raise ValueError(
-                    f"column {name!r} is {rows.dtype} of shape {rows.shape}, not int32 of two axes"
+                    f"column {name!r} is {ids.dtype} of shape {ids.shape}, not int32 of two axes"
                 )
-        shapes = {rows.shape for rows in columns.values()}
-        lengths = {shape[1:] for shape in shapes} | ({self._row_shape} - {None})
+        shapes = {ids.shape for ids in columns.values()}
+        lengths = {shape[1:] for shape in shapes} | ({self._record_shape} - {None})
         if len(shapes) > 1 or len(lengths) > 1:
-            raise ValueError(f"columns of unlike shapes {sorted(shapes)}; rows are {lengths}")
-        (self._row_shape,) = lengths
+            raise ValueError(f"columns of unlike shapes {sorted(shapes)}; records are {lengths}")
+        (self._record_shape,) = lengths
 
     def _open(self, small: bool) -> None:
         from mindspore.mindrecord import FileWriter  # noqa: PLC0415 - slow to import
 
         writer = FileWriter(str(self._aside / self.path.name), shard_num=self.partitions)
-        row_bytes = sum(rows[0].nbytes for rows in self._held[0].values())
-        page = 1 << (2 * row_bytes).bit_length()
+        record_bytes = sum(ids[0].nbytes for ids in self._held[0].values())
+        page = 1 << (2 * record_bytes).bit_length()
         if small:
             page = max(page, _SMALL_PAGE)
             writer.set_header_size(_SMALL_HEADER)
@@ -143,10 +143,12 @@ class RecordWriter:
 
     def _write_now(self, columns: Mapping[str, np.ndarray]) -> None:
         arrays = [columns[name] for name in self.columns]
-        step = self.batch_rows(arrays[0].shape[1])
+        step = self.batch_records(arrays[0].shape[1])
         for start in range(0, len(arrays[0]), step):
-            rows = zip(*(one[start : start + step] for one in arrays), strict=True)
-            self._writer.write_raw_data([dict(zip(self.columns, row, strict=True)) for row in rows])
+            records = zip(*(one[start : start + step] for one in arrays), strict=True)
+            self._writer.write_raw_data(
+                [dict(zip(self.columns, record, strict=True)) for record in records]
+            )
 
     def _commit(self) -> None:
         if not self.records:
@@ -189,7 +191,7 @@ class _KnownHeader:
 
 
 def _keep_schema(writer: Any) -> None:
-    """Spare a FileWriter asking C++ for its schema five times a row, a sixth of writing's time."""
+    """Spare a FileWriter asking C++ for its schema five times a record, a sixth of the time."""
     header = getattr(writer, "_header", None)
     if hasattr(header, "schema") and hasattr(header, "blob_fields"):
         writer._header = _KnownHeader(header)  # noqa: SLF001 - there is no public way

@@ -29,7 +29,7 @@ def encode_with_proto(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and ends of a text's tokens, both int32 (tokens,), whatever the model does to the text.
 
-    Slow: sentencepiece reports each piece with its place, in bytes, as a serialized protobuf (the
+    Slow: sentencepiece reports each piece with its offset, in bytes, as a serialized protobuf (the
     one form that all its versions have).
     """
     message = processor.encode(text, out_type="serialized_proto")
@@ -39,10 +39,10 @@ def encode_with_proto(
     ids = np.array([piece.get(_ID, 0) for piece in pieces], np.int32)
     ends = np.array([piece.get(_END, 0) for piece in pieces], np.int32)
     # Of a character in several byte pieces only the last has a width: all of them end there.
-    for place in range(len(pieces) - 2, -1, -1):
-        piece = pieces[place]
-        if processor.is_byte(int(ids[place])) and piece.get(_BEGIN, 0) == piece.get(_END, 0):
-            ends[place] = ends[place + 1]
+    for index in range(len(pieces) - 2, -1, -1):
+        piece = pieces[index]
+        if processor.is_byte(int(ids[index])) and piece.get(_BEGIN, 0) == piece.get(_END, 0):
+            ends[index] = ends[index + 1]
     begins_character = np.frombuffer(text.encode(), np.uint8) & 0xC0 != 0x80
     characters = np.concatenate([[0], begins_character.cumsum()]).astype(np.int32)
     return ids, characters[ends]

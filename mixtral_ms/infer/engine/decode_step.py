@@ -16,7 +16,7 @@ Copies = list[tuple[int, int]]
 def advance(
     piece: Piece, logits: np.ndarray, end_ids: frozenset[int], block_size: int
 ) -> tuple[TokenEvent | None, Copies]:
-    """Take the rows of logits that `wanted_rows` asked for, of all hypotheses of a request.
+    """Take the logits that `wants_logits` asked for, of all hypotheses of a request.
 
     Returns:
         What happened, None when nothing can be told yet; and cache blocks to copy (from, to).

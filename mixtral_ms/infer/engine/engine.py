@@ -16,7 +16,7 @@ from mixtral_ms.infer.engine.request import Request
 from mixtral_ms.infer.engine.request import Sequence as CachedSequence
 from mixtral_ms.infer.engine.sampling_params import Generation, SamplingParams, TokenEvent
 from mixtral_ms.infer.engine.scheduler import Piece, Scheduler
-from mixtral_ms.infer.engine.step_batch import step_input, wanted_rows
+from mixtral_ms.infer.engine.step_batch import step_input, wants_logits
 from mixtral_ms.infer.runners.base import Runner
 from mixtral_ms.infer.text.detokenizer import TextStream, TokenizerLike
 
@@ -197,15 +197,15 @@ class Engine:
         return last.generation
 
     def _compute(self, pieces: list[Piece]) -> list[TokenEvent]:
-        """Run one step and hand every request its rows of logits."""
-        rows = [wanted_rows(piece) for piece in pieces]
-        logits = self._runner.step(step_input(pieces, rows))
+        """Run one step and hand every request its tokens' logits."""
+        scored = [wants_logits(piece) for piece in pieces]
+        logits = self._runner.step(step_input(pieces, scored))
         finite = np.isfinite(logits).all(-1)
-        events, place, requests = [], 0, {}
-        for piece, wanted in zip(pieces, rows, strict=True):
+        events, offset, requests = [], 0, {}
+        for piece, wanted in zip(pieces, scored, strict=True):
             piece.sequence.computed = piece.end
-            span = slice(place, place + len(wanted))
-            place = span.stop
+            span = slice(offset, offset + len(wanted))
+            offset = span.stop
             requests.setdefault(piece.request.number, (piece, []))[1].append(span)
         for piece, spans in requests.values():
             span = slice(spans[0].start, spans[-1].stop)

@@ -1,4 +1,4 @@
-"""From a row of logits to the next token, in the order of transformers' logits processors.
+"""From a token's logits to the next token, in the order of transformers' logits processors.
 
 Legend: V vocabulary.
 """

@@ -6,7 +6,7 @@ from mixtral_ms.infer.engine.scheduler import Piece
 from mixtral_ms.infer.runners.base import NO_BLOCK, StepInput
 
 
-def wanted_rows(piece: Piece) -> list[int]:
+def wants_logits(piece: Piece) -> list[int]:
     """Which tokens of a piece need logits, counted from its first.
 
     The last one when the next token is not known yet; all of a prompt whose log-probabilities are
@@ -19,8 +19,8 @@ def wanted_rows(piece: Piece) -> list[int]:
     return [count - 1] if piece.end == len(piece.sequence.ids) else []
 
 
-def step_input(pieces: list[Piece], rows: list[list[int]]) -> StepInput:
-    """The runner's input; `rows` is `wanted_rows` of each piece."""
+def step_input(pieces: list[Piece], scored: list[list[int]]) -> StepInput:
+    """The runner's input; `scored` is `wants_logits` of each piece."""
     lengths = [piece.end - piece.begin for piece in pieces]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     longest = max(len(piece.sequence.table) for piece in pieces)
@@ -29,7 +29,7 @@ def step_input(pieces: list[Piece], rows: list[list[int]]) -> StepInput:
         table[: len(piece.sequence.table)] = piece.sequence.table
     tokens = [one for piece in pieces for one in piece.sequence.ids[piece.begin : piece.end]]
     positions = [np.arange(piece.begin, piece.end, dtype=np.int32) for piece in pieces]
-    wanted = [start + row for start, each in zip(starts, rows, strict=False) for row in each]
+    wanted = [start + token for start, each in zip(starts, scored, strict=False) for token in each]
     return StepInput(
         token_ids_T=np.array(tokens, np.int32),
         positions_T=np.concatenate(positions),

@@ -10,8 +10,9 @@ P slots of the KV cache, V vocabulary.
 Batch invariance. MindSpore's products on CPU are not the same bits for a token at another index, or
 among another number of them. They are when the weight is the left operand, the tokens are the
 columns of the right one, and there is always the same number of them. So products here are
-weight @ x^T; a decoding step always has ROWS tokens, padded where there are fewer. Batched products
-(attention, experts), softmax and means were measured to be the same whatever stands beside a token.
+weight @ x^T; a decoding step always has DECODE_TOKENS, padded where there are fewer. Batched
+products (attention, experts), softmax and means were measured to be the same whatever stands beside
+a token.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from mixtral_ms.parallel.comm import transports
 from mixtral_ms.parallel.grid.mesh import ALONE, Mesh, ProcessGroup
 from mixtral_ms.parallel.grid.sharding_rules import EMBEDDING, FINAL_NORM, LAYER, LM_HEAD
 
-ROWS = 8
+DECODE_TOKENS = 8
 """Tokens of a decoding step, and of a product with the head."""
 _GATE_EPS = 1e-9
 
@@ -240,7 +241,7 @@ class CachedNetwork(nn.Cell):
         config: the network's sizes.
         shared: weights and cache.
         kernels: the backend's operators.
-        sequences: N; ROWS for a decoding step, 1 for a piece of a prompt.
+        sequences: N; DECODE_TOKENS for a decoding step, 1 for a piece of a prompt.
     """
 
     def __init__(
@@ -293,7 +294,7 @@ class CachedNetwork(nn.Cell):
 
 
 class Head(nn.Cell):
-    """Logits of ROWS tokens."""
+    """Logits of DECODE_TOKENS."""
 
     def __init__(self, config: MixtralConfig, shared: SharedParameters) -> None:
         super().__init__(auto_prefix=False)

@@ -11,7 +11,12 @@ from mindspore import Parameter, Tensor, ops
 
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.infer.runners.base import Runner, StepInput
-from mixtral_ms.infer.runners.graph_network import ROWS, CachedNetwork, Head, SharedParameters
+from mixtral_ms.infer.runners.graph_network import (
+    DECODE_TOKENS,
+    CachedNetwork,
+    Head,
+    SharedParameters,
+)
 from mixtral_ms.infer.runners.infer_weights import InferWeights
 from mixtral_ms.kernels.cells.elementwise import rotary_tables
 from mixtral_ms.kernels.select import select_kernels
@@ -76,13 +81,13 @@ class GraphRunner(Runner):
             groups = [
                 self._run(inputs, slice(i, i + 1), 1, _rounded(int(length), _FEWEST_TOKENS))
                 if length > 1
-                else self._run(inputs, slice(i, i + 1), ROWS, 1)
+                else self._run(inputs, slice(i, i + 1), DECODE_TOKENS, 1)
                 for i, length in enumerate(lengths_N)
             ]
         else:
             groups = [
-                self._run(inputs, slice(begin, min(begin + ROWS, count)), ROWS, 1)
-                for begin in range(0, count, ROWS)
+                self._run(inputs, slice(begin, min(begin + DECODE_TOKENS, count)), DECODE_TOKENS, 1)
+                for begin in range(0, count, DECODE_TOKENS)
             ]
         return self._logits(np.concatenate(groups)[inputs.logit_tokens_R])
 
@@ -96,8 +101,8 @@ class GraphRunner(Runner):
         for cache in (*self._shared.keys, *self._shared.values):
             ops.scatter_update(cache, target, ops.gather(cache, source, 0))
 
-    def _run(self, inputs: StepInput, chosen: slice, rows: int, per: int) -> np.ndarray:
-        """Hidden states (tokens, D) of the chosen sequences, padded to `rows` of `per` tokens."""
+    def _run(self, inputs: StepInput, chosen: slice, sequences: int, per: int) -> np.ndarray:
+        """Hidden states (tokens, D) of the chosen ones, padded to `sequences` of `per` tokens."""
         begin, end = inputs.starts[chosen.start], inputs.starts[chosen.stop]
         positions_T = inputs.positions_T[begin:end]
         tables_NM = inputs.block_tables_NM[chosen]
@@ -108,21 +113,21 @@ class GraphRunner(Runner):
         keys = _rounded(int((positions_Nt[:, -1:] - first_N1).max()) + 1, _FEWEST_KEYS)
         key_positions_NS = first_N1 + np.arange(keys, dtype=np.int32)
 
-        seen_NS = np.full((rows, keys), self._zero_slot, np.int32)
+        seen_NS = np.full((sequences, keys), self._zero_slot, np.int32)
         exists_NS = key_positions_NS <= positions_Nt[:, -1:]
         seen_NS[:count] = np.where(
             exists_NS, self._cache_slots(tables_NM, key_positions_NS), self._zero_slot
         )
         distance_NtS = positions_Nt[:, :, None] - key_positions_NS[:, None]
-        mask_NtS = np.full((rows, per, keys), _MASKED, np.float32)
+        mask_NtS = np.full((sequences, per, keys), _MASKED, np.float32)
         mask_NtS[:count, : positions_Nt.shape[1]] = np.where(
             (distance_NtS >= 0) & (distance_NtS < window), 0, _MASKED
         )
-        total = rows * per
+        total = sequences * per
         token_ids_T = _padded(inputs.token_ids_T[begin:end], total, 0)
         cache_slots_T = self._cache_slots(tables_NM, positions_Nt).reshape(-1)
         rotary_T = _padded(positions_T, total, 0)
-        network = self._network(rows, per, keys)
+        network = self._network(sequences, per, keys)
         hidden_TD = network(
             Tensor(token_ids_T),
             Tensor(np.arange(total) < tokens),
@@ -140,17 +145,19 @@ class GraphRunner(Runner):
         blocks_NS = np.take_along_axis(tables_NM, block_NS, 1)
         return blocks_NS * self.block_size + positions_NS % self.block_size
 
-    def _network(self, rows: int, per: int, keys: int) -> CachedNetwork:
-        shape = (rows, per, keys)
+    def _network(self, sequences: int, per: int, keys: int) -> CachedNetwork:
+        shape = (sequences, per, keys)
         if shape not in self._networks:
-            self._networks[shape] = CachedNetwork(self._config, self._shared, self._kernels, rows)
+            self._networks[shape] = CachedNetwork(
+                self._config, self._shared, self._kernels, sequences
+            )
         return self._networks[shape]
 
     def _logits(self, hidden_RD: np.ndarray) -> np.ndarray:
         logits_RV = np.empty((len(hidden_RD), self._config.vocab_size), np.float32)
-        for begin in range(0, len(hidden_RD), ROWS):
-            group = hidden_RD[begin : begin + ROWS]
-            padded = np.zeros((ROWS, group.shape[1]), np.float32)
+        for begin in range(0, len(hidden_RD), DECODE_TOKENS):
+            group = hidden_RD[begin : begin + DECODE_TOKENS]
+            padded = np.zeros((DECODE_TOKENS, group.shape[1]), np.float32)
             padded[: len(group)] = group
             logits_RV[begin : begin + len(group)] = (
                 self._head(Tensor(padded)).asnumpy().T[: len(group)]

@@ -1,4 +1,4 @@
-"""The one place that chooses what runs the network for generation."""
+"""The choice of what runs the network for generation."""
 
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.errors import UserError

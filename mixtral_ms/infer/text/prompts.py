@@ -73,10 +73,10 @@ def _of_file(path: Path, flag: str) -> Iterator[str]:
 
 def _json_prompt(line: str, where: str) -> str:
     try:
-        row = json.loads(line)
+        entry = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}: is not JSON: {error}") from None
-    prompt = row.get("prompt") if isinstance(row, dict) else None
+    prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise UserError(f'{where}: must be an object with a text "prompt", not empty')
     return prompt

@@ -1,6 +1,6 @@
 """Our network as a MindFormers `PreTrainedModel`.
 
-Legend: B rows of a batch, S sequence, D hidden, V vocabulary.
+Legend: B sequences of a batch, S sequence, D hidden, V vocabulary.
 """
 
 from typing import Any
@@ -22,11 +22,11 @@ from mixtral_ms.train.evaluation import dropless
 class MixtralForCausalLM(PreTrainedModel):
     """Mixtral that MindFormers' Trainer trains, evaluates and generates with.
 
-    A graph for training has a fixed number of rows, from which the experts' slots are counted. So
-    there is a network for each number of rows, all with the same parameters: the first with the
-    configuration's `batch_size`, others as `fit_rows` is told. A batch with fewer rows is filled
+    A graph for training has a fixed batch size, from which the experts' slots are counted. So
+    there is a network for each batch size, all with the same parameters: the first with the
+    configuration's `batch_size`, others as `fit_batch_size` is told. A smaller batch is filled
     up with padding. Evaluation and generation drop no token, as in our Trainer, whatever the
-    capacity factor: one network more, which takes any number of rows.
+    capacity factor: one network more, which takes any batch size.
 
     Args:
         config: MindFormers' configuration.
@@ -50,24 +50,25 @@ class MixtralForCausalLM(PreTrainedModel):
             config.use_past = False
         self._sizes = network_config(config)
         first = Network(self._sizes, seed=mindspore.get_seed() or 0)
-        self.rows, self.networks = (self._sizes.batch_size,), _cells(first)
+        self.batch_sizes, self.networks = (self._sizes.batch_size,), _cells(first)
         self.answering = Network(dropless(self._sizes), share=first)
         self.seq_length, self.input_sliced_sig = config.seq_length, config.input_sliced_sig
         self.pad_token_id, self.ignore_token_id = config.pad_token_id, config.ignore_token_id
         self.load_checkpoint(config)
 
-    def fit_rows(self, rows: int) -> None:
-        """Make it take training batches of this many rows."""
-        if rows in self.rows:
+    def fit_batch_size(self, batch_size: int) -> None:
+        """Make it take training batches of this size."""
+        if batch_size in self.batch_sizes:
             return
-        network = Network(self._sizes, batch_size=rows, share=self.networks[0])
+        network = Network(self._sizes, batch_size=batch_size, share=self.networks[0])
         network.set_train(self.training)
-        known = dict(zip((*self.rows, rows), (*self.networks, network), strict=True))
-        self.rows = tuple(sorted(known))
-        self.networks = _cells(*(known[count] for count in self.rows))
+        sizes = (*self.batch_sizes, batch_size)
+        known = dict(zip(sizes, (*self.networks, network), strict=True))
+        self.batch_sizes = tuple(sorted(known))
+        self.networks = _cells(*(known[size] for size in self.batch_sizes))
 
     def prepare_inputs_for_generation(self, input_ids: np.ndarray, **kwargs: Any) -> dict:
-        """The padded ids, and how many of each row there are: only the last one needs logits."""
+        """The padded ids, and how many each sequence has: only the last one needs logits."""
         lengths = kwargs["valid_length_each_example"]
         return {
             "input_ids": Tensor(input_ids, mstype.int32),
@@ -95,10 +96,10 @@ class MixtralForCausalLM(PreTrainedModel):
         Args:
             input_ids: int32 (B, S + 1) in training, (B, S) with labels and `input_sliced_sig`;
                 in evaluation either.
-            labels: as long as input_ids, each the id at its own place (with `input_sliced_sig`
+            labels: as long as input_ids, each the id at its own position (with `input_sliced_sig`
                 the id that follows); None takes input_ids. `ignore_token_id` and padding count
                 for nothing.
-            batch_valid_length: int32 (B), ids of each row; then logits are of the last ones only.
+            batch_valid_length: int32 (B), ids of each sequence; logits are then of its last one.
             loss_mask: as long as labels, 0 where a label does not count.
         """
         if position_ids is not None or attention_mask is not None or input_embeds is not None:
@@ -110,7 +111,7 @@ class MixtralForCausalLM(PreTrainedModel):
             hidden_BSD = _last(hidden_BSD, batch_valid_length)
         logits = ops.cast(self.answering.logits(hidden_BSD), mstype.float32)
         if batch_valid_length is None and input_ids.shape[1] > self.seq_length:
-            # MindFormers' metrics leave out the last place: here it is the one without logits.
+            # MindFormers' metrics leave out the last position: here it is the one without logits.
             logits = ops.cat((logits, logits[:, -1:]), 1)
         counts = ops.not_equal(input_ids, self.pad_token_id)
         if labels is not None:
@@ -127,13 +128,13 @@ class MixtralForCausalLM(PreTrainedModel):
         if loss_mask is not None:
             counts = ops.logical_and(counts, loss_mask > 0)
         labels = ops.where(counts, labels, ops.full_like(labels, self.ignore_token_id))
-        place = _first_with(self.rows, input_ids.shape[0])
-        missing = self.rows[place] - input_ids.shape[0]
+        chosen = _first_with(self.batch_sizes, input_ids.shape[0])
+        missing = self.batch_sizes[chosen] - input_ids.shape[0]
         if missing > 0:
-            rows = (missing, input_ids.shape[1])
-            input_ids = ops.cat((input_ids, _rows_of(self.pad_token_id, rows)))
-            labels = ops.cat((labels, _rows_of(self.ignore_token_id, rows)))
-        return self.networks[place](input_ids, labels)[0]
+            shape = (missing, input_ids.shape[1])
+            input_ids = ops.cat((input_ids, _filled(self.pad_token_id, shape)))
+            labels = ops.cat((labels, _filled(self.ignore_token_id, shape)))
+        return self.networks[chosen](input_ids, labels)[0]
 
 
 def _cells(*networks: Network) -> nn.CellList:
@@ -141,24 +142,24 @@ def _cells(*networks: Network) -> nn.CellList:
 
 
 @ops.constexpr
-def _first_with(sizes: tuple[int, ...], rows: int) -> int:
-    """Which of the ascending sizes is the first with room for so many rows."""
-    for place, size in enumerate(sizes):
-        if size >= rows:
-            return place
+def _first_with(sizes: tuple[int, ...], sequences: int) -> int:
+    """Which of the ascending sizes is the first with room for so many sequences."""
+    for index, size in enumerate(sizes):
+        if size >= sequences:
+            return index
     raise UserError(
-        f"a batch of {rows} rows, but the network was built for {sizes[-1]} at most: set "
-        "batch_size in its configuration, or call its fit_rows first"
+        f"a batch of {sequences} sequences, but the network was built for {sizes[-1]} at most: set "
+        "batch_size in its configuration, or call its fit_batch_size first"
     )
 
 
-def _rows_of(value: int, shape: tuple[int, int]) -> Tensor:
+def _filled(value: int, shape: tuple[int, int]) -> Tensor:
     return ops.full(shape, value, dtype=mstype.int32)
 
 
 def _last(hidden_BSD: Tensor, lengths_B: Tensor) -> Tensor:
-    """(B, 1, D), the hidden state of each row's last token."""
-    rows, length, width = hidden_BSD.shape
-    place_B = ops.arange(0, rows * length, length, dtype=mstype.int32) + lengths_B - 1
-    hidden_BD = ops.gather(ops.reshape(hidden_BSD, (-1, width)), place_B, 0)
-    return ops.reshape(hidden_BD, (rows, 1, width))
+    """(B, 1, D), the hidden state of each sequence's last token."""
+    sequences, length, width = hidden_BSD.shape
+    last_B = ops.arange(0, sequences * length, length, dtype=mstype.int32) + lengths_B - 1
+    hidden_BD = ops.gather(ops.reshape(hidden_BSD, (-1, width)), last_B, 0)
+    return ops.reshape(hidden_BD, (sequences, 1, width))

@@ -1,4 +1,4 @@
-"""MindFormers' trainers, which tell the network how many rows their batches have."""
+"""MindFormers' trainers, which tell the network the size of their batches."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from mixtral_ms.integrations.mindformers.network import MixtralForCausalLM
 from mixtral_ms.log import get_logger
 
 
-class _TellsRows:
+class _TellsBatchSize:
     """Mixed into a trainer; a network that is not ours is left alone."""
 
     def set_network(self, network: nn.Cell, is_train: bool = True) -> None:
@@ -20,7 +20,7 @@ class _TellsRows:
         while not isinstance(network, MixtralForCausalLM) and hasattr(network, "network"):
             network = network.network  # a cell of MindFormers around it
         if is_train and isinstance(network, MixtralForCausalLM):
-            network.fit_rows(self.train_dataset.get_batch_size())
+            network.fit_batch_size(self.train_dataset.get_batch_size())
 
     def set_config(self, *args: Any, **kwargs: Any) -> MindFormerConfig:
         config = super().set_config(*args, **kwargs)
@@ -32,9 +32,9 @@ class _TellsRows:
         return config
 
 
-class CausalLanguageModelingTrainer(_TellsRows, UpstreamCausalTrainer):
+class CausalLanguageModelingTrainer(_TellsBatchSize, UpstreamCausalTrainer):
     """`trainer.type: CausalLanguageModelingTrainer`."""
 
 
-class GeneralTaskTrainer(_TellsRows, UpstreamGeneralTrainer):
+class GeneralTaskTrainer(_TellsBatchSize, UpstreamGeneralTrainer):
     """`trainer.type: GeneralTaskTrainer`."""

@@ -78,7 +78,7 @@ class Mesh:
 
     @property
     def data_index(self) -> int:
-        """Which samples of the batch this rank sees."""
+        """Which sequences of the batch this rank sees."""
         per_group = self.grid.context_parallel * self.grid.model_parallel
         return self.rank % self.stage_size // per_group
 

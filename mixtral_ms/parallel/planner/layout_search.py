@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mixtral_ms.config.checks.check_config import find_contradictions
-from mixtral_ms.config.loading.resolve import micro_batches, samples_per_micro_step
+from mixtral_ms.config.loading.resolve import micro_batches, sequences_per_micro_step
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.parallel.planner.memory_model import RankMemory, Tensors, memory_plan
@@ -86,18 +86,18 @@ def plan_layouts(
         config: a training run; its own grid does not matter.
         cluster: the devices.
         token_flops: FLOPs to train on one token: "total" and, in it, "experts" and "lm_head".
-        global_batch_size: samples of one step over all ranks; None for the configuration's.
+        global_batch_size: sequences of one step over all ranks; None for the configuration's.
         fixed: sizes of parallel_config that a grid must have, by their keys.
     """
-    samples = global_batch_size or _global_batch_size(config)
+    sequences = global_batch_size or _global_batch_size(config)
     tensors = Tensors(config.model.model_config)
     fitting, too_large, refused = [], [], Counter()
     for grid in _grids(config, cluster.devices):
         if any(getattr(grid, key) != size for key, size in (fixed or {}).items()):
             continue
-        base = _on_grid(config, replace(grid, use_seq_parallel=False), samples)
+        base = _on_grid(config, replace(grid, use_seq_parallel=False), sequences)
         if base is None:
-            refused[_batch_problem(config, grid, samples)] += 1
+            refused[_batch_problem(config, grid, sequences)] += 1
             continue
         if problems := find_contradictions(base):
             refused[problems[0]] += 1
@@ -159,7 +159,7 @@ def sections(layout: Layout) -> dict[str, dict[str, Any]]:
 
 
 def _global_batch_size(config: RunConfig) -> int:
-    return samples_per_micro_step(config) * config.runner_config.gradient_accumulation_steps
+    return sequences_per_micro_step(config) * config.runner_config.gradient_accumulation_steps
 
 
 def _slowness(layout: Layout) -> tuple[float, int]:
@@ -189,10 +189,10 @@ def _grids(config: RunConfig, devices: int) -> Iterator[ParallelConfig]:
                         )
 
 
-def _on_grid(config: RunConfig, grid: ParallelConfig, samples: int) -> RunConfig | None:
-    """The run on a grid with `samples` in a step; None where they do not divide."""
+def _on_grid(config: RunConfig, grid: ParallelConfig, sequences: int) -> RunConfig | None:
+    """The run on a grid with `sequences` in a step; None where they do not divide."""
     runner = config.runner_config
-    batches, rest = divmod(samples, runner.batch_size * grid.data_parallel)
+    batches, rest = divmod(sequences, runner.batch_size * grid.data_parallel)
     if rest or not batches:
         return None
     in_pipeline = grid.pipeline_stage > 1
@@ -202,15 +202,15 @@ def _on_grid(config: RunConfig, grid: ParallelConfig, samples: int) -> RunConfig
         parallel_config=replace(grid, micro_batch_num=batches if in_pipeline else 1),
         runner_config=replace(
             runner,
-            global_batch_size=samples,
+            global_batch_size=sequences,
             gradient_accumulation_steps=1 if in_pipeline else batches,
         ),
     )
 
 
-def _batch_problem(config: RunConfig, grid: ParallelConfig, samples: int) -> str:
+def _batch_problem(config: RunConfig, grid: ParallelConfig, sequences: int) -> str:
     return (
-        f"a global batch of {samples} samples is not divisible by runner_config.batch_size "
+        f"a global batch of {sequences} sequences is not divisible by runner_config.batch_size "
         f"{config.runner_config.batch_size} * data_parallel {grid.data_parallel}"
     )
 

@@ -285,6 +285,6 @@ def _cache_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> int:
 
 def tokens_per_micro_batch(config: RunConfig) -> int:
     """T, the tokens of a micro batch on one rank."""
-    samples = config.runner_config.batch_size or 1
+    sequences = config.runner_config.batch_size or 1
     grid = effective_parallel(config)
-    return samples * config.model.model_config.seq_length // grid.context_parallel
+    return sequences * config.model.model_config.seq_length // grid.context_parallel

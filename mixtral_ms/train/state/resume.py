@@ -38,7 +38,7 @@ def find_resume(config: RunConfig, mesh: Mesh, storage: Storage) -> OpenedSource
     The first rank chooses; each reads a share of the files to compare them with their hashes.
 
     Raises:
-        UserError: it is damaged or does not exist, though its place was named.
+        UserError: it is damaged or does not exist, though its path was given.
     """
     if not config.resume_training:
         return None
@@ -159,7 +159,7 @@ def _require_same_adapters(checkpoint: OpenedSource, network: MixtralForCausalLM
 
 
 def _require_same_data(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """The samples of each step must stay; who takes which of them may change."""
+    """The sequences of each step must stay; who takes which of them may change."""
     before = dict(saved["data"])
     if "rows_per_step" not in before:  # saved when one process was all there was
         before["rows_per_step"] = before["batch_size"] * before["gradient_accumulation_steps"]
@@ -170,10 +170,10 @@ def _require_same_data(saved: dict[str, Any], current: dict[str, Any], path: Pat
     ]
     if all(text.startswith(_SPLIT_KEYS) for text in changed):
         if changed:
-            get_logger().info("the same rows a step, shared otherwise: %s", "; ".join(changed))
+            get_logger().info("the same sequences a step, shared otherwise: %s", "; ".join(changed))
         return
     raise UserError(
-        f"cannot resume {path}: the rows after step {saved['step']} would be others: "
+        f"cannot resume {path}: the sequences after step {saved['step']} would be others: "
         f"{'; '.join(changed)}. Restore these, or start a new run from the weights: "
         f"--resume_training False --load_checkpoint {path} with a new --output_dir"
     )

@@ -82,9 +82,9 @@ class AdamW:
         return self._parts[part.shape]
 
     def _zeros_like(self, parameter: Parameter, prefix: str) -> Parameter:
-        rows, *others = parameter.shape
+        first, *others = parameter.shape
         group = self.shards.get(parameter.name)
-        shape = (rows // (group.size if group else 1), *others)
+        shape = (first // (group.size if group else 1), *others)
         zeros = Tensor.from_numpy(np.zeros(shape, np.float32))
         return Parameter(zeros, name=prefix + parameter.name, requires_grad=False)
 

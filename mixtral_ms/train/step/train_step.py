@@ -44,8 +44,8 @@ class StepResult:
 class TrainStep:
     """Forward, backward and update over the micro batches of one global batch.
 
-    On several ranks each calls it with its own rows (and, with context parallel, columns); what it
-    returns is that of the global batch, the same on all of them.
+    On several ranks each calls it with its own sequences (with context parallel, parts of them);
+    what it returns is that of the global batch, the same on all of them.
 
     Args:
         network: the model, its shapes those of one micro batch on this rank.
@@ -159,7 +159,7 @@ def first_of_ranks(network: MixtralForCausalLM, name: str | None) -> str | None:
 class _Totals:
     """Sums of a step as one array, so that one message adds those of all ranks.
 
-    Of ranks with the same rows and layers one counts.
+    Of ranks with the same sequences and layers one counts.
     """
 
     def __init__(self, config: MixtralConfig, mesh: Mesh) -> None:

@@ -177,11 +177,11 @@ def test_every_flipped_bit_is_found_by_the_entry(tmp_path):
     arrays = {name: ARRAYS[name] for name in ("f16", "bf16", "scalar")}
     entry = write_ckpt(path, [outgoing(n, a) for n, a in arrays.items()])
     data = path.read_bytes()
-    for place in range(len(data)):
+    for index in range(len(data)):
         changed = bytearray(data)
-        changed[place] ^= 1 << place % 8
+        changed[index] ^= 1 << index % 8
         path.write_bytes(changed)
-        assert verify_file(path, entry), f"byte {place}"
+        assert verify_file(path, entry), f"byte {index}"
     changed = bytearray(data)
     changed[-1] ^= 1
     path.write_bytes(changed)

@@ -188,9 +188,9 @@ def test_any_flipped_byte_of_the_framing_is_an_error_or_harmless(tmp_path, seed)
     path = saved(tmp_path / "m.bin", {"w": BASE, "v": BASE.T})
     data, random = path.read_bytes(), np.random.default_rng(seed)
     refused = 0
-    for place in random.integers(0, len(data), 300):
+    for index in random.integers(0, len(data), 300):
         changed = bytearray(data)
-        changed[place] = random.integers(256)
+        changed[index] = random.integers(256)
         path.write_bytes(changed)
         try:
             source = TorchZipSource(path)

@@ -31,12 +31,12 @@ def ranks_of(text, **options):
 
 def parts_of(ranks, tensors=TENSORS):
     """What a rank gives to `save_checkpoint`."""
-    places = placements(ranks.network, ranks.mesh.grid, tensors, zero=ranks.zero)
+    by_name = placements(ranks.network, ranks.mesh.grid, tensors, zero=ranks.zero)
     groups = {"model": {}, "optimizer": {}}
     for name, array in tensors.items():
-        if (place := places[name].get(ranks.mesh.stage)) is not None:
+        if (placement := by_name[name].get(ranks.mesh.stage)) is not None:
             stem = "optimizer" if name.startswith("adam_") else "model"
-            groups[stem][name] = array[place.region(array.shape, ranks.mesh.rank)]
+            groups[stem][name] = array[placement.region(array.shape, ranks.mesh.rank)]
     return groups
 
 

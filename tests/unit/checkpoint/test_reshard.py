@@ -117,28 +117,30 @@ def placements(draw):
         axes = draw(st.lists(st.sampled_from(free), max_size=2, unique=True)) if free else []
         free = [axis for axis in free if axis not in axes]
         tensor_map.append(tuple(axes))
-    place = Placement(matrix, tuple(tensor_map))
-    if place.replicas > 1 and draw(st.booleans()):
-        place = dataclasses.replace(place, opt_shard_size=-1, opt_shard_step=1)
+    placement = Placement(matrix, tuple(tensor_map))
+    if placement.replicas > 1 and draw(st.booleans()):
+        placement = dataclasses.replace(placement, opt_shard_size=-1, opt_shard_step=1)
     local = tuple(draw(st.integers(1, 3)) for _ in tensor_map)
-    return place, place.global_shape(local)
+    return placement, placement.global_shape(local)
 
 
 def cut(arrays, strategies):
-    world = max(place.ranks.stop for places in strategies.values() for place in places.values())
+    world = max(
+        placement.ranks.stop for by_stage in strategies.values() for placement in by_stage.values()
+    )
     ranks = [{} for _ in range(world)]
-    for name, places in strategies.items():
-        for place in places.values():
-            for rank in place.ranks:
-                ranks[rank][name] = arrays[name][place.region(arrays[name].shape, rank)]
+    for name, by_stage in strategies.items():
+        for placement in by_stage.values():
+            for rank in placement.ranks:
+                ranks[rank][name] = arrays[name][placement.region(arrays[name].shape, rank)]
     return [MemorySource(one) for one in ranks]
 
 
 @given(st.data())
 def test_parts_put_together_are_the_tensor(data):
-    place, shape = data.draw(placements())
+    placement, shape = data.draw(placements())
     array = np.random.default_rng(1).standard_normal(shape)
-    strategies = {"w": {0: place}}
+    strategies = {"w": {0: placement}}
     source = assemble("memory", cut({"w": array}, strategies), strategies, every_replica=True)
     assert source.infos["w"].shape == shape
     assert (source.read("w") == array).all()
@@ -161,8 +163,8 @@ def test_what_one_part_holds_is_a_view():
 def test_layout_hash_is_of_what_ranks_hold_not_of_how_it_is_said():
     array = np.random.default_rng(0).standard_normal((4, 6))
 
-    def hashed(place):
-        strategies = {"w": {0: place}}
+    def hashed(placement):
+        strategies = {"w": {0: placement}}
         source = assemble("memory", cut({"w": array}, strategies), strategies)
         return layout_sha256(source.regions_of_ranks())
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mixtral_ms.cli.support.check_config_report import describe
 from mixtral_ms.config import load_config
 from mixtral_ms.config.checks.check_config import check_config, find_contradictions
-from mixtral_ms.config.loading.resolve import rank_count, samples_per_micro_step
+from mixtral_ms.config.loading.resolve import rank_count, sequences_per_micro_step
 from mixtral_ms.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -110,7 +110,7 @@ def test_what_is_split_must_divide(overrides, parts):
 def test_parallel_sizes_are_ignored_on_one_process_as_in_mindformers():
     config = load_config(BIG, ["use_parallel=False", "parallel_config.model_parallel=7"])
     check_config(config, needs_paths=False)
-    assert rank_count(config) == samples_per_micro_step(config) == 1
+    assert rank_count(config) == sequences_per_micro_step(config) == 1
 
 
 @pytest.mark.parametrize(

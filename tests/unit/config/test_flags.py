@@ -160,7 +160,7 @@ def test_describe_shows_what_would_run():
     text = describe(load_config(BIG))
     assert "parameters: 46,702,792,704, of which a token meets 12,879,925,248" in text
     assert "ranks: 16" in text
-    assert "one step: 128 samples, 524,288 tokens" in text
+    assert "one step: 128 sequences, 524,288 tokens" in text
     assert "hidden_size: 4096" in text
     assert "set --train_data" in text
 

@@ -200,8 +200,8 @@ def test_unknown_suffix_is_refused():
     st.integers(1, 7),
     st.integers(1, 5),
 )
-def test_packing_keeps_the_stream(documents, row_length, every):
-    packer = TokenPacker(row_length)
+def test_packing_keeps_the_stream(documents, record_length, every):
+    packer = TokenPacker(record_length)
     taken = []
     for number, ids in enumerate(documents):
         packer.add(np.array(ids, np.int32))
@@ -210,7 +210,7 @@ def test_packing_keeps_the_stream(documents, row_length, every):
     taken.append(packer.take())
     stream = sum(documents, [])
     got = np.concatenate([one.reshape(-1) for one in taken])
-    assert got.tolist() == stream[: len(stream) // row_length * row_length]
-    assert all(one.dtype == np.int32 and one.shape[1] == row_length for one in taken)
-    assert packer.pending == len(stream) % row_length
+    assert got.tolist() == stream[: len(stream) // record_length * record_length]
+    assert all(one.dtype == np.int32 and one.shape[1] == record_length for one in taken)
+    assert packer.pending == len(stream) % record_length
     assert packer.tokens == len(stream)

@@ -121,7 +121,7 @@ def test_micro_batches_of_ranks_are_those_of_one_process(data):
             assert np.array_equal(batch.input_ids, alone[2 * number + rank].input_ids)
 
 
-def test_a_part_of_the_sequence_keeps_its_places():
+def test_a_part_of_the_sequence_keeps_its_positions():
     ids = np.arange(16, dtype=np.int32).reshape(2, 8)
     segments = np.array([[1, 1, 1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2, 2, 2]], np.int32)
     whole = Batch(ids, ids + 1, segments)
@@ -193,7 +193,7 @@ def test_num_samples_limits_the_records(data):
         ({"seq_length": SEQ + 1}, r"record 0 .* 9 input_ids, .*seq_length 9 .* 10.* to 8"),
         ({"seq_length": SEQ - 1}, r"record 0 .* 9 input_ids, .*seq_length 7 .* 8"),
         ({"vocab_size": 9}, r"record 52 .* id 476.* vocab_size 9|record 0 .* vocab_size 9"),
-        ({"batch_size": 60}, r"53 records.* 60 rows"),
+        ({"batch_size": 60}, r"53 records.* one batch of 60 on"),
         ({"input_columns": ["input_ids", "labels"]}, "no column 'labels'"),
         ({"input_columns": ["text"]}, r"\['text'\] must be"),
     ],
@@ -311,7 +311,7 @@ def test_a_failure_while_writing_leaves_what_was_there(tmp_path):
     "rows",
     [np.ones((2, 3), np.int64), np.ones((2, 3), np.float32), np.ones(3, np.int32)],
 )
-def test_rows_that_mindrecord_would_drop_are_an_error(tmp_path, rows):
+def test_records_that_mindrecord_would_drop_are_an_error(tmp_path, rows):
     with (
         pytest.raises(ValueError, match="not int32 of two axes"),
         RecordWriter(tmp_path / "a") as writer,
@@ -320,7 +320,7 @@ def test_rows_that_mindrecord_would_drop_are_an_error(tmp_path, rows):
     assert not os.listdir(tmp_path)
 
 
-def test_rows_of_another_length_are_an_error(tmp_path):
+def test_records_of_another_length_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="unlike"), RecordWriter(tmp_path / "a") as writer:
         writer.write(input_ids=np.ones((2, 3), np.int32))
         writer.write(input_ids=np.ones((2, 4), np.int32))

@@ -8,7 +8,7 @@ from helpers.tiny import tiny_config
 from mindspore import Tensor
 
 from mixtral_ms.data.conversations.conversation_samples import ConversationOptions, Conversations
-from mixtral_ms.data.conversations.sample_packing import lay_out, one_a_row, pack
+from mixtral_ms.data.conversations.sample_packing import lay_out, one_a_record, pack
 from mixtral_ms.data.conversations.skipped_rows import RowLog
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
@@ -53,7 +53,7 @@ def batches(samples):
     """The same samples one a row, and packed."""
     packed = list(pack(samples, SEQ + 1))
     assert len(packed) < len(samples) // 2 + 1
-    return batch_of(list(one_a_row(samples)), packed=False), batch_of(packed, packed=True)
+    return batch_of(list(one_a_record(samples)), packed=False), batch_of(packed, packed=True)
 
 
 def network(batch):
@@ -96,7 +96,7 @@ def test_each_tokens_logits_are_equal_and_neighbours_matter_without_segments(
 
 
 def _supervised_logits(batch, segments):
-    """Logits of the supervised tokens, ordered by sample and place: the labels tell them apart."""
+    """Logits of the supervised tokens by sample and position: the labels tell them apart."""
     net = network(batch)
     net.set_train(False)
     packed = () if segments is None else (Tensor(segments), Tensor(batch.positions))
@@ -110,11 +110,15 @@ def _supervised_logits(batch, segments):
         strict=True,
     ):
         begins = 0
-        for place, label in enumerate(labels):
-            if batch.segment_ids is not None and place and segment[place] != segment[place - 1]:
-                begins = place
+        for position, label in enumerate(labels):
+            if (
+                batch.segment_ids is not None
+                and position
+                and segment[position] != segment[position - 1]
+            ):
+                begins = position
             if label >= 0:
-                found[tuple(ids[begins : place + 1])] = row[place]
+                found[tuple(ids[begins : position + 1])] = row[position]
     return np.stack([found[key] for key in sorted(found)])
 
 

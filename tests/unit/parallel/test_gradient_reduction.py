@@ -68,14 +68,14 @@ def test_each_value_counts_once_and_each_shard_is_where_the_layout_says(text, ze
         rules = gradient_rules(MODEL, mesh, here, zero=zero)
         moments = placements(MODEL, grid, ["adam_m." + name for name in here], zero=zero)
         for name, shape in here.items():
-            rule, place = rules[name], moments["adam_m." + name][mesh.stage]
-            region = place.region(shape, mesh.rank)
+            rule, placement = rules[name], moments["adam_m." + name][mesh.stage]
+            region = placement.region(shape, mesh.rank)
             counted[name][region] += rule.counted
             if rule.shard is not None:
                 rows = local_shape(name, shape, grid)[0] // rule.shard.size
-                whole = place.replicas_of(mesh.rank)
+                whole = placement.replicas_of(mesh.rank)
                 assert rule.shard.ranks == whole
-                first = place.region(shape, whole[0])[0].start
+                first = placement.region(shape, whole[0])[0].start
                 assert region[0].start - first == rule.shard.index * rows
                 assert region[0].stop - region[0].start == rows
     for name, count in counted.items():

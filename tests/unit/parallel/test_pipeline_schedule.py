@@ -32,10 +32,10 @@ def test_each_stage_does_each_micro_batch_once_and_holds_few(stages, micro_batch
 def test_neighbours_meet_and_have_what_they_give(stages, micro_batches):
     """Runs all stages; a meeting happens when both have come to it."""
     lists = all_stages(stages, micro_batches)
-    place, held = [0] * stages, [set() for _ in range(stages)]
+    done, held = [0] * stages, [set() for _ in range(stages)]
 
     def current(stage):
-        return lists[stage][place[stage]] if place[stage] < len(lists[stage]) else None
+        return lists[stage][done[stage]] if done[stage] < len(lists[stage]) else None
 
     def advance(stage):
         action = current(stage)
@@ -44,7 +44,7 @@ def test_neighbours_meet_and_have_what_they_give(stages, micro_batches):
             needs_dy = ("dy", action.micro) in held[stage] or stage == stages - 1
             assert needs_x and (needs_dy or not action.backward)
             held[stage].add(("dx" if action.backward else "y", action.micro))
-            place[stage] += 1
+            done[stage] += 1
             return True
         if not isinstance(action, SendRecv) or action.stage < stage:
             return False
@@ -58,13 +58,13 @@ def test_neighbours_meet_and_have_what_they_give(stages, micro_batches):
         if theirs.send is not None:
             assert ("dx", theirs.send) in held[other]
             held[stage].add(("dy", theirs.send))
-        place[stage] += 1
-        place[other] += 1
+        done[stage] += 1
+        done[other] += 1
         return True
 
     while any(advance(stage) for stage in range(stages)):
         pass
-    assert place == [len(actions) for actions in lists]
+    assert done == [len(actions) for actions in lists]
 
 
 def test_the_middle_of_three_stages():

@@ -118,17 +118,20 @@ LAYER = "model.layers.1."
 W1 = LAYER + "feed_forward.routed_experts.ffn.w1.weight"
 
 
-def place(name, *, zero=False, **grid):
+def placement_of(name, *, zero=False, **grid):
     return layout.placements(MODEL, ParallelConfig(**grid), [name], zero=zero)[name]
 
 
 def test_the_table_in_ranks():
     grid = {"data_parallel": 2, "model_parallel": 2, "pipeline_stage": 2, "expert_parallel": 2}
-    assert {s: p.first_rank for s, p in place(layout.EMBEDDING, **grid).items()} == {0: 0, 1: 4}
-    assert place(LAYER + "attention.wo.weight", **grid) == {
+    assert {s: p.first_rank for s, p in placement_of(layout.EMBEDDING, **grid).items()} == {
+        0: 0,
+        1: 4,
+    }
+    assert placement_of(LAYER + "attention.wo.weight", **grid) == {
         1: Placement((2, 2), ((), (0,)), first_rank=4)
     }
-    (experts,) = place(W1, **grid).values()
+    (experts,) = placement_of(W1, **grid).values()
     starts = [region[0][0] for region in regions_of(experts, (4, 32, 16))]
     widths = [region[1] for region in regions_of(experts, (4, 32, 16))]
     assert starts == [0, 0, 2, 2]
@@ -136,13 +139,13 @@ def test_the_table_in_ranks():
 
 
 def test_expert_copies_are_the_major_ranks():
-    (experts,) = place(W1, data_parallel=4, expert_parallel=2).values()
+    (experts,) = placement_of(W1, data_parallel=4, expert_parallel=2).values()
     assert [region[0] for region in regions_of(experts, (4, 32, 16))] == [(0, 2), (2, 4)] * 2
 
 
 def test_more_expert_ranks_than_data_ranks():
     """dp 2, mp 4, ep 4: two of the four tensor ranks hold other experts, two halves of them."""
-    (experts,) = place(W1, data_parallel=2, model_parallel=4, expert_parallel=4).values()
+    (experts,) = placement_of(W1, data_parallel=2, model_parallel=4, expert_parallel=4).values()
     regions = regions_of(experts, (4, 32, 16))
     assert [region[0][0] for region in regions] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [region[1] for region in regions] == [(0, 16), (16, 32)] * 4
@@ -153,12 +156,12 @@ def test_more_expert_ranks_than_data_ranks():
 def test_zero_cuts_moments_where_they_divide():
     grid = {"data_parallel": 2, "model_parallel": 2, "zero": True}
     wk, norm = LAYER + "attention.wk.weight", LAYER + "ffn_norm.weight"
-    assert place(wk, **grid)[0].shards == 1
-    assert place("adam_m." + wk, **grid)[0] == Placement((2, 2), ((0,), ()), -1, 2)
-    assert place("adam_v." + norm, **grid)[0] == Placement((2, 2), ((),), -1, 1)
-    assert place("adam_m." + norm, **{**grid, "zero": False})[0] == Placement((2, 2), ((),))
+    assert placement_of(wk, **grid)[0].shards == 1
+    assert placement_of("adam_m." + wk, **grid)[0] == Placement((2, 2), ((0,), ()), -1, 2)
+    assert placement_of("adam_v." + norm, **grid)[0] == Placement((2, 2), ((),), -1, 1)
+    assert placement_of("adam_m." + norm, **{**grid, "zero": False})[0] == Placement((2, 2), ((),))
     router = LAYER + "feed_forward.routed_experts.router.dense.weight"  # 4 experts, 8 ranks
-    assert place("adam_m." + router, data_parallel=8, zero=True)[0].shards == 1
+    assert placement_of("adam_m." + router, data_parallel=8, zero=True)[0].shards == 1
 
 
 @given(
@@ -200,13 +203,13 @@ def test_every_placement_of_a_grid_has_its_ranks_and_local_shape(dp, mp, ep, pp,
 )
 def test_expert_ranks_that_do_not_divide(grid, parts):
     with pytest.raises(UserError) as error:
-        place(W1, **grid)
+        placement_of(W1, **grid)
     for part in parts:
         assert part in str(error.value)
 
 
 def test_errors_of_the_table_name_the_tensor():
     with pytest.raises(UserError, match=r"w1\.weight: axis 0 of length 4 .* the 8 parts"):
-        place(W1, data_parallel=8, expert_parallel=8)
+        placement_of(W1, data_parallel=8, expert_parallel=8)
     with pytest.raises(UserError, match=r"adam_m\.nothing"):
-        place("adam_m.nothing")
+        placement_of("adam_m.nothing")

@@ -205,7 +205,7 @@ def test_why_grids_are_refused():
     plan = plan_layouts(config, Cluster(16, GIB), token_flops(config), global_batch_size=24)
     assert any("n_kv_heads 4 is not divisible by" in reason for reason in plan.refused)
     assert any(
-        "a global batch of 24 samples is not divisible by" in reason for reason in plan.refused
+        "a global batch of 24 sequences is not divisible by" in reason for reason in plan.refused
     )
 
 
