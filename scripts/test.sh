@@ -5,14 +5,16 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 if [ "${1:-}" = "--help" ] || [ "${1:-}" = "-h" ]; then
   cat <<'HELP'
-usage: bash scripts/test.sh [PYTEST OPTIONS]
+usage: bash scripts/test.sh [--fast] [PYTEST OPTIONS]
 
 Makes .venv when it is missing, installs mixtral-ms[test] into it, and mixtral-ms[mindformers] into
 .venv-mindformers; checks lint and format with ruff and types with mypy, and runs pytest with the
-options given.
+options given. Ends with the slowest tests and the seconds of each part.
 
   bash scripts/test.sh                        everything but the tests marked long
-  bash scripts/test.sh --long                 those too
+  bash scripts/test.sh --fast                 in five minutes: the unit tests, and of the others those
+                                              that need no job, no process and no long computation
+  bash scripts/test.sh --long                 everything
   bash scripts/test.sh tests/unit -k config   a part
 HELP
   exit 0
@@ -20,14 +22,38 @@ fi
 
 source "$ROOT/scripts/venv.sh"
 cd "$ROOT"
-prepare_venv test
-prepare_venv mindformers .venv-mindformers
-export MINDFORMERS_PYTHON
+seconds=()
+# part NAME COMMAND...: runs the command and notes how long it took; ends the script if it fails.
+part() {
+  local name=$1 begin=$SECONDS status=0
+  shift
+  "$@" || status=$?
+  seconds+=("$(printf '%5d s  %s' $((SECONDS - begin)) "$name")")
+  [ $status -eq 0 ] || finish $status
+}
 
+finish() {
+  echo "== seconds of each part"
+  printf '%s\n' "${seconds[@]}"
+  printf '%5d s  in all\n' "$SECONDS"
+  exit "$1"
+}
+
+# shellcheck disable=SC2329 # part calls it
+install() {
+  prepare_venv test || return
+  case " $* " in
+    *" --fast "*) ;; # none of those tests is among the fast ones
+    *) prepare_venv mindformers .venv-mindformers && export MINDFORMERS_PYTHON ;;
+  esac
+}
+
+part installation install "$@"
 echo "== lint and format"
-"$VENV_PYTHON" -m ruff check .
-"$VENV_PYTHON" -m ruff format --check .
+part lint "$VENV_PYTHON" -m ruff check .
+part format "$VENV_PYTHON" -m ruff format --check .
 echo "== types"
-"$VENV_PYTHON" scripts/check_types.py
+part types "$VENV_PYTHON" scripts/check_types.py
 echo "== tests"
-exec "$VENV_PYTHON" -m pytest "$@"
+part tests "$VENV_PYTHON" -m pytest --durations=20 --durations-min=1 "$@"
+finish 0

@@ -1,6 +1,9 @@
+# shellcheck shell=bash disable=SC2034 # the scripts that source it use its variables
 # Sourced by the other scripts: makes the project's .venv and installs the package into it.
 # Nothing outside it changes. Needs the variable ROOT, the project's folder.
 
+# The version that everything is tested with; scripts/test_matrix.sh tries the others.
+TESTED_MINDSPORE=2.7.2
 VENV_PYTHON="$ROOT/.venv/bin/python"
 # MindFormers pins other versions than the tests need, and so has an environment of its own.
 MINDFORMERS_PYTHON="$ROOT/.venv-mindformers/bin/python"
@@ -20,10 +23,10 @@ find_python() {
   return 2
 }
 
-# prepare_venv EXTRA [FOLDER]: FOLDER (.venv) with mixtral-ms[EXTRA]; does nothing when it is up to
-# date.
+# prepare_venv EXTRA [FOLDER [MINDSPORE]]: FOLDER (.venv) with mixtral-ms[EXTRA] and that version of
+# MindSpore (the tested one); does nothing when it is up to date.
 prepare_venv() {
-  local extra=$1 folder="$ROOT/${2:-.venv}" python stamp wanted
+  local extra=$1 folder="$ROOT/${2:-.venv}" mindspore=${3:-$TESTED_MINDSPORE} python stamp wanted
   stamp="$folder/installed-$extra"
   if ! "$folder/bin/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python) || return
@@ -33,12 +36,13 @@ prepare_venv() {
       return 1
     fi
   fi
-  wanted=$(cat "$ROOT/setup.py" "$ROOT/pyproject.toml" | cksum)
+  wanted="mindspore $mindspore $(cat "$ROOT/setup.py" "$ROOT/pyproject.toml" | cksum)"
   if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     echo "== $folder is up to date"
     return
   fi
-  echo "== installing mixtral-ms[$extra] into $folder: a few minutes, once"
-  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -e "$ROOT[$extra]" || return
+  echo "== installing mixtral-ms[$extra] and MindSpore $mindspore into $folder: a few minutes, once"
+  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
+    -e "${ROOT}[$extra]" "mindspore==$mindspore" || return
   echo "$wanted" >"$stamp"
 }

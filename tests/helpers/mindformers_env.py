@@ -24,7 +24,7 @@ def mindformers_python():
     if not named and not USUAL.is_file():
         pytest.skip(
             f"no {USUAL}: scripts/test.sh makes it, or python3.11 -m venv .venv-mindformers && "
-            '.venv-mindformers/bin/pip install -e ".[mindformers]"'
+            '.venv-mindformers/bin/pip install -e ".[mindformers]" mindspore==2.7.2'
         )
     return named or str(USUAL)
 

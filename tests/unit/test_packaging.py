@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 import mixtral_ms
 
@@ -74,3 +75,15 @@ def test_files_beside_the_modules_are_packaged(metadata):
 def test_every_folder_with_modules_is_a_package():
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_hooks_before_a_commit_are_what_the_tests_check_and_fetch_nothing():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repository["repo"] for repository in config["repos"]] == ["local"]
+    hooks = config["repos"][0]["hooks"]
+    assert {hook["language"] for hook in hooks} == {"system"}
+    script = (ROOT / "scripts/test.sh").read_text(encoding="utf-8")
+    for hook in hooks:
+        python, *command = hook["entry"].split(" --")[0].split()
+        assert python == ".venv/bin/python"
+        assert f'"$VENV_PYTHON" {" ".join(command)}' in script
