@@ -1,5 +1,6 @@
-"""Options of the test run: the device, and whether long tests take part."""
+"""Options of the test run: the device, and which tests take part."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from hypothesis import settings
 # Derandomised: a failure seen once is seen again, on every machine.
 settings.register_profile("default", deadline=None, derandomize=True, database=None)
 settings.load_profile("default")
+
+# Every test in these starts jobs of several processes, or another system.
+SLOW_FOLDERS = ("distributed", "integrations")
 
 
 def pytest_addoption(parser):
@@ -20,16 +24,30 @@ def pytest_addoption(parser):
         default=Path(__file__).parents[2] / "shared" / "data",
         help="folder with wikitext-2/wiki.valid.tokens; tests on it are skipped without it",
     )
-    parser.addoption("--long", action="store_true", help="run the tests that take minutes too")
+    extent = parser.getgroup("general").addoption
+    extent("--long", action="store_true", help="run the tests that take minutes too")
+    extent(
+        "--fast",
+        action="store_true",
+        help="a useful answer in five minutes: leave out what is marked slow, and jobs of several "
+        "processes and other systems",
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--long"):
-        return
-    long = [item for item in items if item.get_closest_marker("long")]
-    if long:
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+    if config.getoption("--long") and config.getoption("--fast"):
+        raise pytest.UsageError("--long and --fast: give one of them")
+    left_out = set() if config.getoption("--long") else {"long"}
+    if config.getoption("--fast"):
+        left_out.add("slow")
+        slow_folders = {Path(__file__).parent / name for name in SLOW_FOLDERS}
+        for item in items:
+            if slow_folders & set(item.path.parents):
+                item.add_marker("slow")
+    deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in set(deselected)]
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +108,18 @@ def record_error(report_error):
     return check
 
 
+_seconds = Counter()
+
+
+def pytest_runtest_logreport(report):
+    _seconds["/".join(report.nodeid.split("/")[:2])] += report.duration
+
+
 def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.config.getoption("durations") is not None:
+        terminalreporter.section("seconds of each folder")
+        for folder, seconds in _seconds.most_common():
+            terminalreporter.write_line(f"{seconds:6.0f} s  {folder}")
     if not _errors:
         return
     terminalreporter.section("largest errors")

@@ -27,7 +27,7 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.evaluation import dropless
 
-pytestmark = pytest.mark.usefixtures("graph")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("graph")]
 PET = "{lora_rank: 4, lora_alpha: 64, lora_dropout: 0.1, target_modules: '.*w[qkvo]|.*w[123]'}"
 LORA = ("--set", f"model.model_config.pet_config={PET}")
 ANSWER = SEQ_LENGTH // 2

@@ -8,6 +8,8 @@ from mixtral_ms.cli.commands.convert import main as convert
 from mixtral_ms.cli.commands.transform import main as transform
 from mixtral_ms.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

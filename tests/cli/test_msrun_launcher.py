@@ -154,6 +154,7 @@ with open(f"env_{name}", "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_processes_get_what_msrun_gives_them(tmp_path, program, port):
     """Order, environment and number of processes, against MindSpore's own launcher."""
     program(DUMP, prelude="")
@@ -382,6 +383,7 @@ def test_help(tmp_path):
     assert done.returncode == 0 and "EXECUTE_ORDER WORKER_NUM MASTER_PORT LOG_DIR" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_machines_reduce_over_mccl(tmp_path, program, port):
     """Both commands of a run on two machines, which are this one."""
     program(ALL_REDUCE, prelude="")
@@ -396,6 +398,7 @@ def test_two_machines_reduce_over_mccl(tmp_path, program, port):
     assert processes_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_one_that_waits_for_it(tmp_path, program, port):
     program(ALL_REDUCE, prelude="")
     done = launch(tmp_path, "worker.py 1", "2", port, "logs", "False", "90", timeout=110)

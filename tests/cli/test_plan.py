@@ -37,6 +37,7 @@ def overrides(path):
 
 
 @pytest.mark.parametrize("document", ["README.md", "README_CN.md", "docs/parallel.md"])
+@pytest.mark.slow
 def test_the_documents_commands(document, tmp_path, monkeypatch, capsys):
     text = (ROOT / document).read_text(encoding="utf-8")
     commands = re.findall(r"python -m mixtral_ms plan (--config [^\n`]+)", text)

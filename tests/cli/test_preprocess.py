@@ -65,6 +65,7 @@ def output(folder):
     return folder / "out" / "wiki.mindrecord"
 
 
+@pytest.mark.slow
 def test_the_tool_as_a_user_types_it_from_another_folder(wiki):
     result = subprocess.run(
         [

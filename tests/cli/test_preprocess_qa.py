@@ -83,6 +83,7 @@ def _split(ids):
         yield part
 
 
+@pytest.mark.slow
 def test_the_documented_commands_from_another_folder(folder):
     rows = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(9)]
     (folder / "alpaca_data.json").write_text(json.dumps(rows))

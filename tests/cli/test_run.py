@@ -64,6 +64,7 @@ def test_training_by_the_launchers_name(trained, folder):
     assert "Traceback" not in trained.stderr
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there(folder):
     done = run_command(
         *("--config", folder / "run.yaml", "--device_target", "Ascend", "--device_id", "999"),
@@ -98,6 +99,7 @@ def test_eval_prints_what_training_measured(trained, folder, batch_size, capsys,
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
+@pytest.mark.slow
 def test_eval_says_what_a_weight_dtype_costs(trained, folder, tmp_path, dtype, capsys, graph):
     def evaluate(weights, *more):
         flags = (
@@ -338,6 +340,7 @@ def test_wrong_flags_show_the_usage_and_one_error(wrong, arguments, part):
 
 
 @pytest.mark.parametrize("more", [[], ["--debug"]])
+@pytest.mark.slow
 def test_only_debug_shows_the_traceback(folder, more):
     arguments = ["--config", "run.yaml", "--train_data", "nowhere", *more]
     ended = run_command(*arguments, cwd=folder, timeout=60)

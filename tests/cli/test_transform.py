@@ -37,6 +37,7 @@ def run(*argv):
     return run_command(main, [str(one) for one in argv])
 
 
+@pytest.mark.slow
 def test_the_reference_s_command_from_another_folder(cut):
     done = subprocess.run(
         [

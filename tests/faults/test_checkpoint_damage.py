@@ -49,6 +49,7 @@ def start_saving(root, first, same_name, asynchronous):
 
 @pytest.mark.parametrize("same_name", [False, True])
 @pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_a_whole_newest_checkpoint(tmp_path, same_name, asynchronous):
     moments = random.Random(f"{same_name}{asynchronous}")
     saved = 0

@@ -11,6 +11,8 @@ from helpers.runs import assert_same_run, command, environment, make_run
 
 from mixtral_ms.train.report.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 START_SECONDS = 120  # until the first step, graph compilation included
 FINISH_SECONDS = 400
 STEPS_BEFORE = 6

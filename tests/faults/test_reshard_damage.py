@@ -305,6 +305,7 @@ def test_no_space_is_found_before_anything_is_written(cut, monkeypatch):
     assert_refused(cut, r"it needs 0\.\d+ GB, 0\.001 GB are free")
 
 
+@pytest.mark.slow
 def test_disk_that_fills_up_meanwhile(cuts, tmp_path):
     """A real limit of the system on the size of files, in a process of its own."""
     shutil.copytree(cuts / "ckpt", tmp_path / "cut")
@@ -365,6 +366,7 @@ def start_slow_transform(folder):
     return process
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle(cuts, tmp_path):
     shutil.copytree(cuts / "ckpt", tmp_path / "cut")
     before = folder_hashes(tmp_path / "cut")
@@ -381,6 +383,7 @@ def test_kill_in_the_middle(cuts, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "target"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_behind(cuts, tmp_path):
     shutil.copytree(cuts / "ckpt", tmp_path / "cut")
     process = start_slow_transform(tmp_path)

@@ -30,6 +30,8 @@ from mixtral_ms.train.state.rank_agreement import Storage
 from mixtral_ms.train.state.resume import find_resume
 from mixtral_ms.train.training_run import NotFiniteError
 
+pytestmark = pytest.mark.slow
+
 START_SECONDS = 120
 # 44 rows, 2 of them a step: an epoch of 22 steps, in whose middle a signal comes
 EPOCH, STEPS = 22, 44

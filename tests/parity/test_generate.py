@@ -124,7 +124,16 @@ def model(request):
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=RUNNERS)
+SLOW_RUNNERS = ("graph",)  # compiles a network for each of a step's shapes
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW_RUNNERS else name
+        for name in RUNNERS
+    ],
+)
 def setting(model, request, device):
     before = mindspore.get_context("mode")
     tensors = {n: p.detach().numpy() for n, p in model.model.named_parameters()}

@@ -21,6 +21,8 @@ import glob, json, sys
 import numpy as np
 import mindspore as ms
 
+pytestmark = pytest.mark.slow
+
 def same(a, b):
     a, b = (one.float().asnumpy() if one.dtype == ms.bfloat16 else one.asnumpy() for one in (a, b))
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()

@@ -21,6 +21,7 @@ from mixtral_ms.parallel.grid import sharding_rules as layout
 from mixtral_ms.parallel.grid.grid_text import parse_grid
 from mixtral_ms.parallel.grid.placement import Placement
 
+pytestmark = pytest.mark.slow
 FORMATS = ("ckpt", "safetensors")
 GRIDS = (
     "dp=2,mp=2,pp=2,ep=2,zero=1",

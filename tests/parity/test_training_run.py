@@ -15,6 +15,8 @@ from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.step.adamw import AdamW
 from mixtral_ms.train.step.train_step import TrainStep
 
+pytestmark = pytest.mark.slow
+
 BATCH, LENGTH = 4, 64
 PEAK_RATE, WARMUP, LAST_STEP = 3e-4, 10, 200
 BETAS, EPS, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 2.5

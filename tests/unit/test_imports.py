@@ -204,6 +204,7 @@ def test_modules_stay_short():
         ("from mixtral_ms import MixtralForCausalLM, Trainer", "torch transformers mindformers"),
     ],
 )
+@pytest.mark.slow
 def test_light_imports_stay_light(statement, unwanted):
     code = f"{statement}; import sys; print(*sorted(sys.modules))"
     done = subprocess.run(

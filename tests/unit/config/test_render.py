@@ -56,6 +56,7 @@ _OVERRIDES = st.fixed_dictionaries(
 @settings(max_examples=60, deadline=None)
 @given(_OVERRIDES)
 @example({"predict_data": ["\x85"]})
+@pytest.mark.slow
 def test_whatever_is_set_comes_back_equal(values):
     overrides = [
         f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in values.items()

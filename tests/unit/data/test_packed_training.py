@@ -17,6 +17,8 @@ from mixtral_ms.train.evaluation import Evaluator
 from mixtral_ms.train.step.adamw import AdamW
 from mixtral_ms.train.step.train_step import TrainStep
 
+pytestmark = pytest.mark.slow
+
 SEQ, SAMPLES, TOLERANCE = 255, 6, 1e-5
 CONFIG = {
     "seq_length": SEQ,

@@ -149,6 +149,7 @@ def test_falls_back_when_gigatoken_is_missing(monkeypatch):
         Tokenizer(MODEL, "gigatoken")
 
 
+@pytest.mark.slow
 def test_gigatoken_starts_afresh_and_keeps_its_ids(monkeypatch):
     monkeypatch.setattr("mixtral_ms.data.tokenizer.fast_encoders._FRESH_START", 30)
     tokenizer = Tokenizer(MODEL, "gigatoken")

@@ -65,6 +65,7 @@ def close(got, wanted):
     np.testing.assert_allclose(got, wanted, atol=TOLERANCE * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_a_prompt_in_one_piece_and_in_several(runner):
     ids = ids_of(37)
     wanted = expected(ids)
@@ -159,6 +160,7 @@ def test_copied_blocks_continue_alike_and_apart(runner):
 
 @pytest.mark.parametrize("name", RUNNERS)
 @pytest.mark.parametrize("window", [1, 5, 70])
+@pytest.mark.slow
 def test_sliding_window(name, window, device):
     config = tiny_config(seq_length=96, sliding_window=window, num_layers=1)
     tensors = random_tensors(config, 1)
@@ -172,6 +174,7 @@ def test_sliding_window(name, window, device):
 
 @pytest.mark.parametrize("name", RUNNERS)
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.slow
 def test_narrow_weights(name, dtype, device):
     """The logits are those of a network that has the narrow weights' values in float32."""
     tensors, scales, values = {}, {}, {}

@@ -151,6 +151,7 @@ def gradients_of(network, batches):
     "mode, recompute, tied",
     [("GRAPH", False, True), ("GRAPH", True, False), ("PYNATIVE", False, False)],
 )
+@pytest.mark.slow
 def test_training(  # noqa: PLR0913, PLR0917
     mode, recompute, tied, graph, without_compiler, computed, record_error
 ):

@@ -156,6 +156,7 @@ def test_both_kinds_of_experts_are_the_same(names):
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, ".*w[123]"])
+@pytest.mark.slow
 def test_dropout_is_a_function_of_the_key(targets):
     config = tiny_config()
     network, batch = adapted_network(config, pet(targets, dropout=0.5)), batch_of(config)
@@ -171,6 +172,7 @@ def test_dropout_is_a_function_of_the_key(targets):
     np.testing.assert_array_equal(network(ids).asnumpy(), still(ids).asnumpy())
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean():
     """Over many keys the adapter's part is that without dropout; its gradient is finite."""
     config = tiny_config(num_layers=1)

@@ -157,6 +157,7 @@ def test_jitter_is_off_in_evaluation():
     np.testing.assert_array_equal(router(logits_TE)[3].asnumpy(), logits_TE.asnumpy())
 
 
+@pytest.mark.slow
 def test_aux_loss_undoes_a_collapse():
     """All tokens start on expert 0; descent on the aux loss alone spreads them again."""
     experts, hidden, tokens = 4, 8, 128

@@ -190,6 +190,7 @@ EXPERTS_OF = {"native": _native, "numpy": PackedExperts, "padded": PaddedExperts
     seed=st.integers(0, 2**31),
 )
 @pytest.mark.parametrize("kind", EXPERTS_OF)
+@pytest.mark.slow
 def test_layer_output(kind, tokens, k, factor, sdrop, real, seed):
     generator = np.random.default_rng(seed)
     # Offsets of the logits make the load uneven, so that experts overflow or stay empty.

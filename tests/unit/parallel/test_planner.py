@@ -164,6 +164,7 @@ def without_split(one):
     layers=st.sampled_from([6, 8]),
     tied=st.booleans(),
 )
+@pytest.mark.slow
 def test_what_is_proposed_is_allowed(devices, rows, megabytes, experts, layers, tied):
     config = run(
         model={

@@ -54,6 +54,7 @@ def report(folder, records):
     return write_report(folder, CONFIG).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_full_report_holds_every_chart_the_summary_and_the_configuration(tmp_path):
     records = [train_record(step) for step in range(1, 91)]
     page = report(tmp_path, [*records, eval_record(30, 4.0), eval_record(90, 4.5)])

@@ -108,6 +108,7 @@ def test_accumulation_equals_one_large_batch(graph, record_error):
         compare_all(record_error, parts.weights(), whole.weights())
 
 
+@pytest.mark.slow
 def test_router_losses_and_statistics_of_micro_batches_are_averaged(graph):
     """And not divided by the number of supervised tokens."""
     trained = training("two micro batches with router losses")
@@ -156,6 +157,7 @@ def test_a_loss_scale_cancels_out(loss_scale, graph, record_error):
     # float32 holds any finite scale
     [("float16", 1, 2.0**40), ("four micro batches", 4, np.inf)],
 )
+@pytest.mark.slow
 def test_an_overflow_leaves_weights_and_moments_alone(kind, accumulation, too_large, graph):
     trained = training(kind)
     batches = [batch_of(2, 15, seed) for seed in range(accumulation)]
@@ -216,6 +218,7 @@ def test_a_wrong_number_of_micro_batches_is_refused(graph):
         training("four micro batches").step([batch_of(2, 15, 0)] * 3, RATE)
 
 
+@pytest.mark.slow
 def test_graph_mode_recompute_and_pynative_agree(graph, record_error):
     """With jitter, which recomputing must repeat."""
     moe = {"router_jitter": 0.2, "aux_loss_factor": 0.1, "capacity_factor": 1.0}

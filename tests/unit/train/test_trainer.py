@@ -122,6 +122,7 @@ def test_the_run_is_described_by_the_yaml_it_leaves(whole, folder):
     assert again.callbacks == given.callbacks
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_in_the_same_bits(folder, whole):
     output = folder / "stopped"
     # as after a kill before the first checkpoint: lines, the last one torn, that are not this run's
@@ -223,12 +224,14 @@ def test_a_checkpoint_without_moments_is_not_resumed(whole, folder, tmp_path):
         Trainer(config).train()
 
 
+@pytest.mark.slow
 def test_recompute_gives_the_same_losses(folder, whole):
     train(folder, "recompute", *NO_EVAL, "recompute_config.recompute=True")
     got, wanted = records(folder / "recompute", "train"), records(whole, "train")
     assert [r["loss"] for r in got] == pytest.approx([r["loss"] for r in wanted], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_float16_finds_its_loss_scale_and_trains(folder):
     train(
         folder,
@@ -268,6 +271,7 @@ def sdrop(folder):
     return folder / "sdrop"
 
 
+@pytest.mark.slow
 def test_per_layer_fields(sdrop, whole):
     for output, layers in ((sdrop, 2), (whole, 1)):
         for record in records(output, "train"):
@@ -279,6 +283,7 @@ def test_per_layer_fields(sdrop, whole):
     assert not any(any(record["drop_percent"]) for record in records(whole, "train"))
 
 
+@pytest.mark.slow
 def test_both_ways_to_drop_run_and_report_what_they_drop(folder, sdrop):
     train(folder, "kdrop", *CAPACITY, "moe_config.enable_sdrop=False")
     dropped = {}
@@ -290,6 +295,7 @@ def test_both_ways_to_drop_run_and_report_what_they_drop(folder, sdrop):
     assert dropped["sdrop"] != dropped["kdrop"]
 
 
+@pytest.mark.slow
 def test_jitter_differs_each_step_and_resumes_exactly(folder, sdrop):
     tensorboard = "tensorboard={tensorboard_dir: null}"
     train(folder, "jitter", *CAPACITY, tensorboard, "runner_config.stop_at_step=3")
