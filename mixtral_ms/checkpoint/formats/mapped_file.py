@@ -80,15 +80,15 @@ class MappedBytes:
             stretches = [(n - 1) * step for n, step in zip(array.shape, strides, strict=True)]
             axis = stretches.index(max(stretches))
             half = array.shape[axis] // 2
-            before = (slice(None),) * axis
-            self._fill(array[(*before, slice(half))], offset, strides)
-            self._fill(array[(*before, slice(half, None))], offset + half * strides[axis], strides)
+            first, second = np.split(array, [half], axis)
+            self._fill(first, offset, strides)
+            self._fill(second, offset + half * strides[axis], strides)
 
     def sha256(self) -> str:
         """Hex SHA-256 of all bytes."""
         digest = hashlib.sha256()
         for part in self.parts:
-            digest.update(part)
+            digest.update(part.data)
         return digest.hexdigest()
 
 

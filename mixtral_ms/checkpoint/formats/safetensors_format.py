@@ -11,11 +11,11 @@ import os
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from mixtral_ms.checkpoint.formats.mapped_file import MappedFile
@@ -65,7 +65,7 @@ def require_safe_library() -> None:
     """Raises UserError when the installed safetensors would corrupt what MindSpore saves."""
     if not installed_safetensors_is_safe():
         raise UserError(
-            f"the installed safetensors {safetensors.__version__} stores transposed arrays wrong "
+            f"the installed safetensors {version('safetensors')} stores transposed arrays wrong "
             "without an error, and MindSpore saves and transforms checkpoints with it; run: "
             'pip install "safetensors<0.8"'
         )
@@ -111,7 +111,7 @@ def _header_text(path: Path, file: MappedFile) -> bytes:
         raise DamagedFileError(
             f"{path} is truncated: it has {file.size} bytes, the length of the header alone 8"
         )
-    (length,) = struct.unpack("<Q", file.bytes(0, _LENGTH_BYTES))
+    (length,) = struct.unpack("<Q", file.bytes(0, _LENGTH_BYTES).data)
     if length > _LARGEST_HEADER:
         raise DamagedFileError(
             f"{path} is no safetensors file: its header would have {length} bytes"

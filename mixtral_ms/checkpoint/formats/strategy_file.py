@@ -252,9 +252,10 @@ def _read_message(content: bytes, file: Path) -> _Stages:
 
 def _check_count(message: "ParallelStrategyMap", file: Path) -> None:
     """Our own files say how many layouts they hold: a cut between two layouts is seen by that."""
-    counts = [_COUNT.fullmatch(item.node_name) for item in message.parallel_strategy_item]
-    if all(counts) and counts:
-        expected, found = sum(int(one[1]) for one in counts), len(message.parallel_layout_item)
+    items = message.parallel_strategy_item
+    counts = [int(match[1]) for item in items if (match := _COUNT.fullmatch(item.node_name))]
+    if counts and len(counts) == len(items):
+        expected, found = sum(counts), len(message.parallel_layout_item)
         if found != expected:
             raise UserError(f"{file} is cut short: it holds {found} of {expected} layouts")
 

@@ -97,7 +97,7 @@ def _chunks(tensor: OutgoingTensor) -> Iterator[memoryview]:
         if given > tensor.info.nbytes:
             break
         for part in _contiguous(piece):
-            yield memoryview(part.reshape(-1).view(np.uint8))
+            yield part.reshape(-1).view(np.uint8).data
     if given != tensor.info.nbytes:
         raise ValueError(
             f"tensor {tensor.name!r} of shape {tensor.info.shape} has {tensor.info.nbytes} bytes, "

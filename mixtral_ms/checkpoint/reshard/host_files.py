@@ -1,18 +1,25 @@
 """A checkpoint of which this host holds some ranks' files only."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from mixtral_ms.checkpoint.formats.file_formats import SAFETENSORS
 from mixtral_ms.checkpoint.formats.strategy_file import read_strategies
-from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorInfo, TensorSource
+from mixtral_ms.checkpoint.formats.tensor_source import (
+    DamagedFileError,
+    Region,
+    TensorInfo,
+    TensorSource,
+)
 from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource
 from mixtral_ms.checkpoint.shards.assemble import Strategies, open_ranks, placements_of
 from mixtral_ms.checkpoint.store.manifest import STATE, Manifest
 from mixtral_ms.checkpoint.store.multi_rank_save import STRATEGY_FOLDER
 from mixtral_ms.errors import UserError
+from mixtral_ms.parallel.grid.placement import Placement
 
 
 def held_files(path: Path, manifest: Manifest) -> list[str]:
@@ -34,17 +41,29 @@ def open_own_part(path: Path, manifest: Manifest, rank: int) -> OpenedSource:
         rank: whose files are here; it now asks for the same parts of each tensor.
     """
     strategies = read_strategies(path / STRATEGY_FOLDER)
+    placements = {
+        name: _placements(name, strategies, path)
+        for file in manifest.files.values()
+        for name in file.tensors
+    }
     (own,) = open_ranks([[path / name for name in files_of_rank(manifest, rank)]])
-    source = _OwnPart(path, own, _global_infos(manifest, strategies), strategies, rank)
+    source = _OwnPart(path, own, _global_infos(manifest, placements), placements, rank)
     state = json.loads((path / STATE).read_bytes())
     return OpenedSource(path, source, manifest.world, SAFETENSORS.name, True, state)
 
 
-def _global_infos(manifest: Manifest, strategies: Strategies) -> dict[str, TensorInfo]:
+def _placements(name: str, strategies: Strategies, path: Path) -> Mapping[int, Placement]:
+    found = placements_of(name, strategies)
+    if found is None:
+        raise DamagedFileError(f"{path / STRATEGY_FOLDER} does not name the tensor {name}")
+    return found
+
+
+def _global_infos(manifest: Manifest, placements: Strategies) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint with its global shape."""
     entries = {n: one for file in manifest.files.values() for n, one in file.tensors.items()}
     shapes = {
-        name: next(iter(placements_of(name, strategies).values())).global_shape(entry.shape)
+        name: next(iter(placements[name].values())).global_shape(entry.shape)
         for name, entry in entries.items()
     }
     return {name: TensorInfo(shapes[name], entry.dtype) for name, entry in entries.items()}
@@ -58,7 +77,7 @@ class _OwnPart(TensorSource):
         path: Path,
         files: TensorSource,
         infos: dict[str, TensorInfo],
-        strategies: Strategies,
+        placements: Strategies,
         rank: int,
     ) -> None:
         self.path, self.infos = path, infos
@@ -66,7 +85,7 @@ class _OwnPart(TensorSource):
         self._regions = {
             name: placement.region(infos[name].shape, rank)
             for name in files.infos
-            for placement in placements_of(name, strategies).values()
+            for placement in placements[name].values()
             if rank in placement.ranks
         }
 

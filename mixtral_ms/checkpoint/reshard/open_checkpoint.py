@@ -43,7 +43,7 @@ from mixtral_ms.checkpoint.store.manifest import (
     verify_checkpoint,
 )
 from mixtral_ms.checkpoint.store.multi_rank_save import STRATEGY_FOLDER
-from mixtral_ms.checkpoint.store.store import find_checkpoint, require_undamaged
+from mixtral_ms.checkpoint.store.store import damage_error, find_checkpoint, require_undamaged
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
@@ -187,7 +187,7 @@ def _checked_manifest(path: Path, verify: bool) -> Manifest | None:
     try:
         return read_manifest(path)
     except DamagedManifestError as error:
-        require_undamaged(path, [str(error)])
+        raise damage_error(path, [str(error)]) from error
 
 
 def _strategies(

@@ -36,7 +36,7 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid.sharding_rules import LORA_A, LORA_B
 
 PIECE_BYTES = 8 << 20
-RankRegions = Mapping[str, Region]
+RankRegions = dict[str, Region]
 """What one rank holds of each of its tensors."""
 _OVERHEAD_BYTES = 1 << 20  # a file's framing and the file system's own blocks
 
@@ -84,7 +84,7 @@ def regions_of_ranks(
     if strategies is None:
         return [{name: whole_region(info.shape) for name, info in infos.items()}]
     _require_parameters(infos, strategies)
-    ranks: list[dict[str, Region]] = [{} for _ in range(world_size(strategies))]
+    ranks: list[RankRegions] = [{} for _ in range(world_size(strategies))]
     for name, info in infos.items():
         by_stage = placements_of(name, strategies)
         if by_stage is None:
@@ -183,7 +183,7 @@ def write_ranks(
             wait(jobs.values(), return_when=FIRST_EXCEPTION)
             failed = [job for job in jobs.values() if job.done() and job.exception()]
             if failed:
-                raise failed[0].exception()
+                failed[0].result()  # raises its error
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -43,7 +43,7 @@ def find_rank_files(folder: Path, prefix: str | None = None) -> list[list[Path]]
     """
     if not folder.is_dir():
         raise UserError(f"the folder {folder} does not exist")
-    found = {_rank_of(path): path for path in folder.iterdir() if _rank_of(path) is not None}
+    found = {rank: path for path in folder.iterdir() if (rank := _rank_of(path)) is not None}
     if not found:
         raise UserError(f"{folder} holds no folder rank_0, rank_1, …")
     missing = sorted(set(range(max(found) + 1)) - set(found))
@@ -73,19 +73,22 @@ def _choose(folder: Path, prefix: str | None) -> list[Path]:
         raise UserError(f"{folder} holds no {suffixes} file{named}{has}")
     if len(wanted) == 1 or all(path.stem in STEMS for path in wanted):
         return _of_one_format(folder, wanted)
-    if unnamed := [path.name for path in wanted if not _AT_STEP.fullmatch(path.stem)]:
+    at_step = {path: match for path in wanted if (match := _AT_STEP.fullmatch(path.stem))}
+    if unnamed := [path.name for path in wanted if path not in at_step]:
         raise UserError(
             f"{folder} holds {len(wanted)} checkpoints, and {unnamed[0]} does not say its step as "
             "NAME-EPOCH_STEP does: name the one to take with --src_prefix"
         )
-    series = sorted({_AT_STEP.fullmatch(path.stem)["series"] for path in wanted})
+    series = sorted({match["series"] for match in at_step.values()})
     if len(series) > 1:
         raise UserError(
             f"{folder} holds checkpoints of several runs: {_listed(series)}; "
             "name the one to take with --src_prefix"
         )
-    newest = max(step_of(path) for path in wanted)
-    return _of_one_format(folder, [path for path in wanted if step_of(path) == newest])
+    newest = max(map(_step_in, at_step.values()))
+    return _of_one_format(
+        folder, [path for path, match in at_step.items() if _step_in(match) == newest]
+    )
 
 
 def _of_one_format(folder: Path, files: list[Path]) -> list[Path]:
@@ -100,7 +103,11 @@ def _of_one_format(folder: Path, files: list[Path]) -> list[Path]:
 def step_of(path: Path) -> tuple[int, int] | None:
     """(epoch, step in it) in a file's name; None where the name has none."""
     match = _AT_STEP.fullmatch(path.stem)
-    return (int(match["epoch"]), int(match["step"])) if match else None
+    return _step_in(match) if match else None
+
+
+def _step_in(match: re.Match[str]) -> tuple[int, int]:
+    return int(match["epoch"]), int(match["step"])
 
 
 def _require_one_step(files: list[list[Path]]) -> None:

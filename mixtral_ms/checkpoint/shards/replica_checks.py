@@ -123,7 +123,7 @@ def _sample(name: str, part: Part) -> bytes:
 def _digest(name: str, part: Part) -> bytes:
     digest = hashlib.sha256()
     for piece in pieces(name, part):
-        digest.update(np.ascontiguousarray(piece))
+        digest.update(np.ascontiguousarray(piece).data)
     return digest.digest()
 
 

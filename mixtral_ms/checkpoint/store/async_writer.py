@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class CheckpointWriter:
         ranks: SavingRanks | None = None,
     ) -> None:
         self.root = Path(root)
-        self._options = {"keep_max": keep_max, "ranks": ranks}
+        self._save = partial(save_checkpoint, self.root, keep_max=keep_max, ranks=ranks)
         self._threads = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._under_way: Future[Path] | None = None
 
@@ -45,16 +46,14 @@ class CheckpointWriter:
         """
         self.wait()
         if self._threads is None:
-            save_checkpoint(self.root, name, tensors, state, **self._options)
+            self._save(name, tensors, state)
             return
         copies = {
             stem: {key: np.array(array, order="C") for key, array in group.items()}
             for stem, group in tensors.items()
         }
         state_copy = json.loads(state_bytes(state))
-        self._under_way = self._threads.submit(
-            save_checkpoint, self.root, name, copies, state_copy, **self._options
-        )
+        self._under_way = self._threads.submit(self._save, name, copies, state_copy)
 
     def wait(self) -> None:
         """Return when the last save is on disk; raise its error if it failed."""

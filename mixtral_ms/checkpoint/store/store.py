@@ -242,7 +242,12 @@ def find_checkpoint(path: str | Path, name: str | None = None) -> Path:
 def require_undamaged(path: Path, problems: Sequence[str]) -> None:
     """Raises UserError with the first problems, if any, and the newest whole one beside it."""
     if problems:
-        raise UserError(_damage_text(path, problems) + _offer(path.parent, path))
+        raise damage_error(path, problems)
+
+
+def damage_error(path: Path, problems: Sequence[str]) -> UserError:
+    """What says that a checkpoint has problems, and which whole one beside it is the newest."""
+    return UserError(_damage_text(path, problems) + _offer(path.parent, path))
 
 
 def _named_or_latest(root: Path, name: str | None) -> Path:

@@ -241,5 +241,5 @@ def tensor_sha256(source: TensorSource, name: str) -> str:
     """Hash of a tensor's values in row-major order, whatever the format and the cut."""
     digest = hashlib.sha256()
     for block in row_major_blocks(whole_region(source.infos[name].shape), _PIECE_VALUES):
-        digest.update(np.ascontiguousarray(source.read(name, block)))
+        digest.update(np.ascontiguousarray(source.read(name, block)).data)
     return digest.hexdigest()

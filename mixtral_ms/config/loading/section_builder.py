@@ -7,10 +7,10 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from mixtral_ms.config.loading.yaml_tree import Value
-from mixtral_ms.config.sections.fields import INERT, UNSUPPORTED, VARIANTS
+from mixtral_ms.config.sections.fields import DERIVED, INERT, UNSUPPORTED, VARIANTS
 from mixtral_ms.errors import UserError
 
 _NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
@@ -55,6 +55,8 @@ class SectionBuilder:
     def _field(self, field: dataclasses.Field, hint: Any, value: Value, path: str) -> Any:
         if VARIANTS in field.metadata:
             return self._variant_list(field.metadata[VARIANTS], value, path)
+        if DERIVED in field.metadata and value.data is None:
+            return None
         before = len(self.errors)
         converted = self._convert(hint, value, path)
         if len(self.errors) == before and converted != field.default:
@@ -99,7 +101,7 @@ class SectionBuilder:
             return self._convert_literal(typing.get_args(hint), value, path)
         if origin is list or hint is list:
             return self._convert_list(typing.get_args(hint), value, path)
-        if dataclasses.is_dataclass(hint):
+        if _is_section(hint):
             return self.section(hint, value, path)
         if hint is dict:
             if not isinstance(value.data, dict):
@@ -148,7 +150,7 @@ class SectionBuilder:
         if len(arms) == 1:
             return self._convert(arms[0], value, path)
         for arm in arms:
-            if dataclasses.is_dataclass(arm) and isinstance(value.data, dict):
+            if _is_section(arm) and isinstance(value.data, dict):
                 return self.section(arm, value, path)
             attempt = SectionBuilder(self._root)
             converted = attempt._convert(arm, value, path)
@@ -190,6 +192,10 @@ def to_python(value: Value) -> Any:
     return value.data
 
 
+def _is_section(hint: Any) -> TypeGuard[type]:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
 @functools.cache
 def _fields(cls: type) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(cls) if field.init}
@@ -212,12 +218,12 @@ def _walk_keys(cls: type) -> Iterator[str]:
         tables = field.metadata.get(VARIANTS, {}).values()
         arms = typing.get_args(_hints(cls)[name]) or (_hints(cls)[name],)
         for arm in dict.fromkeys((*tables, *arms)):
-            if dataclasses.is_dataclass(arm):
+            if _is_section(arm):
                 yield from (f"{name}.{below}" for below in _walk_keys(arm))
 
 
 def _type_name(hint: Any) -> str:
-    if dataclasses.is_dataclass(hint):
+    if _is_section(hint):
         return f"a section with the keys {_listed(_fields(hint))}"
     if typing.get_origin(hint) is list or hint is list:
         return "a list"

@@ -1,12 +1,15 @@
 """How a configuration field says what it is besides its type and default."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 INERT = "inert"
 UNSUPPORTED = "unsupported"
 VARIANTS = "variants"
+DERIVED = "derived"
+
+T = TypeVar("T")
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Names of the number formats a tensor may have."""
@@ -28,3 +31,21 @@ def unsupported(default: Any, why: str) -> Any:
 def variants(table: Mapping[str, type]) -> Any:
     """A list of sections, each of the dataclass that `table` names for its `type`."""
     return dataclasses.field(default_factory=list, metadata={VARIANTS: dict(table)})
+
+
+def derived(rule: Callable[[Any], T]) -> T:
+    """A key that may be left empty (null): then `rule` of its section says the value.
+
+    The field's type is that of the value. The section's `__post_init__` calls `fill_derived`, so
+    nobody meets it empty.
+    """
+    empty: Any = None
+    return dataclasses.field(default=empty, metadata={DERIVED: rule})
+
+
+def fill_derived(section: Any) -> None:
+    """Give the fields of a section that are left empty the values that follow from the others."""
+    for field in dataclasses.fields(section):
+        rule = field.metadata.get(DERIVED)
+        if rule is not None and getattr(section, field.name) is None:
+            setattr(section, field.name, rule(section))

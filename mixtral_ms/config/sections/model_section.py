@@ -6,7 +6,7 @@ Section 2 of the Mixtral paper (arXiv 2401.04088) gives the sizes of 8x7B.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mixtral_ms.config.sections.fields import Dtype, inert, unsupported
+from mixtral_ms.config.sections.fields import Dtype, derived, fill_derived, inert, unsupported
 from mixtral_ms.config.sections.lora_section import PetSection
 from mixtral_ms.errors import UserError
 
@@ -78,6 +78,25 @@ class MoEConfig:
         return self.capacity_factor <= 0
 
 
+def _head_dim(model: "MixtralConfig") -> int:
+    if model.num_heads < 1 or model.hidden_size % model.num_heads:
+        raise UserError(
+            f"model_config.hidden_size {model.hidden_size} is not divisible by "
+            f"model_config.num_heads {model.num_heads}: change one of them or give head_dim"
+        )
+    return model.hidden_size // model.num_heads
+
+
+def _llama_intermediate_size(model: "MixtralConfig") -> int:
+    """LLaMA's rule: 8/3 of the hidden size, scaled, rounded up to a multiple."""
+    size = int(2 * 4 * model.hidden_size / 3)
+    if model.ffn_dim_multiplier is not None:
+        size = int((model.ffn_dim_multiplier + 0.01) * size)
+    if model.multiple_of < 1:
+        raise UserError(f"model_config.multiple_of must be 1 or more, not {model.multiple_of}")
+    return model.multiple_of * ((size + model.multiple_of - 1) // model.multiple_of)
+
+
 @dataclass
 class MixtralConfig:
     """`model.model_config`: the network (MindFormers' `LlamaConfig`, `type: LlamaConfig`)."""
@@ -89,16 +108,16 @@ class MixtralConfig:
     hidden_size: int = 4096
     num_layers: int = 32
     num_heads: int = 32
-    n_kv_heads: int | None = None
+    n_kv_heads: int = derived(lambda model: model.num_heads)
     """Key/value heads of grouped-query attention; empty means as many as num_heads."""
-    head_dim: int | None = None
+    head_dim: int = derived(_head_dim)
     """Width of a head; empty means hidden_size / num_heads."""
     vocab_size: int = 32000
-    intermediate_size: int | None = None
+    intermediate_size: int = derived(_llama_intermediate_size)
     """Width of an expert; empty means the LLaMA rule from the two keys below."""
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
-    max_position_embedding: int | None = None
+    max_position_embedding: int = derived(lambda model: model.seq_length)
     """Longest position; empty means seq_length."""
     # numerics
     rms_norm_eps: float = 1e-5
@@ -175,26 +194,4 @@ class MixtralConfig:
             self.moe_config = MoEConfig(**self.moe_config)
         if isinstance(self.pet_config, dict):
             self.pet_config = PetSection(**self.pet_config)
-        if self.n_kv_heads is None:
-            self.n_kv_heads = self.num_heads
-        if self.head_dim is None:
-            if self.num_heads < 1 or self.hidden_size % self.num_heads:
-                raise UserError(
-                    f"model_config.hidden_size {self.hidden_size} is not divisible by "
-                    f"model_config.num_heads {self.num_heads}: change one of them or give head_dim"
-                )
-            self.head_dim = self.hidden_size // self.num_heads
-        if self.max_position_embedding is None:
-            self.max_position_embedding = self.seq_length
-        if self.intermediate_size is None:
-            self.intermediate_size = _llama_intermediate_size(self)
-
-
-def _llama_intermediate_size(config: MixtralConfig) -> int:
-    """LLaMA's rule: 8/3 of the hidden size, scaled, rounded up to a multiple."""
-    size = int(2 * 4 * config.hidden_size / 3)
-    if config.ffn_dim_multiplier is not None:
-        size = int((config.ffn_dim_multiplier + 0.01) * size)
-    if config.multiple_of < 1:
-        raise UserError(f"model_config.multiple_of must be 1 or more, not {config.multiple_of}")
-    return config.multiple_of * ((size + config.multiple_of - 1) // config.multiple_of)
+        fill_derived(self)

@@ -47,9 +47,14 @@ class ChatTemplate:
     closing: str
 
     def render(self, conversation: Conversation) -> str:
-        """The whole text, as fschat's get_prompt gives it; needs `system` for a system message."""
+        """The whole text, as fschat's get_prompt gives it.
+
+        Raises ValueError for a system message for which the template has no place.
+        """
         opening = self.opening
         if conversation.system:
+            if self.system is None:
+                raise ValueError(f"template {self.name} has no place for a system message")
             opening = conversation.system.join(self.system)
         parts = [opening]
         for question, answer in conversation.rounds:

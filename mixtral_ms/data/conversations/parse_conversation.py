@@ -93,9 +93,10 @@ def _text(value: Any, number: int, key: str) -> str:
     """A message's text; OpenAI's may come in parts."""
     if isinstance(value, list):
         parts = [part.get("text") if isinstance(part, dict) else None for part in value]
-        if any(not isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise UnfitRowError(f"message {number} has a part that is no text")
-        return "".join(parts)
+        return "".join(texts)
     if value is None:
         return ""
     if not isinstance(value, str):

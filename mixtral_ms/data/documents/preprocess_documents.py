@@ -1,6 +1,6 @@
 """From text files to MindRecord: read documents, encode, pack, write; memory stays flat."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,8 +126,9 @@ def _encode_and_write(
         summary.documents += starts
         ids = tokenizer.encode_array(text)
         packer.add(before if starts else nothing, ids, after if ends else nothing)
-        if packer.ready >= batch or (limit is not None and packer.ready >= room()):
-            writer.write(input_ids=packer.take(room()))
+        left = room()
+        if packer.ready >= batch or (left is not None and packer.ready >= left):
+            writer.write(input_ids=packer.take(left))
             if limit is not None and writer.records >= limit:
                 return
     writer.write(input_ids=packer.take(room()))
@@ -135,7 +136,7 @@ def _encode_and_write(
 
 def _all_pieces(
     options: PreprocessOptions, inputs: list[Path], bar: tqdm, split_long: bool
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     reader = DATASET_TYPES[options.dataset_type]
     for _ in range(options.repeat):
         for path in inputs:

@@ -63,7 +63,7 @@ def read_wiki(path: Path, advance: Advance, *, clean: bool, split_long: bool) ->
 def clean_wikitext(text: str) -> str:
     """Undo WikiText's tokenization: spaces around punctuation, inside brackets and quotes."""
     text = _replace_all(text, _SPACING_BEFORE_PAIRS)
-    for opening, closing in _PAIRS:
+    for opening, closing in map(tuple, _PAIRS):
         if opening in text:
             text = _strip_inside(text, opening, closing)
     return _replace_all(text, _SPACING_AFTER_PAIRS)

@@ -37,8 +37,12 @@ class Batch:
             return self
         length = self.input_ids.shape[1] // parts
         cut = slice(part * length, (part + 1) * length)
-        every = (self.input_ids, self.labels, self.segment_ids, self.positions)
-        return Batch(*(None if one is None else np.ascontiguousarray(one[:, cut]) for one in every))
+        return Batch(
+            np.ascontiguousarray(self.input_ids[:, cut]),
+            np.ascontiguousarray(self.labels[:, cut]),
+            None if self.segment_ids is None else np.ascontiguousarray(self.segment_ids[:, cut]),
+            None if self.positions is None else np.ascontiguousarray(self.positions[:, cut]),
+        )
 
 
 def _positions(segment_ids_BS: np.ndarray) -> np.ndarray:

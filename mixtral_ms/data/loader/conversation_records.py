@@ -1,7 +1,7 @@
 """Files of conversations as records, without a MindRecord between: tokenized when a run starts."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ class ConversationRecords:
         """How many records there are."""
         return len(self._records)
 
-    def read(self, records: list[int]) -> Iterator[list[np.ndarray]]:
+    def read(self, records: list[int]) -> Generator[list[np.ndarray], None, None]:
         """The columns of some records, in the order asked for."""
         data = self._data
         for record in records:

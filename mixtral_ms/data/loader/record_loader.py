@@ -4,7 +4,7 @@ Legend: B batch, S sequence, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -110,7 +110,7 @@ class RecordLoader:
                 digest.update(column.astype("<i4").tobytes())
         return digest.hexdigest()[:16]
 
-    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start_batch: int = 0) -> Generator[Batch, None, None]:
         """The batches of an epoch from `start_batch` on, for this rank."""
         order = self._order(epoch)
         shares = [self._share(order, batch) for batch in range(start_batch, len(self))]

@@ -1,7 +1,7 @@
 """MindRecord files as a list of records that can be read by number."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,17 +21,19 @@ class Records(Protocol):
     Attributes:
         columns: names of a record's columns, `input_ids` first.
         where: what to call the data's folder in messages.
-        identity: what tells this data from other data, but not by where it is.
     """
 
     columns: list[str]
     where: str
-    identity: object
+
+    @property
+    def identity(self) -> object:
+        """What tells this data from other data, but not by where it is."""
 
     def __len__(self) -> int:
         """How many records there are."""
 
-    def read(self, records: list[int]) -> Iterator[list[np.ndarray]]:
+    def read(self, records: list[int]) -> Generator[list[np.ndarray], None, None]:
         """The columns of some records, none of them twice, in the order asked for."""
 
 
@@ -68,7 +70,7 @@ class MindRecords:
         """How many records there are."""
         return self._count
 
-    def read(self, records: list[int]) -> Iterator[list[np.ndarray]]:
+    def read(self, records: list[int]) -> Generator[list[np.ndarray], None, None]:
         """The columns of some records, none of them twice, in the order asked for."""
         try:
             data = ds.MindDataset(

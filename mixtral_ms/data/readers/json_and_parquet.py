@@ -14,7 +14,7 @@ PARQUET_SUFFIXES = {".parquet", ".pq"}
 _PARQUET_ROWS = 64
 _MAX_ROW = 1 << 28
 _GROWING_NUMBER = re.compile(r"(?:\.|[eE][+-]?)?")  # behind 1 it may become 12, 1.5 or 1e+5
-_SPACE = re.compile(r"[ \t\n\r]*")
+_SPACE = re.compile(r"[ \t\n\r]+")
 # What a cut-off row can look like to the decoder besides an unterminated string: an error this near
 # to the end (the longest token is a \uXXXX escape behind another).
 _CUT_OFF = 14
@@ -100,7 +100,8 @@ class _Buffer:
     def peek(self) -> str:
         """The next character that is no white space, "" at the end."""
         while True:
-            self._at = _SPACE.match(self._text, self._at).end()
+            if space := _SPACE.match(self._text, self._at):
+                self._at = space.end()
             if self._at < len(self._text) or not self._more():
                 return self._text[self._at : self._at + 1]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Encoder = Callable[[str], Sequence[int]]
+Encoder = Callable[[str], list[int] | np.ndarray]
 
 # The library remembers every word it meets. Starting afresh after so many characters bounds that:
 # random words, the worst case, then take half a gigabyte, English far less.
@@ -30,7 +30,7 @@ class GigatokenEncoder:
         self._exact = exact
         self._load()
 
-    def __call__(self, text: str) -> Sequence[int] | np.ndarray:
+    def __call__(self, text: str) -> list[int] | np.ndarray:
         """Ids of a text."""
         if self._hint in text and any(piece in text for piece in self._control_pieces):
             return self._exact(text)

@@ -16,7 +16,8 @@ _MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 24, 35
 _CHARSMAP, _DUMMY_PREFIX, _REMOVE_EXTRA_SPACES, _ESCAPE_SPACES = 2, 3, 4, 5
 
 _BPE = 2
-_PLAIN_PIECE_TYPES = {1, 2, 3, 6}  # normal, unknown, control, byte; no user-defined, no unused
+_NORMAL = 1
+_PLAIN_PIECE_TYPES = {_NORMAL, 2, 3, 6}  # and unknown, control, byte; no user-defined, no unused
 _SPACE_MARK = "\u2581".encode()
 
 
@@ -61,18 +62,18 @@ def _read_facts(model: bytes) -> _Facts:
     facts = _Facts()
     for number, value in wire_fields(model):
         if number == _PIECES:
-            facts.plain_pieces = facts.plain_pieces and _is_plain_piece(value)
+            facts.plain_pieces = facts.plain_pieces and _is_plain_piece(_as_bytes(value))
         elif number == _TRAINER:
-            trainer = dict(wire_fields(value))
-            facts.model_type = trainer.get(_MODEL_TYPE, facts.model_type)
-            facts.whitespace_as_suffix = trainer.get(_WHITESPACE_AS_SUFFIX, 0)
-            facts.byte_fallback = trainer.get(_BYTE_FALLBACK, 0)
+            trainer = WireMessage(_as_bytes(value))
+            facts.model_type = trainer.number(_MODEL_TYPE, facts.model_type)
+            facts.whitespace_as_suffix = trainer.number(_WHITESPACE_AS_SUFFIX, 0)
+            facts.byte_fallback = trainer.number(_BYTE_FALLBACK, 0)
         elif number == _NORMALIZER:
-            normalizer = dict(wire_fields(value))
-            facts.charsmap = normalizer.get(_CHARSMAP, b"")
-            facts.dummy_prefix = normalizer.get(_DUMMY_PREFIX, 1)
-            facts.remove_extra_spaces = normalizer.get(_REMOVE_EXTRA_SPACES, 1)
-            facts.escape_spaces = normalizer.get(_ESCAPE_SPACES, 1)
+            normalizer = WireMessage(_as_bytes(value))
+            facts.charsmap = normalizer.bytes(_CHARSMAP)
+            facts.dummy_prefix = normalizer.number(_DUMMY_PREFIX, 1)
+            facts.remove_extra_spaces = normalizer.number(_REMOVE_EXTRA_SPACES, 1)
+            facts.escape_spaces = normalizer.number(_ESCAPE_SPACES, 1)
     return facts
 
 
@@ -83,18 +84,47 @@ _USUAL_PIECE = re.compile(rb"\n[\0-\x7f](.*)\x15.{4}", re.DOTALL)
 def _is_plain_piece(piece: bytes) -> bool:
     usual = _USUAL_PIECE.fullmatch(piece)
     if usual and len(usual[1]) == piece[1]:
-        parts = {_PIECE_TEXT: usual[1]}
+        text, kind = usual[1], _NORMAL
     else:
-        parts = dict(wire_fields(piece))
-    text = parts.get(_PIECE_TEXT, b"")
+        parts = WireMessage(piece)
+        text, kind = parts.bytes(_PIECE_TEXT), parts.number(_PIECE_TYPE, _NORMAL)
     while text.startswith(_SPACE_MARK):
         text = text[len(_SPACE_MARK) :]
-    return parts.get(_PIECE_TYPE, 1) in _PLAIN_PIECE_TYPES and _SPACE_MARK not in text
+    return kind in _PLAIN_PIECE_TYPES and _SPACE_MARK not in text
+
+
+class WireMessage:
+    """The fields of one message by number; of a repeated one the last.
+
+    Raises ValueError or IndexError for a damaged message, and ValueError for a field of another
+    type than asked for.
+    """
+
+    def __init__(self, message: bytes) -> None:
+        self._fields = dict(wire_fields(message))
+
+    def number(self, field: int, default: int) -> int:
+        """An integer, a truth value or an enumerated one."""
+        value = self._fields.get(field, default)
+        if not isinstance(value, int):
+            raise ValueError(f"field {field} is no number")
+        return value
+
+    def bytes(self, field: int) -> bytes:
+        """A text or bytes, empty when it is absent."""
+        return _as_bytes(self._fields.get(field, b""))
+
+
+def _as_bytes(value: int | bytes) -> bytes:
+    if not isinstance(value, bytes):
+        raise ValueError("a number stands where bytes belong")
+    return value
 
 
 def wire_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Field numbers and raw values of one message. Raises ValueError or IndexError if damaged."""
     position = 0
+    value: int | bytes
     while position < len(message):
         tag, position = _varint(message, position)
         kind = tag & 7

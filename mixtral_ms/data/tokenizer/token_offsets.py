@@ -3,7 +3,7 @@
 import numpy as np
 import sentencepiece
 
-from mixtral_ms.data.tokenizer.sentencepiece_model import wire_fields
+from mixtral_ms.data.tokenizer.sentencepiece_model import WireMessage, wire_fields
 
 _PIECES = 2  # of SentencePieceText
 _ID, _BEGIN, _END = 2, 4, 5  # of its pieces
@@ -34,14 +34,16 @@ def encode_with_proto(
     """
     message = processor.encode(text, out_type="serialized_proto")
     pieces = [
-        dict(wire_fields(piece)) for number, piece in wire_fields(message) if number == _PIECES
+        WireMessage(piece)
+        for number, piece in wire_fields(message)
+        if number == _PIECES and isinstance(piece, bytes)
     ]
-    ids = np.array([piece.get(_ID, 0) for piece in pieces], np.int32)
-    ends = np.array([piece.get(_END, 0) for piece in pieces], np.int32)
+    ids = np.array([piece.number(_ID, 0) for piece in pieces], np.int32)
+    ends = np.array([piece.number(_END, 0) for piece in pieces], np.int32)
     # Of a character in several byte pieces only the last has a width: all of them end there.
     for index in range(len(pieces) - 2, -1, -1):
         piece = pieces[index]
-        if processor.is_byte(int(ids[index])) and piece.get(_BEGIN, 0) == piece.get(_END, 0):
+        if processor.is_byte(int(ids[index])) and piece.number(_BEGIN, 0) == piece.number(_END, 0):
             ends[index] = ends[index + 1]
     begins_character = np.frombuffer(text.encode(), np.uint8) & 0xC0 != 0x80
     characters = np.concatenate([[0], begins_character.cumsum()]).astype(np.int32)

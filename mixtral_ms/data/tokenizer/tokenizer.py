@@ -179,6 +179,7 @@ class Tokenizer:
         """A faster encoder with the same ids, or None and the reason why there is none."""
         if not self.splits_at_spaces:
             return None, f"it is not proven equal for models of the kind of {self.model_file}"
+        encoder: Encoder
         try:
             if name == "kitoken":
                 encoder = load_kitoken(self._model_bytes)

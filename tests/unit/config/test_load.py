@@ -270,6 +270,14 @@ def test_network_config_fills_in_what_follows():
         MixtralConfig(hidden_size=10, num_heads=3)
 
 
+@pytest.mark.parametrize("key", ["n_kv_heads", "head_dim", "intermediate_size"])
+def test_what_follows_may_be_empty_in_the_yaml_but_not_of_another_type(write, key):
+    file = write(f"model:\n  model_config:\n    hidden_size: 4096\n    {key}:\n")
+    assert load_config(file).model.model_config == MixtralConfig(hidden_size=4096)
+    with pytest.raises(UserError, match=rf"model\.model_config\.{key}: the text 'x' given"):
+        load_config(file, [f"model.model_config.{key}=x"])
+
+
 def test_defaults_need_no_yaml_and_make_independent_sections():
     assert RunConfig() == RunConfig()
     assert RunConfig().context is not RunConfig().context

@@ -50,6 +50,12 @@ def test_what_the_model_is_given_ends_where_fschat_ends_it():
         assert template.opening + "q" + template.to_answer == asked.get_prompt()
 
 
+def test_a_system_message_without_a_place_is_refused():
+    name = next(one for one in usable_templates() if load_template(one).system is None)
+    with pytest.raises(ValueError, match="no place for a system message"):
+        load_template(name).render(Conversation([Round("q", "a")], "be kind"))
+
+
 def test_vicuna_is_the_default():
     assert load_template().name == load_template("vicuna").name == "vicuna_v1.1"
 

@@ -188,6 +188,7 @@ def test_plain_bpe_is_recognized_and_damage_is_not():
     assert is_plain_bpe(data)
     assert not is_plain_bpe(data[: len(data) // 2])
     assert not is_plain_bpe(b"\xff" * 50)
+    assert not is_plain_bpe(b"\x10\x05" + data)  # a number where the trainer's settings belong
 
 
 @pytest.mark.parametrize(
