@@ -9,8 +9,7 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.kernels.cells.attention import AttentionSizes
-from mixtral_ms.kernels.select import KernelChoice
-from mixtral_ms.model.context_attention import ContextAttention
+from mixtral_ms.kernels.kernel_choice import KernelChoice
 from mixtral_ms.model.moe.routed_experts import MoEFeedForward
 from mixtral_ms.model.nn.compute_dtype import compute_type
 from mixtral_ms.model.nn.linear import Linear, empty_parameter
@@ -64,7 +63,7 @@ class Attention(nn.Cell):
             compute_type(config.softmax_compute_type),
         )
         if mesh.context.size > 1:
-            self.attend = ContextAttention(mesh.context, sizes)
+            self.attend = kernels.context_attention(mesh.context, sizes)
         else:
             self.attend = kernels.attention(sizes)
 

@@ -5,8 +5,7 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.config.sections.lora_section import PetSection
 from mixtral_ms.config.sections.model_section import MixtralConfig
-from mixtral_ms.errors import UserError
-from mixtral_ms.kernels.cells.lora_experts import LowRankExperts, MergedExperts
+from mixtral_ms.kernels.kernel_choice import KernelChoice
 from mixtral_ms.model.moe.routed_experts import ExpertWeight, RoutedExperts
 from mixtral_ms.model.nn.hash_noise import hash_uniform
 from mixtral_ms.model.nn.linear import Linear, empty_parameter
@@ -52,7 +51,7 @@ class LoraLinear(Linear):
 
 
 def add_adapters(
-    layers: nn.CellList, config: MixtralConfig, kernel_name: str, first_layer: int = 0
+    layers: nn.CellList, config: MixtralConfig, kernels: KernelChoice, first_layer: int = 0
 ) -> None:
     """Give the modules that pet_config means their adapters, before the network is filled."""
     pet = config.pet_config
@@ -68,11 +67,11 @@ def add_adapters(
         if f"{prefix}router.dense" in adapted:
             routed.router.dense = LoraLinear(routed.router.dense, pet, salt + 4)
         names = [name for name in ("w1", "w3", "w2") if f"{prefix}ffn.{name}" in adapted]
-        _adapt_experts(routed, names, pet, salt + 5, kernel_name)
+        _adapt_experts(routed, names, pet, salt + 5, kernels)
 
 
 def _adapt_experts(
-    routed: RoutedExperts, names: list[str], pet: PetSection, salt: int, kernel_name: str
+    routed: RoutedExperts, names: list[str], pet: PetSection, salt: int, kernels: KernelChoice
 ) -> None:
     """Experts that compute no gradient of their weights, and have these adapters."""
     for name in ("w1", "w3", "w2"):
@@ -83,16 +82,8 @@ def _adapt_experts(
             weight.lora_b = empty_parameter("lora_b", experts, outputs, pet.lora_rank)
         else:
             weight.lora_a = weight.lora_b = Tensor([0.0], mstype.float32)
-    if kernel_name != "ascend":
-        routed.adapt(LowRankExperts(pet.scale, pet.lora_dropout if names else 0.0, salt))
-    else:
-        if names and pet.lora_dropout > 0:
-            raise UserError(
-                f"model_config.pet_config.lora_dropout {pet.lora_dropout}: adapters of experts "
-                "drop nothing on Ascend: set it to 0, or adapt attention alone"
-            )
-        adapted = tuple(name in names for name in ("w1", "w3", "w2"))
-        routed.adapt(MergedExperts(routed.experts, pet.scale, adapted))
+    adapted = ("w1" in names, "w3" in names, "w2" in names)
+    routed.adapt(kernels.lora_experts(pet.scale, pet.lora_dropout, salt, adapted))
 
 
 def is_adapter(parameter: Parameter) -> bool:

@@ -6,16 +6,15 @@ Legend: B batch, S sequence (with context parallel: this rank's part), T = B * S
 V vocabulary, L layers of the stage, E experts.
 """
 
-import mindspore
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.derived.pipeline_stages import stage_layers
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.kernels.cells.elementwise import rotary_tables
-from mixtral_ms.kernels.cells.experts import PackedExperts
-from mixtral_ms.kernels.select import KernelChoice, select_kernels
-from mixtral_ms.kernels.threaded.saved_activations import Kept
+from mixtral_ms.kernels.cells.experts import share_kept
+from mixtral_ms.kernels.kernel_choice import KernelChoice
+from mixtral_ms.kernels.select import select_kernels
 from mixtral_ms.model.decoder_layer import DecoderLayer, RMSNorm
 from mixtral_ms.model.lora import add_adapters, freeze_weights
 from mixtral_ms.model.moe.router import RouterLosses
@@ -148,7 +147,7 @@ class MixtralForCausalLM(nn.Cell):
         config: the network's configuration; `batch_size` and `seq_length` fix the graph's shapes
             unless given here.
         seed: seed of the initial weights; the same seed gives the same weights on every layout.
-        backend: kernels to use, see `kernels.select_kernels`; None chooses by device_target.
+        backend: kernels to use, see `kernels.select_kernels`.
         share: another network, of the same sizes, whose parameters this one uses as its own.
         mesh: the ranks, of which each has its part of the network; one process has it whole.
 
@@ -162,7 +161,7 @@ class MixtralForCausalLM(nn.Cell):
         seed: int = 0,
         batch_size: int | None = None,
         seq_length: int | None = None,
-        backend: str | None = None,
+        backend: str = "auto",
         share: "MixtralForCausalLM | None" = None,
         mesh: Mesh | None = None,
     ) -> None:
@@ -171,8 +170,6 @@ class MixtralForCausalLM(nn.Cell):
         self.mesh = mesh = mesh or (share.mesh if share else Mesh())
         self.ignore_token_id = config.ignore_token_id
         self.dtype = compute_type(config.compute_dtype)
-        if backend is None:
-            backend = "cpu" if mindspore.get_context("device_target") == "CPU" else "ascend"
         # experts that have tokens of several ranks have any number of them
         spread = mesh.grid.expert_parallel * mesh.grid.context_parallel > 1
         dropless = config.moe_config.dropless or spread
@@ -184,7 +181,7 @@ class MixtralForCausalLM(nn.Cell):
         self._add_head(kernels)
         layers = stage_layers(config, mesh.grid.pipeline_stage, mesh.stage)
         if config.pet_config is not None:
-            add_adapters(self.model.layers, config, kernels.name, layers.start)
+            add_adapters(self.model.layers, config, kernels, layers.start)
         # MindSpore numbers cells by attribute path only when a graph is built: do it now, so that
         # names are right for checkpoints before the first step.
         for path, parameter in self.parameters_and_names():
@@ -295,10 +292,10 @@ class MixtralForCausalLM(nn.Cell):
         if not config.tie_word_embeddings:
             own_ids = config.vocab_size // ranks.size
             self.lm_head = Linear(config.hidden_size, own_ids, compute_dtype=self.dtype)
-        self.cross_entropy = kernels.cross_entropy(vocabulary=ranks)
-        # A frozen head has no gradient, which the operator in numpy would compute all the same.
-        if kernels.name == "numpy" and ranks.size == 1 and config.pet_config is None:
-            self.cross_entropy.read_in_place(self.head_weight)
+        # A frozen head has no gradient, and one that is cast is computed.
+        stored = config.pet_config is None and self.dtype == mstype.float32
+        weight = self.head_weight if stored else None
+        self.cross_entropy = kernels.cross_entropy(ranks, weight)
         self.head_product = ops.MatMul(transpose_b=True)
         if ranks.size > 1:
             self.enter_head = EnterSplit(ranks, sequence=mesh.grid.use_seq_parallel)
@@ -319,12 +316,9 @@ class MixtralForCausalLM(nn.Cell):
 
     def recompute_layers(self) -> None:
         """Keep only each layer's input for the backward pass and compute the rest again."""
-        kept = Kept()
         for layer in self.model.layers:
             layer.recompute()
-            experts = layer.feed_forward.routed_experts.experts
-            if isinstance(experts, PackedExperts):
-                experts.keep_in(kept)
+        share_kept([layer.feed_forward.routed_experts.experts for layer in self.model.layers])
 
 
 def _global_name(path: str, first_layer: int) -> str:

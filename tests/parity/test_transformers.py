@@ -26,7 +26,7 @@ class Case:
     name: str
     heads: tuple[int, int, int]
     experts: tuple[int, int]
-    backend: str = "cpu"
+    backend: str = "auto"
     mode: str = "pynative"
     padding: bool = False
     sizes: dict = field(default_factory=dict)
@@ -75,14 +75,14 @@ CASES = [
         "tied, window, padding, reference",
         (6, 2, 8),
         (12, 3),
-        "reference",
+        "plain",
         "graph",
         padding=True,
         sizes={"num_layers": 1, "tie_word_embeddings": True, "sliding_window": 7},
     ),
     Case("one kv head, long theta, deep", (5, 1, 8), (8, 2), sizes={"theta": 1e6, "num_layers": 4}),
     Case("wide heads, top-1", (3, 3, 18), (4, 1)),
-    Case("2 experts top-1", (2, 1, 20), (2, 1), "reference"),
+    Case("2 experts top-1", (2, 1, 20), (2, 1), "plain"),
     Case("2 experts top-2", (4, 2, 12), (2, 2)),
     Case("3 experts top-3, large eps", (6, 3, 4), (3, 3), sizes={"rms_norm_eps": 1e-2}),
     Case("window", (4, 2, 10), (8, 2), sizes={"sliding_window": 5}),
@@ -90,18 +90,18 @@ CASES = [
         "window over chunks",
         (4, 2, 10),
         (5, 2),
-        "reference",
+        "plain",
         sizes={"sliding_window": 24, "seq_length": 150},
     ),
     Case("padding", (4, 2, 10), (8, 2), padding=True),
-    Case("padding, reference", (4, 2, 10), (7, 3), "reference", padding=True),
+    Case("padding, reference", (4, 2, 10), (7, 3), "plain", padding=True),
     Case("tied embeddings", (4, 2, 10), (6, 2), sizes={"tie_word_embeddings": True}),
     Case("capacity not exceeded", (4, 2, 10), (4, 2), moe={"capacity_factor": 100.0}),
     Case(
         "capacity not exceeded, reference",
         (4, 2, 10),
         (4, 2),
-        "reference",
+        "plain",
         padding=True,
         moe={"capacity_factor": 100.0, "enable_sdrop": True},
     ),

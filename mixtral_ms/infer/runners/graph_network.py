@@ -24,7 +24,7 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.kernels.cells.elementwise import apply_rotary, swiglu
-from mixtral_ms.kernels.select import KernelChoice
+from mixtral_ms.kernels.kernel_choice import KernelChoice
 from mixtral_ms.model.moe.token_dispatch import CombineTokens, Dispatch, PermuteTokens
 from mixtral_ms.parallel.comm import transports
 from mixtral_ms.parallel.grid.mesh import ALONE, Mesh, ProcessGroup

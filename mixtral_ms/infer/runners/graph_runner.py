@@ -54,8 +54,7 @@ class GraphRunner(Runner):
         mindspore.set_context(mode=mindspore.GRAPH_MODE)
         self.num_blocks, self.block_size = num_blocks, block_size
         self._config = config
-        device = "cpu" if mindspore.get_context("device_target") == "CPU" else "ascend"
-        self._kernels = select_kernels(device, dropless=True)
+        self._kernels = select_kernels(dropless=True)
         # After the blocks: a slot of zeros to read for keys that are none, and one to write to.
         self._zero_slot = num_blocks * block_size
         kv_heads = config.n_kv_heads // mesh.tensor.size

@@ -3,14 +3,15 @@
 Legend: R slots, D hidden, F intermediate, E experts.
 """
 
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import GroupedMatmul
 
 from mixtral_ms.kernels.cells.elementwise import swiglu
+from mixtral_ms.kernels.cells.experts import Experts
 
 
-class GroupedExperts(nn.Cell):
+class GroupedExperts(Experts):
     """Expert networks by the grouped matrix product; its weights are (E, inputs, outputs)."""
 
     layout = "packed"

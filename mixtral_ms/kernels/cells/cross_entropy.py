@@ -90,19 +90,28 @@ class LinearCrossEntropy(nn.Cell):
         super().__init__()
         self.with_gradients = _LossAndGradients(library, vocabulary)
 
-    def read_in_place(self, weight: Callable[[], Parameter]) -> None:
-        """From now on `construct` is given this float32 parameter, and nothing else, as weight.
+    def construct(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+        """Returns the summed loss, a float32 scalar; negative labels are left out."""
+        return self.with_gradients(hidden_TD, weight_VD, labels_T)[0]
 
-        For one process on the CPU. One operator in numpy then makes the loss and the gradients:
-        MindSpore would copy each chunk of logits into such an operator and out of it.
 
-        Args:
-            weight: gives the parameter, for which another one may stand in meanwhile.
-        """
+class ZeroCopyCrossEntropy(nn.Cell):
+    """As `LinearCrossEntropy` of one process in numpy, on a parameter that is read where it lies.
+
+    One operator makes the loss and the gradients: MindSpore would copy each chunk of logits into
+    such an operator and out of it.
+
+    Args:
+        weight: gives the float32 parameter, for which another one may stand in meanwhile;
+            `construct` is given this and nothing else.
+    """
+
+    def __init__(self, weight: Callable[[], Parameter]) -> None:
+        super().__init__()
         self.with_gradients = _InPlaceLoss(weight)
 
     def construct(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
-        """Returns the summed loss, a float32 scalar; negative labels are left out."""
+        """As `LinearCrossEntropy`."""
         return self.with_gradients(hidden_TD, weight_VD, labels_T)[0]
 
 

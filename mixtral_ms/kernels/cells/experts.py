@@ -6,7 +6,7 @@ Each cell says how it wants its slots laid out (`layout`, read by model/moe/toke
   padded  each group has C slots, used or not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -17,7 +17,22 @@ from mixtral_ms.kernels.threaded.saved_activations import Kept
 from mixtral_ms.parallel.comm.graph_primitives import zeros_like
 
 
-class PaddedExperts(nn.Cell):
+class Experts(nn.Cell):
+    """What the model asks of the experts, whoever computes them."""
+
+    layout: str
+    """"packed" or "padded"."""
+
+    def keep_in(self, kept: Kept) -> None:
+        """Have one store for what the backward reads, in common with other layers.
+
+        For layers that are to be recomputed: only one at a time keeps something then, and backward
+        computes it again. MindSpore itself recomputes no operator whose backward is given. Experts
+        whose activations MindSpore keeps have nothing to do.
+        """
+
+
+class PaddedExperts(Experts):
     """Experts of equal capacity as one batched matrix product."""
 
     layout = "padded"
@@ -41,7 +56,7 @@ class PaddedExperts(nn.Cell):
         return ops.reshape(self.product(act_ECF, w2_EDF), (-1, hidden))
 
 
-class PackedExperts(nn.Cell):
+class PackedExperts(Experts):
     """Experts of any number of tokens on the CPU: only used slots are computed.
 
     Args:
@@ -52,29 +67,7 @@ class PackedExperts(nn.Cell):
 
     def __init__(self, library: custom_ops.Library = custom_ops.NUMPY) -> None:
         super().__init__()
-        self.library = library
         self.network = _PackedNetwork(library)
-
-    def read_in_place(self, weights: Callable[[], tuple[Parameter, ...]]) -> None:
-        """From now on `construct` is given these float32 parameters, and nothing else, as weights.
-
-        MindSpore gives an operator in numpy a copy of each input and keeps it until the next run:
-        twice all experts. C++ reads in place anyway.
-
-        Args:
-            weights: gives w1, w3 and w2, for which other parameters may stand in meanwhile.
-        """
-        if self.library == custom_ops.NUMPY:
-            self.network = _InPlaceNetwork(weights)
-
-    def keep_in(self, kept: Kept) -> None:
-        """Have one store for what the backward reads, in common with other layers.
-
-        For layers that are to be recomputed: only one at a time keeps something then, and backward
-        computes it again. MindSpore itself recomputes no operator whose backward is given.
-        """
-        if isinstance(self.network, _InPlaceNetwork):
-            self.network.kernel.kept = kept
 
     def construct(
         self,
@@ -86,6 +79,46 @@ class PackedExperts(nn.Cell):
     ) -> Tensor:
         """Slots past the groups give zero."""
         return self.network(x_RD, w1_EFD, w3_EFD, w2_EDF, tokens_per_expert_E)[0]
+
+
+class ZeroCopyExperts(Experts):
+    """As `PackedExperts` in numpy, on parameters that are read where they lie.
+
+    MindSpore gives an operator in numpy a copy of each input and keeps it until the next run: twice
+    all experts. C++ reads in place anyway.
+
+    Args:
+        weights: gives w1, w3 and w2, float32, for which other parameters may stand in meanwhile;
+            `construct` is given these and nothing else.
+    """
+
+    layout = "packed"
+
+    def __init__(self, weights: Callable[[], tuple[Parameter, ...]]) -> None:
+        super().__init__()
+        self.network = _InPlaceNetwork(weights)
+
+    def keep_in(self, kept: Kept) -> None:
+        """As `Experts.keep_in`."""
+        self.network.kernel.kept = kept
+
+    def construct(
+        self,
+        x_RD: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor,
+        w2_EDF: Tensor,
+        tokens_per_expert_E: Tensor,
+    ) -> Tensor:
+        """Slots past the groups give zero."""
+        return self.network(x_RD, w1_EFD, w3_EFD, w2_EDF, tokens_per_expert_E)[0]
+
+
+def share_kept(layers: Iterable[Experts]) -> None:
+    """Give layers that are to be recomputed one store for what their backward reads."""
+    kept = Kept()
+    for one in layers:
+        one.keep_in(kept)
 
 
 class _PackedNetwork(nn.Cell):

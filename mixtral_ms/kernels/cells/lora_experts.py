@@ -9,11 +9,12 @@ Legend: R slots sorted by expert, D hidden, F intermediate, E experts, r rank, N
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from mixtral_ms.kernels.cells.experts import Experts
 from mixtral_ms.kernels.threaded import numpy_lora_experts
 from mixtral_ms.parallel.comm.graph_primitives import zeros_like
 
 
-class LowRankExperts(nn.Cell):
+class LowRankExperts(Experts):
     """In numpy, on a CPU.
 
     Args:
@@ -143,7 +144,7 @@ def _backward(kernel: numpy_lora_experts.Kernel) -> ops.Custom:
     return ops.Custom(compute, x_and_adapters, x_and_adapters, "pyfunc")
 
 
-class MergedExperts(nn.Cell):
+class MergedExperts(Experts):
     """With any backend's experts: adds scale * B A to the weights. It cannot drop inputs.
 
     Args:
@@ -152,7 +153,7 @@ class MergedExperts(nn.Cell):
         adapted: which of w1, w3 and w2 have an adapter.
     """
 
-    def __init__(self, experts: nn.Cell, scale: float, adapted: tuple[bool, bool, bool]) -> None:
+    def __init__(self, experts: Experts, scale: float, adapted: tuple[bool, bool, bool]) -> None:
         super().__init__()
         self.experts, self.scale, self.adapted = experts, scale, adapted
         self.layout = experts.layout

@@ -54,7 +54,7 @@ class PlainUpdate:
         return float(ops.sum(ops.sum(ops.square(x), -1)))
 
 
-class CpuUpdate(PlainUpdate):
+class NumpyUpdate(PlainUpdate):
     """Sums where the values are: on the CPU, tensors and numpy's arrays share their memory."""
 
     def sum_of_squares(self, x: Tensor) -> float:
@@ -64,7 +64,7 @@ class CpuUpdate(PlainUpdate):
         return sum(float(np.dot(block, block)) for block in blocks)
 
 
-class NativeUpdate(CpuUpdate):
+class NativeUpdate(NumpyUpdate):
     """AdamW in C++ (float32), with decay and scale in the same pass over the memory."""
 
     def __init__(self, library: Path) -> None:

@@ -11,7 +11,7 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.config.derived.expert_grid import expert_matrix
 from mixtral_ms.config.sections.model_section import MixtralConfig
-from mixtral_ms.kernels.select import KernelChoice
+from mixtral_ms.kernels.kernel_choice import KernelChoice
 from mixtral_ms.model.moe.context_dispatch import DispatchOverRanks
 from mixtral_ms.model.moe.expert_parallel import ExpertExchange, experts_of_exchange
 from mixtral_ms.model.moe.router import Router
@@ -87,9 +87,9 @@ class RoutedExperts(nn.Cell):
         self.ffn = ExpertWeights(
             moe.expert_num // parts, config.hidden_size, config.intermediate_size // width
         )
-        self.experts, self.adapted = kernels.experts(), False
-        if kernels.name == "numpy":
-            self.experts.read_in_place(self.ffn.weights)
+        # Cast to another dtype, weights are computed ones.
+        stored = self.ffn.weights if compute_dtype == mstype.float32 else None
+        self.experts, self.adapted = kernels.experts(stored), False
         capacity = None
         if not moe.dropless:
             capacity = expert_capacity(

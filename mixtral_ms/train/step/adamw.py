@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
@@ -41,7 +40,7 @@ class AdamW:
         self._parameters = parameters
         self._first = [self._zeros_like(p, FIRST_MOMENT) for p in parameters]
         self._second = [self._zeros_like(p, SECOND_MOMENT) for p in parameters]
-        self.kernels = select_update(mindspore.get_context("device_target"))
+        self.kernels = select_update()
 
     def update(self, gradients: tuple[Tensor, ...], learning_rate: float, scale: float) -> None:
         """One step on gradients * scale; each gradient has the shape of its moments.

@@ -9,10 +9,10 @@ import pytest
 import torch
 from helpers.compare import assert_close
 from helpers.kernels import (
+    cpp_kernels,
     gradients_of,
     kernels_of,
     leaf,
-    native_kernels,
     numpy_kernels,
     random,
 )
@@ -23,7 +23,6 @@ from mixtral_ms.kernels.cells import cross_entropy
 from mixtral_ms.kernels.cells.attention import AttentionSizes, CausalAttention
 from mixtral_ms.kernels.cells.cross_entropy import LinearCrossEntropy
 from mixtral_ms.kernels.cells.elementwise import apply_rotary, rms_norm, rotary_tables, swiglu
-from mixtral_ms.kernels.cells.experts import PackedExperts, PaddedExperts
 from mixtral_ms.kernels.select import select_kernels
 from mixtral_ms.kernels.threaded import numpy_cross_entropy
 
@@ -35,19 +34,19 @@ TOLERANCE = 1e-5
 # experts
 
 
-def experts_of(name, device):
-    """(cell, its layout)."""
+def experts_of(name, device, weights=None):
+    """The cell; `weights` are those it will always be given."""
     if device == "Ascend":
         if name != "device":
             pytest.skip("the plain implementations are tested on the CPU")
-        cell = select_kernels("ascend", dropless=True).experts()
-    elif name == "native":
-        cell = native_kernels().experts()
-    elif name == "device":
-        pytest.skip("that is what native, numpy and padded are on the CPU")
-    else:
-        cell = PaddedExperts() if name == "padded" else PackedExperts()
-    return cell
+        return select_kernels("ascend", dropless=True).experts(weights)
+    if name == "C++":
+        return cpp_kernels().experts(weights)
+    if name == "device":
+        pytest.skip("that is what C++, numpy and padded are on the CPU")
+    if name == "padded":
+        return select_kernels("plain", dropless=False).experts(weights)
+    return numpy_kernels(device).experts(weights if name == "in place" else None)
 
 
 def group_slices(layout, sizes, capacity):
@@ -60,7 +59,7 @@ def group_slices(layout, sizes, capacity):
     return [slice(b, b + size) for b, size in zip(begins, sizes, strict=True)], total
 
 
-@pytest.mark.parametrize("name", ["native", "numpy", "in place", "padded", "device"])
+@pytest.mark.parametrize("name", ["C++", "numpy", "in place", "padded", "device"])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -74,8 +73,11 @@ def group_slices(layout, sizes, capacity):
     ids=str,
 )
 def test_experts(name, sizes, device, record_error):
-    cell = experts_of(name, device)
     hidden, intermediate, experts = 10, 14, len(sizes)
+    w1, w3 = random(3, experts, intermediate, hidden), random(4, experts, intermediate, hidden)
+    w2 = random(5, experts, hidden, intermediate)
+    weights = tuple(Parameter(Tensor(value)) for value in (w1, w3, w2))
+    cell = experts_of(name, device, lambda: weights)
     groups, rows = group_slices(cell.layout, sizes, max(*sizes, 1))
     x_RD, towards = random(1, rows, hidden), random(2, rows, hidden)
     used = np.zeros((rows, 1), np.float32)
@@ -83,11 +85,6 @@ def test_experts(name, sizes, device, record_error):
         used[group] = 1.0
     # Nothing reads unused rows, so nothing arrives at them: their gradient is zero.
     towards = towards * used
-    w1, w3 = random(3, experts, intermediate, hidden), random(4, experts, intermediate, hidden)
-    w2 = random(5, experts, hidden, intermediate)
-    if name == "in place":
-        weights = tuple(Parameter(Tensor(value)) for value in (w1, w3, w2))
-        cell.read_in_place(lambda: weights)
     tokens_per_expert_E = np.array(sizes, np.int32)
     out, grads = gradients_of(cell, [x_RD, w1, w3, w2, tokens_per_expert_E], towards)
 
@@ -105,7 +102,7 @@ def test_experts(name, sizes, device, record_error):
         record_error(what, gradient, reference, TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["native", "numpy", "padded", "device"])
+@pytest.mark.parametrize("name", ["C++", "numpy", "padded", "device"])
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_experts_let_an_overflow_through(name, bad, device):
     """A non-finite value may not turn into a number: the overflow check must see it."""
@@ -124,7 +121,7 @@ def test_experts_let_an_overflow_through(name, bad, device):
 
 def test_float16_experts_are_computed_in_float32(record_error):
     """Rounded once, at the end: sums in float16 would lose a digit more."""
-    cell = PackedExperts()
+    cell = select_kernels("plain", dropless=True, dtype=mstype.float16).experts()
     x_RD, w1, w2 = random(1, 7, 300), random(2, 2, 40, 300), random(4, 2, 300, 40)
     w3 = random(3, 2, 40, 300) * 0.01
     halves = [value.astype(np.float16) for value in (x_RD, w1, w3, w2)]
@@ -136,9 +133,9 @@ def test_float16_experts_are_computed_in_float32(record_error):
         record_error(f"expert {e}", out.asnumpy()[rows], (inner @ c[e].T).numpy(), 1e-3)
 
 
-def test_building_the_native_kernels_keeps_denormals(device):
+def test_building_the_cpp_kernels_keeps_denormals(device):
     """Fast-math start-up code would flush them to zero in the whole process."""
-    select_kernels("cpu", dropless=True)
+    select_kernels(dropless=True)
     tiny = np.full(8, 1e-40, np.float32)
     assert (tiny * np.float32(1.0) > 0).all()
     assert float(torch.tensor(1e-40) * 1.0) > 0
@@ -250,14 +247,12 @@ def cross_entropy_of(name, device, weight_VD):
     if name == "plain":
         return LinearCrossEntropy()
     if name in ("numpy", "in place"):
-        cell = numpy_kernels(device).cross_entropy()
-        if name == "in place":
-            weight = Parameter(Tensor(weight_VD))
-            cell.read_in_place(lambda: weight)
-        return cell
+        weight = Parameter(Tensor(weight_VD))
+        stored = (lambda: weight) if name == "in place" else None
+        return numpy_kernels(device).cross_entropy(weight=stored)
     if device == "Ascend":
         return select_kernels("ascend", dropless=True).cross_entropy()
-    return native_kernels().cross_entropy()
+    return cpp_kernels().cross_entropy()
 
 
 @pytest.mark.parametrize("name", CROSS_ENTROPIES)

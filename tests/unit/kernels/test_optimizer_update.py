@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
-from mixtral_ms.kernels.cells.optimizer_update import CpuUpdate, NativeUpdate, PlainUpdate
+from mixtral_ms.kernels.cells.optimizer_update import NativeUpdate, NumpyUpdate, PlainUpdate
 from mixtral_ms.kernels.native.build import native_library
 
 pytestmark = pytest.mark.usefixtures("pynative")
@@ -17,17 +17,17 @@ def random(seed, *shape):
 
 
 def update_of(name, device):
-    if name == "native":
+    if name == "C++":
         library = native_library()
         if library is None or device != "CPU":
             pytest.skip("the C++ kernels do not build here")
         return NativeUpdate(library)
-    if name == "cpu" and device != "CPU":
+    if name == "numpy" and device != "CPU":
         pytest.skip("that shares the CPU's memory")
-    return {"plain": PlainUpdate, "cpu": CpuUpdate}[name]()
+    return {"plain": PlainUpdate, "numpy": NumpyUpdate}[name]()
 
 
-@pytest.mark.parametrize("name", ["native", "cpu", "plain"])
+@pytest.mark.parametrize("name", ["C++", "numpy", "plain"])
 @pytest.mark.parametrize("decay, scale", [(0.0, 1.0), (0.3, 0.5)], ids=str)
 def test_adamw(name, decay, scale, device, record_error):
     """One step without a bias correction; the gradient stays as it was."""
@@ -46,7 +46,7 @@ def test_adamw(name, decay, scale, device, record_error):
     np.testing.assert_array_equal(gradient.asnumpy(), values[3])
 
 
-@pytest.mark.parametrize("name", ["cpu", "plain"])
+@pytest.mark.parametrize("name", ["numpy", "plain"])
 @pytest.mark.parametrize("shape", [(3,), (5, 7), (3, 100, 123)], ids=str)
 def test_sum_of_squares(name, shape, device, record_error):
     x = random(1, *shape)

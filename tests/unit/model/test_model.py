@@ -178,7 +178,7 @@ def test_no_position_sees_what_follows(network):
     assert np.abs(after[:, 9:] - before[:, 9:]).max() > 0.1
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "plain"])
 def test_rows_do_not_depend_on_their_batch(backend):
     """mistral-inference issue 150; dropless."""
     config = tiny_config()
@@ -276,7 +276,7 @@ def test_float16_is_near_float32():
 
 
 @pytest.mark.parametrize("key", ["residual_dtype", "rotary_dtype"])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "plain"])
 def test_a_narrow_part_of_a_float32_network(key, backend):
     """Kernels of float32 must not read a float16 tensor's bytes."""
     config = tiny_config(**{key: "float16"})
@@ -305,7 +305,7 @@ def test_jitter_acts_in_training_only():
     np.testing.assert_array_equal(logits_of(network, ids), expected)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "plain"])
 def test_uniform_routing_spreads_the_load(backend):
     config = tiny_config(moe_config={"uniform_routing": True})
     network = MixtralForCausalLM(config, backend=backend)

@@ -1,11 +1,13 @@
 """Slots, drops and the combined output against the oracle, in every layout and gradient."""
 
 import dataclasses
+from functools import partial
 
 import mindspore
 import numpy as np
 import pytest
 import torch
+from helpers.kernels import cpp_kernels
 from helpers.router_oracle import capacity_of, hand_out_slots, moe, route
 from helpers.routing import one_layer
 from hypothesis import given, settings
@@ -14,8 +16,6 @@ from mindspore import Tensor
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
-from mixtral_ms.kernels.cells.experts import PackedExperts, PaddedExperts
-from mixtral_ms.kernels.native.build import native_library
 from mixtral_ms.kernels.select import select_kernels
 from mixtral_ms.model.moe.routed_experts import RoutedExperts
 from mixtral_ms.model.moe.router import RouterLosses
@@ -130,9 +130,7 @@ class Layer:
     @classmethod
     def build(cls, tokens, kind, seed=0, hidden=HIDDEN, **moe_config):
         config = MoEConfig(**moe_config)
-        kernels = dataclasses.replace(
-            select_kernels("reference", dropless=config.dropless), experts=EXPERTS_OF[kind]
-        )
+        kernels = KERNELS_OF[kind]()
         model = MixtralConfig(
             hidden_size=hidden,
             num_heads=1,
@@ -171,13 +169,12 @@ class Layer:
         return routed, moe(x_TD, routed, *self.weights)
 
 
-def _native():
-    if native_library() is None:
-        pytest.skip("the C++ kernels do not build here")
-    return select_kernels("cpu", dropless=True).experts()
-
-
-EXPERTS_OF = {"native": _native, "numpy": PackedExperts, "padded": PaddedExperts}
+KERNELS_OF = {
+    "C++": cpp_kernels,
+    "numpy": partial(select_kernels, "numpy", dropless=True),
+    "packed": partial(select_kernels, "plain", dropless=True),
+    "padded": partial(select_kernels, "plain", dropless=False),
+}
 
 
 @settings(max_examples=15)
@@ -189,7 +186,7 @@ EXPERTS_OF = {"native": _native, "numpy": PackedExperts, "padded": PaddedExperts
     real=st.sampled_from([0.0, 0.6, 1.0]),
     seed=st.integers(0, 2**31),
 )
-@pytest.mark.parametrize("kind", EXPERTS_OF)
+@pytest.mark.parametrize("kind", KERNELS_OF)
 @pytest.mark.slow
 def test_layer_output(kind, tokens, k, factor, sdrop, real, seed):
     generator = np.random.default_rng(seed)
@@ -208,7 +205,7 @@ def test_layer_output(kind, tokens, k, factor, sdrop, real, seed):
     )
 
 
-@pytest.mark.parametrize("kind", ["native", "numpy"])
+@pytest.mark.parametrize("kind", ["C++", "numpy"])
 @pytest.mark.parametrize(
     "load", ["even", "all to one", "one stays empty", "uniform switch", "only padding"]
 )
@@ -251,7 +248,7 @@ def check_output(kind, x_TD, valid_T, **moe_config):
     return routed
 
 
-@pytest.mark.parametrize("kind", EXPERTS_OF)
+@pytest.mark.parametrize("kind", KERNELS_OF)
 @pytest.mark.parametrize("sdrop", [True, False], ids=["sdrop", "kdrop"])
 @pytest.mark.parametrize("factor", [0.6, 100.0], ids=["drops", "keeps all"])
 def test_gradients(kind, sdrop, factor, record_error):

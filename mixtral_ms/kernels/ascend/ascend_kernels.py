@@ -1,0 +1,43 @@
+"""The operators that Ascend has of its own, as one choice."""
+
+from collections.abc import Callable
+
+from mindspore import Parameter, nn
+
+from mixtral_ms.errors import UserError
+from mixtral_ms.kernels.ascend.flash_attention import FlashRotaryAttention
+from mixtral_ms.kernels.ascend.fused_rms_norm import FusedRMSNorm
+from mixtral_ms.kernels.ascend.grouped_experts import GroupedExperts
+from mixtral_ms.kernels.cells.attention import AttentionSizes
+from mixtral_ms.kernels.cells.experts import Experts
+from mixtral_ms.kernels.cells.lora_experts import MergedExperts
+from mixtral_ms.kernels.kernel_choice import KernelChoice
+
+
+class AscendKernels(KernelChoice):
+    """Fused operators; the loss and attention over ranks are plain."""
+
+    name = "ascend"
+
+    def experts(self, weights: Callable[[], tuple[Parameter, ...]] | None = None) -> Experts:
+        """As `KernelChoice.experts`."""
+        return GroupedExperts()
+
+    def lora_experts(
+        self, scale: float, dropout: float, salt: int, adapted: tuple[bool, bool, bool]
+    ) -> Experts:
+        """As `KernelChoice.lora_experts`; they drop nothing."""
+        if any(adapted) and dropout > 0:
+            raise UserError(
+                f"model_config.pet_config.lora_dropout {dropout}: adapters of experts drop nothing "
+                "on Ascend: set it to 0, or adapt attention alone"
+            )
+        return MergedExperts(self.experts(), scale, adapted)
+
+    def attention(self, sizes: AttentionSizes) -> nn.Cell:
+        """As `KernelChoice.attention`."""
+        return FlashRotaryAttention(sizes)
+
+    def rms_norm(self, eps: float) -> nn.Cell:
+        """As `KernelChoice.rms_norm`."""
+        return FusedRMSNorm(eps)
