@@ -86,7 +86,7 @@ def _adapt_experts(
     routed.adapt(kernels.lora_experts(pet.scale, pet.lora_dropout, salt, adapted))
 
 
-def is_adapter(parameter: Parameter) -> bool:
+def is_lora_parameter(parameter: Parameter) -> bool:
     """Whether a parameter is an adapter's A or B."""
     return parameter.name.endswith((LORA_A, LORA_B))
 
@@ -94,7 +94,7 @@ def is_adapter(parameter: Parameter) -> bool:
 def freeze_weights(network: nn.Cell) -> None:
     """Leave only the adapters to be trained."""
     for parameter in network.get_parameters():
-        if not is_adapter(parameter):
+        if not is_lora_parameter(parameter):
             parameter.requires_grad = False
 
 

@@ -22,7 +22,7 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """How many steps, and which micro batches each takes.
 
     Attributes:
@@ -56,9 +56,9 @@ class Plan:
             batches.close()
 
 
-def make_plan(
+def plan_steps(
     runner: RunnerConfig, batches_per_epoch: int, data_path: str, grid: ParallelConfig
-) -> Plan:
+) -> StepPlan:
     """The plan of a run over a loader's batches.
 
     Raises:
@@ -78,4 +78,4 @@ def make_plan(
         )
     total = runner.max_steps or runner.epochs * steps_per_epoch
     last = min(total, runner.stop_at_step or total)
-    return Plan(steps_per_epoch, accumulation, total, last)
+    return StepPlan(steps_per_epoch, accumulation, total, last)

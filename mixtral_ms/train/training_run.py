@@ -46,7 +46,7 @@ from mixtral_ms.train.state.saver import Saver, checkpoint_root, write_strategy_
 from mixtral_ms.train.step.loss_scale import build_loss_scale
 from mixtral_ms.train.step.non_finite import first_non_finite
 from mixtral_ms.train.step.train_step import TrainStep
-from mixtral_ms.train.step_plan import make_plan
+from mixtral_ms.train.step_plan import plan_steps
 from mixtral_ms.train.stop_signals import StopRequest
 
 
@@ -95,7 +95,7 @@ class TrainingRun:
         self.storage = storage
         self.loader = build_loader(config, config.train_dataset, mesh, training=True)
         data_dir = config.train_dataset.data_loader.dataset_dir
-        self.plan = make_plan(config.runner_config, len(self.loader), data_dir, mesh.grid)
+        self.plan = plan_steps(config.runner_config, len(self.loader), data_dir, mesh.grid)
         eval_loader = None
         if config.do_eval:
             eval_loader = build_loader(config, config.eval_dataset, mesh, training=False)

@@ -96,7 +96,7 @@ def generated(answer):
 
 def calls(folder):
     """Train, evaluate, predict and finetune, one after another, and the pipeline."""
-    classes = ours().MixtralConfig, ours().MixtralForCausalLM
+    classes = ours().MindFormersMixtralConfig, ours().MindFormersMixtral
     trainer, recorder = new_trainer(folder, *classes)
     trainer.train()
     found = {"losses": recorder.losses, "norms": recorder.norms}
@@ -173,8 +173,10 @@ def launch_predict(folder):
 def built(**changes):
     """A network without a capacity limit, its auxiliary loss too small to be seen."""
     moe = {**MOE, "capacity_factor": -1.0, "aux_loss_factor": 1e-9, **changes.pop("moe", {})}
-    config = ours().MixtralConfig(**{**NETWORK, "batch_size": ROWS, "moe_config": moe, **changes})
-    return ours().MixtralForCausalLM(config)
+    config = ours().MindFormersMixtralConfig(
+        **{**NETWORK, "batch_size": ROWS, "moe_config": moe, **changes}
+    )
+    return ours().MindFormersMixtral(config)
 
 
 def refused(**changes):

@@ -11,7 +11,7 @@ from typing import Literal
 
 from mixtral_ms.checkpoint.formats.mindspore_ckpt_format import CkptSource, write_ckpt
 from mixtral_ms.checkpoint.formats.safetensors_format import SafetensorsSource, write_safetensors
-from mixtral_ms.checkpoint.formats.tensor_source import DTYPES, OutgoingTensor, TensorSource
+from mixtral_ms.checkpoint.formats.tensor_source import STORED_DTYPES, OutgoingTensor, TensorSource
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry, OnBytes
 from mixtral_ms.checkpoint.formats.torch_format import TorchZipSource
 from mixtral_ms.errors import UserError
@@ -46,7 +46,7 @@ class FileFormat:
     write: Write | None = None
     starts: Callable[[bytes], bool] = lambda start: False
     index: str | None = None
-    dtypes: tuple[str, ...] = DTYPES
+    dtypes: tuple[str, ...] = STORED_DTYPES
     loading: str = "mindspore.load_checkpoint({file!r})"
 
     @property

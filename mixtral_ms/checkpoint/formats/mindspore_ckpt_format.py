@@ -31,7 +31,7 @@ from mixtral_ms.checkpoint.formats.tensor_writer import (
     require_unique_names,
 )
 
-PIECE_BYTES = 64 << 20
+CKPT_PIECE_BYTES = 64 << 20
 """Most content of one value; a multiple of every element's size."""
 
 _TYPE_NAMES = {
@@ -251,7 +251,7 @@ def write_ckpt(
             writer = TensorWriter(file, tensor, on_bytes)
             left = tensor.info.nbytes
             while True:
-                size = min(left, PIECE_BYTES)
+                size = min(left, CKPT_PIECE_BYTES)
                 head = _value_head(tensor, size)
                 file.write(head)
                 framing.update(head)

@@ -14,9 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_ms.errors import UserError
-
-Region = tuple[slice, ...]
-"""One slice an axis, with start and stop, step 1."""
+from mixtral_ms.parallel.grid.placement import Region
 
 _CARRIERS: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -30,7 +28,7 @@ _CARRIERS: dict[str, np.dtype] = {
     "uint8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
-DTYPES = tuple(_CARRIERS)
+STORED_DTYPES = tuple(_CARRIERS)
 
 
 class DamagedFileError(UserError):
@@ -44,7 +42,7 @@ def carrier(dtype: str) -> np.dtype:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and dtype (a key of DTYPES) of a tensor."""
+    """Shape and dtype (a key of STORED_DTYPES) of a tensor."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -103,6 +101,7 @@ def outgoing(name: str, array: np.ndarray, dtype: str | None = None) -> Outgoing
     dtype = dtype or own
     if dtype not in _CARRIERS or array.dtype != carrier(dtype):
         raise ValueError(
-            f"tensor {name!r} has dtype {array.dtype}; a checkpoint holds {', '.join(DTYPES)}"
+            f"tensor {name!r} has dtype {array.dtype}; a checkpoint holds "
+            f"{', '.join(STORED_DTYPES)}"
         )
     return OutgoingTensor(name, TensorInfo(array.shape, dtype), lambda: iter((array,)))

@@ -17,7 +17,7 @@ from typing import Any
 from mixtral_ms.checkpoint.formats.mapped_file import MappedBytes, MappedFile
 from mixtral_ms.checkpoint.formats.mapped_source import MappedSource, StoredTensor
 from mixtral_ms.checkpoint.formats.tensor_source import (
-    DTYPES,
+    STORED_DTYPES,
     DamagedFileError,
     TensorInfo,
     carrier,
@@ -175,7 +175,7 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
             ("torch.storage", "UntypedStorage"): "uint8",
             **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-            **{("torch", dtype): dtype for dtype in DTYPES},
+            **{("torch", dtype): dtype for dtype in STORED_DTYPES},
         }
 
     def find_class(self, module: str, name: str) -> Any:

@@ -1,6 +1,6 @@
 """A checkpoint written again with other cuts: each rank's file is gathered from the parts.
 
-Every tensor goes in pieces of PIECE_BYTES from the maps of the source's files into the new ones,
+Every tensor goes in pieces of RESHARD_PIECE_BYTES from the source files' maps into the new ones,
 so that memory does not grow with the model, and of each source file only what is needed is read.
 """
 
@@ -35,7 +35,7 @@ from mixtral_ms.checkpoint.store.store import CheckpointError
 from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid.sharding_rules import LORA_A, LORA_B
 
-PIECE_BYTES = 8 << 20
+RESHARD_PIECE_BYTES = 8 << 20
 RankRegions = dict[str, Region]
 """What one rank holds of each of its tensors."""
 _OVERHEAD_BYTES = 1 << 20  # a file's framing and the file system's own blocks
@@ -204,7 +204,7 @@ def _files(
 def outgoing_region(source: TensorSource, name: str, region: Region) -> OutgoingTensor:
     """A region of a source's tensor as a tensor to be written, read piece by piece."""
     info = TensorInfo(region_shape(region), source.infos[name].dtype)
-    most = PIECE_BYTES // carrier(info.dtype).itemsize
+    most = RESHARD_PIECE_BYTES // carrier(info.dtype).itemsize
 
     def pieces() -> Iterator[np.ndarray]:
         return (source.read(name, block) for block in row_major_blocks(region, most))

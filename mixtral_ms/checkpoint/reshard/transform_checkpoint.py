@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mixtral_ms.checkpoint.formats.file_formats import require_dtypes, written_formats
 from mixtral_ms.checkpoint.formats.strategy_file import read_strategies, write_strategies
-from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
+from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry, OnBytes
 from mixtral_ms.checkpoint.reshard.open_checkpoint import (
     STRATEGY_FOLDER,
     OpenedSource,
@@ -40,7 +40,6 @@ from mixtral_ms.files import fsync_path, sha256_file
 from mixtral_ms.parallel.grid.grid_text import parse_grid
 
 DEFAULT_PREFIX = "checkpoint_"
-OnBytes = Callable[[int], None]
 
 
 @dataclass(frozen=True)

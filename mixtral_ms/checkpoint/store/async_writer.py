@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtral_ms.checkpoint.store.multi_rank_save import SavingRanks, Tensors
+from mixtral_ms.checkpoint.store.multi_rank_save import SavingRanks, TensorsByFile
 from mixtral_ms.checkpoint.store.store import save_checkpoint, state_bytes
 
 
@@ -36,7 +36,7 @@ class CheckpointWriter:
     def save(
         self,
         name: str,
-        tensors: Tensors,
+        tensors: TensorsByFile,
         state: Mapping[str, Any],
     ) -> None:
         """Save a checkpoint (see `save_checkpoint`).

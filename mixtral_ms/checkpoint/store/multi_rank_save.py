@@ -38,7 +38,7 @@ WAIT_SECONDS = 1800.0  # for the slowest disk; the launcher ends a run with a de
 _POLL_SECONDS = 0.05
 _NAMES_SHOWN = 5
 
-Tensors = Mapping[str, Mapping[str, np.ndarray]]
+TensorsByFile = Mapping[str, Mapping[str, np.ndarray]]
 """File stem -> tensor name -> array."""
 
 
@@ -71,7 +71,7 @@ class SavingRanks:
         digest = hashlib.sha256(f"{self.run} {name}".encode()).hexdigest()
         return root / f".{name}.new-{digest[:8]}"
 
-    def write_part(self, root: Path, name: str, tensors: Tensors) -> None:
+    def write_part(self, root: Path, name: str, tensors: TensorsByFile) -> None:
         """Write this rank's files and their record, once the first rank has made the folder.
 
         Raises:
@@ -154,7 +154,7 @@ class SavingRanks:
             time.sleep(_POLL_SECONDS)
 
 
-def write_rank_files(folder: Path, tensors: Tensors) -> dict[str, FileEntry]:
+def write_rank_files(folder: Path, tensors: TensorsByFile) -> dict[str, FileEntry]:
     """Write the files of one rank into a new folder; returns name -> entry for the manifest."""
     folder.mkdir(parents=True)
     files = {}

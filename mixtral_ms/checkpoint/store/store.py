@@ -35,7 +35,7 @@ from mixtral_ms.checkpoint.store.manifest import (
     verify_checkpoint,
     write_manifest,
 )
-from mixtral_ms.checkpoint.store.multi_rank_save import SavingRanks, Tensors, write_rank_files
+from mixtral_ms.checkpoint.store.multi_rank_save import SavingRanks, TensorsByFile, write_rank_files
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import fsync_path
 from mixtral_ms.log import get_logger
@@ -84,7 +84,7 @@ class Checkpoint:
 def save_checkpoint(
     root: str | Path,
     name: str,
-    tensors: Tensors,
+    tensors: TensorsByFile,
     state: Mapping[str, Any],
     *,
     keep_max: int | None = None,
@@ -156,7 +156,7 @@ def state_bytes(state: Mapping[str, Any]) -> bytes:
         raise ValueError(f"a checkpoint's state must be JSON: {error}") from error
 
 
-def _total_bytes(tensors: Tensors) -> int:
+def _total_bytes(tensors: TensorsByFile) -> int:
     return sum(array.nbytes for group in tensors.values() for array in group.values())
 
 
@@ -164,7 +164,7 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _require_space(root: Path, tensors: Tensors, parts: int) -> None:
+def _require_space(root: Path, tensors: TensorsByFile, parts: int) -> None:
     """Room for so many parts of about this one's size."""
     needed = parts * _total_bytes(tensors) + _OVERHEAD_BYTES
     if shutil.disk_usage(root).free < needed:
@@ -172,7 +172,7 @@ def _require_space(root: Path, tensors: Tensors, parts: int) -> None:
 
 
 def _write_and_rename(
-    root: Path, name: str, tensors: Tensors, state_text: bytes, ranks: SavingRanks | None
+    root: Path, name: str, tensors: TensorsByFile, state_text: bytes, ranks: SavingRanks | None
 ) -> None:
     new = ranks.folder(root, name) if ranks else unfinished_path(root, name, "new")
     try:

@@ -25,7 +25,7 @@ _DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Cluster:
+class MsrunJob:
     """Which processes there are, on all machines and on this one."""
 
     worker_num: int
@@ -77,23 +77,23 @@ def main(argv: Sequence[str]) -> int:
         UserError: an argument that is wrong, a program that is not there, a port in use.
     """
     worker_num, local_worker, address, port, node_rank, log_dir, join, time_out, *order = argv
-    cluster = _cluster(worker_num, local_worker, address, port, node_rank, time_out)
+    job = _job(worker_num, local_worker, address, port, node_rank, time_out)
     if join.lower() not in ("true", "false"):
         raise UserError(f"JOIN {join!r} must be True or False")
     time_limit = _seconds("MSRUN_TIME_LIMIT", None)
     grace = _seconds("MSRUN_GRACE", _DEFAULT_GRACE)
     command = _command(order)
-    if cluster.node_rank == 0:
-        _check_port(cluster)
-    scheduler, workers = _processes(cluster, command, _log_folder(log_dir))
+    if job.node_rank == 0:
+        _check_port(job)
+    scheduler, workers = _processes(job, command, _log_folder(log_dir))
     shown = workers if join.lower() == "true" else workers[:1]
-    print(_started(cluster, workers, shown), flush=True)
+    print(_started(job, workers, shown), flush=True)
     return watch(workers, scheduler, shown, grace=grace, time_limit=time_limit)
 
 
-def _cluster(
+def _job(
     worker_num: str, local_worker: str, address: str, port: str, node_rank: str, time_out: str
-) -> Cluster:
+) -> MsrunJob:
     workers = _number("WORKER_NUM", worker_num, 1)
     local = _number("LOCAL_WORKER", local_worker, 1)
     number = _number("MASTER_PORT", port, _LOWEST_PORT, _HIGHEST_PORT)
@@ -104,13 +104,13 @@ def _cluster(
             "the same number of processes"
         )
     if workers == local:  # one machine: the address and the rank of a node say nothing
-        return Cluster(workers, local, "127.0.0.1", number, 0, seconds)
+        return MsrunJob(workers, local, "127.0.0.1", number, 0, seconds)
     if node >= workers // local:
         raise UserError(
             f"NODE_RANK {node}: WORKER_NUM {workers} with LOCAL_WORKER {local} are "
             f"{workers // local} machines, 0 … {workers // local - 1}"
         )
-    return Cluster(workers, local, _resolved(address), number, node, seconds)
+    return MsrunJob(workers, local, _resolved(address), number, node, seconds)
 
 
 def _number(name: str, text: str, lowest: int, highest: int | None = None) -> int:
@@ -144,28 +144,28 @@ def _resolved(address: str) -> str:
         ) from None
 
 
-def _check_port(cluster: Cluster) -> None:
+def _check_port(job: MsrunJob) -> None:
     """Can the scheduler listen?"""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((cluster.address, cluster.port))
+            probe.bind((job.address, job.port))
             probe.listen()
         except OSError as error:
-            raise UserError(_why_not(cluster, error)) from None
+            raise UserError(_why_not(job, error)) from None
 
 
-def _why_not(cluster: Cluster, error: OSError) -> str:
+def _why_not(job: MsrunJob, error: OSError) -> str:
     if "assign" in (error.strerror or ""):
         return (
-            f"MASTER_ADDR {cluster.address} is not an address of this machine, which has "
+            f"MASTER_ADDR {job.address} is not an address of this machine, which has "
             "NODE_RANK 0: give its address, and the other machines NODE_RANK 1, 2, …"
         )
     with socket.socket() as other:
-        other.bind((cluster.address, 0))
+        other.bind((job.address, 0))
         free = other.getsockname()[1]
     return (
-        f"MASTER_PORT {cluster.port}: {error.strerror or error} on {cluster.address}: another run "
+        f"MASTER_PORT {job.port}: {error.strerror or error} on {job.address}: another run "
         f"may be under way; give another port, such as {free}, on every machine"
     )
 
@@ -197,7 +197,7 @@ def _log_folder(log_dir: str) -> Path:
 
 
 def _processes(
-    cluster: Cluster, command: Sequence[str], folder: Path
+    job: MsrunJob, command: Sequence[str], folder: Path
 ) -> tuple[Worker | None, list[Worker]]:
     """The scheduler, which only the first machine has, and the workers; not yet started."""
     base = _DEFAULTS | dict(os.environ)
@@ -205,25 +205,25 @@ def _processes(
         Worker(
             f"rank {rank}",
             command,
-            base | cluster.worker_environment(rank),
+            base | job.worker_environment(rank),
             folder / f"worker_{rank}.log",
         )
-        for rank in cluster.ranks
+        for rank in job.ranks
     ]
-    if cluster.node_rank:
+    if job.node_rank:
         return None, workers
-    environment = base | cluster.scheduler_environment()
+    environment = base | job.scheduler_environment()
     return Worker("the scheduler", command, environment, folder / "scheduler.log"), workers
 
 
-def _started(cluster: Cluster, workers: Sequence[Worker], shown: Sequence[Worker]) -> str:
-    others = cluster.worker_num - cluster.local_worker
-    elsewhere = f", {others} on other machines (NODE_RANK here {cluster.node_rank})"
+def _started(job: MsrunJob, workers: Sequence[Worker], shown: Sequence[Worker]) -> str:
+    others = job.worker_num - job.local_worker
+    elsewhere = f", {others} on other machines (NODE_RANK here {job.node_rank})"
     logs = [str(worker.log) for worker in workers]
     output = shutil.get_terminal_size().columns * "-"
     return (
-        f"{cluster.local_worker} process{'es' * (cluster.local_worker > 1)} here"
-        f"{elsewhere if others else ''}; they meet at {cluster.address}:{cluster.port}\n"
+        f"{job.local_worker} process{'es' * (job.local_worker > 1)} here"
+        f"{elsewhere if others else ''}; they meet at {job.address}:{job.port}\n"
         f"logs: {logs[0]}{f' … {logs[-1]}' if len(logs) > 1 else ''}\n"
         f"output of {', '.join(worker.name for worker in shown)}:\n{output}"
     )

@@ -14,7 +14,7 @@ from mixtral_ms.config.checks.check_config import find_contradictions
 from mixtral_ms.config.loading.resolve import rank_count
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
-from mixtral_ms.parallel.planner.layout_search import Layout, Plan, judge, plan_layouts
+from mixtral_ms.parallel.planner.layout_search import Layout, LayoutPlan, judge, plan_layouts
 from mixtral_ms.parallel.planner.time_model import Cluster
 from mixtral_ms.train.report.flops import flops_per_token
 
@@ -208,7 +208,7 @@ def _own(config: RunConfig, cluster: Cluster, token_flops: dict[str, float]) -> 
     return judge(config, cluster, token_flops)
 
 
-def _write(arguments: argparse.Namespace, plan: Plan) -> None:
+def _write(arguments: argparse.Namespace, plan: LayoutPlan) -> None:
     if arguments.choose > len(plan.fitting):
         raise UserError(
             f"--choose {arguments.choose}: {len(plan.fitting)} layouts fit; nothing was written"

@@ -51,25 +51,25 @@ def _reset(session: ChatSession, argument: str) -> str:
 
 
 def _system(session: ChatSession, argument: str) -> str:
-    session.conversation.system = argument
+    session.history.system = argument
     return "(the model is told so)" if argument else "(no system text)"
 
 
 def _history(session: ChatSession, argument: str) -> str:
-    messages = session.conversation.messages
+    messages = session.history.messages
     return "\n".join(f"{one['role']}: {one['content']}" for one in messages) or "(nothing yet)"
 
 
 def _save(session: ChatSession, argument: str) -> str:
     path = _path(argument, "/save")
-    session.conversation.save(path)
+    session.history.save(path)
     return f"(saved: {path}; /load {path} goes on with it)"
 
 
 def _load(session: ChatSession, argument: str) -> str:
     path = _path(argument, "/load")
-    session.conversation.load(path)
-    return f"({len(session.conversation.turns)} turns)"
+    session.history.load(path)
+    return f"({len(session.history.turns)} turns)"
 
 
 def _path(argument: str, command: str) -> Path:

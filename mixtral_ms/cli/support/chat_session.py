@@ -6,7 +6,7 @@ from dataclasses import replace
 from mixtral_ms.errors import UserError
 from mixtral_ms.infer.engine.sampling_params import Generation, SamplingParams
 from mixtral_ms.infer.load_model import LoadedModel
-from mixtral_ms.infer.text.conversation import Conversation
+from mixtral_ms.infer.text.chat_history import ChatHistory
 
 _LEAST_SHARE = 4  # without a wish of the user's, this part of the context is left to the answer
 _MOST_SHARE = 2
@@ -18,7 +18,7 @@ class ChatSession:
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
         self.params: SamplingParams = model.params
-        self.conversation = Conversation(model.tokenizer, model.network.eos_token_id)
+        self.history = ChatHistory(model.tokenizer, model.network.eos_token_id)
         self.notes: list[str] = []
         """What the user should know of the last answer."""
         self._asked = 0
@@ -57,7 +57,7 @@ class ChatSession:
 
     def reset(self) -> None:
         """Forget all turns; the system text stays."""
-        self.conversation.turns.clear()
+        self.history.turns.clear()
         self._dropped = 0
 
     def _fitting_ids(self, question: str) -> list[int]:
@@ -66,11 +66,11 @@ class ChatSession:
             context = min(context, self.params.max_length)
         wanted = self.params.max_new_tokens or context // _LEAST_SHARE
         room = context - max(1, min(wanted, context // _MOST_SHARE))
-        ids, dropped = self.conversation.prompt_ids(question, room)
+        ids, dropped = self.history.prompt_ids(question, room)
         if dropped > self._dropped:
             self.notes.append(
                 f"the history is longer than the context of {context} tokens: the oldest "
-                f"{dropped} of {len(self.conversation.turns)} turns are no longer seen"
+                f"{dropped} of {len(self.history.turns)} turns are no longer seen"
             )
         self._dropped = dropped
         return ids
@@ -83,6 +83,6 @@ class ChatSession:
         elif answer.finish_reason == "length":
             self.notes.append(f"cut at {len(answer.token_ids)} tokens; /set max_new_tokens=N")
         if text:
-            self.conversation.turns.append((question, text))
+            self.history.turns.append((question, text))
         else:
             self.notes.append("no answer: the question is left out of the history")

@@ -8,7 +8,7 @@ import yaml
 
 from mixtral_ms.config.loading.resolve import rank_count
 from mixtral_ms.parallel.grid.grid_text import format_grid
-from mixtral_ms.parallel.planner.layout_search import Layout, Plan, sections
+from mixtral_ms.parallel.planner.layout_search import Layout, LayoutPlan, sections
 from mixtral_ms.parallel.planner.memory_model import format_bytes
 from mixtral_ms.parallel.planner.time_model import Cluster
 
@@ -37,7 +37,7 @@ _MOST_REASONS = 5
 _LONGEST_REASON = 160
 
 
-def as_text(plan: Plan, cluster: Cluster, own: Layout | str, top: int) -> str:
+def as_text(plan: LayoutPlan, cluster: Cluster, own: Layout | str, top: int) -> str:
     """The table of the best `top`, the file's own layout, and why others do not fit."""
     lines = [
         f"{cluster.devices} devices, {cluster.devices_per_host} a host, "
@@ -58,7 +58,7 @@ def as_text(plan: Plan, cluster: Cluster, own: Layout | str, top: int) -> str:
     return "\n".join(lines)
 
 
-def as_data(plan: Plan, cluster: Cluster, own: Layout | str, top: int) -> dict[str, Any]:
+def as_data(plan: LayoutPlan, cluster: Cluster, own: Layout | str, top: int) -> dict[str, Any]:
     """The same as plain data: sizes in bytes, times in seconds."""
     return {
         "cluster": dataclasses.asdict(cluster),
@@ -129,7 +129,7 @@ def _yes(value: bool) -> str:
     return "yes" if value else "-"
 
 
-def _own_lines(plan: Plan, cluster: Cluster, own: Layout | str) -> list[str]:
+def _own_lines(plan: LayoutPlan, cluster: Cluster, own: Layout | str) -> list[str]:
     if isinstance(own, str):
         return [f"the file's own layout is not among them: {_short(own)}"]
     if own.fullest.total > cluster.memory:

@@ -29,7 +29,7 @@ from mixtral_ms.convert.formats.foreign_config import (
 from mixtral_ms.convert.formats.open_weight_files import open_source
 from mixtral_ms.convert.formats.weight_names import FORMATS, NATIVE, OURS, Format
 from mixtral_ms.convert.formats.weight_view import open_weights
-from mixtral_ms.convert.job.conversion_plan import Plan, make_plan
+from mixtral_ms.convert.job.conversion_plan import ConversionPlan, plan_conversion
 from mixtral_ms.convert.job.execute import Outcome, execute
 from mixtral_ms.convert.job.output import (
     Destination,
@@ -75,7 +75,7 @@ class Conversion:
     """A conversion that can be done: everything that can be checked before is."""
 
     options: ConvertOptions
-    plan: Plan
+    plan: ConversionPlan
     target: Destination
     config: MixtralConfig | None
     """The network's; None where none was found and none is needed."""
@@ -120,7 +120,7 @@ def prepare(options: ConvertOptions) -> Conversion:
         config.pet_config = None  # a YAML's of the run that made the adapter
         source, source_format = _merged(options, config), OURS
         dtype = dtype or source.stored_dtype
-    plan = make_plan(
+    plan = plan_conversion(
         source,
         source_format,
         to,
@@ -190,7 +190,7 @@ def _require_config_not_needed(
     )
 
 
-def _with_compute_dtype(found: FoundConfig | None, plan: Plan) -> MixtralConfig | None:
+def _with_compute_dtype(found: FoundConfig | None, plan: ConversionPlan) -> MixtralConfig | None:
     """The configuration; compute in what the weights are stored in, where no YAML says other."""
     if found is None:
         return None

@@ -37,7 +37,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """A conversion, tensor by tensor."""
 
     source: TensorSource
@@ -91,7 +91,7 @@ def _identity(path: Path) -> list[list[object]]:
     return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
-def make_plan(
+def plan_conversion(
     source: TensorSource,
     source_format: Format,
     target_format: Format,
@@ -100,8 +100,8 @@ def make_plan(
     dtype: str | None,
     file_pattern: str,
     max_shard_bytes: int | None,
-) -> Plan:
-    """Plan a conversion, and check that it is one of everything.
+) -> ConversionPlan:
+    """ConversionPlan a conversion, and check that it is one of everything.
 
     Args:
         source: the tensors.
@@ -126,7 +126,7 @@ def make_plan(
         Target(one, TensorInfo(one.shape, dtype or _common_dtype(one, origins, source)))
         for one in target_layouts
     ]
-    return Plan(
+    return ConversionPlan(
         source,
         source_format,
         target_format,
@@ -169,7 +169,7 @@ def _shards(targets: Sequence[Target], pattern: str, max_bytes: int | None) -> t
     )
 
 
-def mapping_table(plan: Plan) -> str:
+def mapping_table(plan: ConversionPlan) -> str:
     """Every tensor to be written and where its values come from, as text."""
     lines = []
     for shard in plan.shards:

@@ -17,12 +17,12 @@ from mixtral_ms.checkpoint.formats.tensor_source import OutgoingTensor, carrier
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
 from mixtral_ms.convert.formats.atom_audit import ReadCounts
 from mixtral_ms.convert.formats.transpose_stream import stored_pieces
-from mixtral_ms.convert.job.conversion_plan import Plan, Shard, Target
+from mixtral_ms.convert.job.conversion_plan import ConversionPlan, Shard, Target
 from mixtral_ms.convert.job.workspace import Finished, Workspace
 from mixtral_ms.errors import UserError
 from mixtral_ms.progress import progress_bar
 
-PIECE_BYTES = 16 << 20
+CONVERT_PIECE_BYTES = 16 << 20
 _OVERHEAD_BYTES = 16 << 20  # headers, records, tokenizer files and the file system's own blocks
 
 
@@ -48,7 +48,7 @@ class Outcome:
     """Most bytes of anonymous memory seen; 0 where the system does not tell."""
 
 
-def execute(plan: Plan, workspace: Workspace, workers: int) -> Outcome:
+def execute(plan: ConversionPlan, workspace: Workspace, workers: int) -> Outcome:
     """Write every file of a plan into a workspace.
 
     Raises:
@@ -97,7 +97,7 @@ def _require_written(shard: Shard, entry: FileEntry) -> None:
 class _Run:
     """The threads' shared state."""
 
-    def __init__(self, plan: Plan, workspace: Workspace, on_bytes: object) -> None:
+    def __init__(self, plan: ConversionPlan, workspace: Workspace, on_bytes: object) -> None:
         self._plan, self._workspace, self._on_bytes = plan, workspace, on_bytes
         self._stop, self._lock = threading.Event(), threading.Lock()
         self.peak_memory = 0
@@ -157,7 +157,7 @@ class _Run:
         for slot in target.layout.slots:
             name, origin = plan.origins[slot.atom]
             source_dtype = plan.source.infos[name].dtype
-            most = PIECE_BYTES // carrier(source_dtype).itemsize
+            most = CONVERT_PIECE_BYTES // carrier(source_dtype).itemsize
             for piece in stored_pieces(
                 partial(plan.source.read, name),
                 origin,

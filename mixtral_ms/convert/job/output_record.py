@@ -7,10 +7,10 @@ from typing import Any
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.convert.formats.conversion_record import FORMAT_KEY
-from mixtral_ms.convert.job.conversion_plan import Plan
+from mixtral_ms.convert.job.conversion_plan import ConversionPlan
 
 
-def description(plan: Plan, config: MixtralConfig | None) -> dict[str, Any]:
+def description(plan: ConversionPlan, config: MixtralConfig | None) -> dict[str, Any]:
     """What was converted, and the network's configuration where it is known."""
     found = {} if config is None else {"model_config": dataclasses.asdict(config)}
     merged = {} if plan.merged is None else {"merged_lora": str(plan.merged.path)}

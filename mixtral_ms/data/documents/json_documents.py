@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_ms.data.readers.json_and_parquet import JSON_SUFFIXES, PARQUET_SUFFIXES, open_parquet
-from mixtral_ms.data.readers.text_blocks import LONG_TEXT, Advance, Piece, not_utf8
+from mixtral_ms.data.readers.text_blocks import LONG_TEXT, Advance, DocumentPart, not_utf8
 from mixtral_ms.data.tokenizer.tokenizer import split_at_spaces
 from mixtral_ms.errors import UserError
 
@@ -15,7 +15,7 @@ _PARQUET_ROWS = 64
 
 def read_wikipedia(
     path: Path, advance: Advance, *, text_column: str, split_long: bool
-) -> Iterator[Piece]:
+) -> Iterator[DocumentPart]:
     """Documents of one .jsonl or .parquet file, a few rows in memory at a time.
 
     Rows without text are left out. Raises UserError, with the line, for a row that is no JSON
@@ -32,18 +32,18 @@ def read_wikipedia(
         )
     for text in texts:
         parts = split_at_spaces(text, LONG_TEXT) if split_long else iter((text,))
-        yield from _pieces(parts)
+        yield from _parts(parts)
 
 
-def _pieces(parts: Iterator[str]) -> Iterator[Piece]:
+def _parts(parts: Iterator[str]) -> Iterator[DocumentPart]:
     """Parts of one document, the first and the last marked."""
     held = next(parts)
     starts = True
     for part in parts:
-        yield Piece(held, starts, False)
+        yield DocumentPart(held, starts, False)
         held, starts = part, False
     if held or not starts:
-        yield Piece(held, starts, True)
+        yield DocumentPart(held, starts, True)
 
 
 def _json_texts(path: Path, advance: Advance, column: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from mixtral_ms.data.documents.json_documents import read_wikipedia
 from mixtral_ms.data.documents.token_packer import TokenPacker
 from mixtral_ms.data.documents.wikitext import read_wiki
 from mixtral_ms.data.mindrecord.writer import MAX_RECORD_LENGTH, RecordWriter
-from mixtral_ms.data.readers.text_blocks import Advance, Piece, find_inputs
+from mixtral_ms.data.readers.text_blocks import Advance, DocumentPart, find_inputs
 from mixtral_ms.data.tokenizer.tokenizer import Backend, Tokenizer
 from mixtral_ms.errors import UserError
 from mixtral_ms.progress import progress_bar
@@ -56,18 +56,18 @@ class PreprocessSummary:
     """Tokens encoded but not written: they did not fill a last record, or came after the limit."""
 
 
-Reader = Callable[[PreprocessOptions, Path, Advance, bool], Iterator[Piece]]
+Reader = Callable[[PreprocessOptions, Path, Advance, bool], Iterator[DocumentPart]]
 
 
 def _wiki(
     options: PreprocessOptions, path: Path, advance: Advance, split_long: bool
-) -> Iterator[Piece]:
+) -> Iterator[DocumentPart]:
     return read_wiki(path, advance, clean=options.clean_text, split_long=split_long)
 
 
 def _wikipedia(
     options: PreprocessOptions, path: Path, advance: Advance, split_long: bool
-) -> Iterator[Piece]:
+) -> Iterator[DocumentPart]:
     return read_wikipedia(path, advance, text_column=options.text_column, split_long=split_long)
 
 
@@ -92,9 +92,9 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
     packer = TokenPacker(options.seq_length + 1)
     summary = PreprocessSummary(input_files=len(inputs))
     with writer, progress_bar(total, "preprocess", "B", scale=True) as bar:
-        pieces = _all_pieces(options, inputs, bar, tokenizer.splits_at_spaces)
-        with closing(pieces):
-            _encode_and_write(options, tokenizer, packer, writer, pieces, summary)
+        parts = _all_parts(options, inputs, bar, tokenizer.splits_at_spaces)
+        with closing(parts):
+            _encode_and_write(options, tokenizer, packer, writer, parts, summary)
         if not writer.records:
             raise _too_little(options, inputs, packer.tokens)
     summary.files = writer.files
@@ -109,7 +109,7 @@ def _encode_and_write(
     tokenizer: Tokenizer,
     packer: TokenPacker,
     writer: RecordWriter,
-    pieces: Iterator[Piece],
+    parts: Iterator[DocumentPart],
     summary: PreprocessSummary,
 ) -> None:
     """Run the documents through; fills the packer, the writer and the count of documents."""
@@ -122,7 +122,7 @@ def _encode_and_write(
     def room() -> int | None:
         return None if limit is None else limit - writer.records
 
-    for text, starts, ends in pieces:
+    for text, starts, ends in parts:
         summary.documents += starts
         ids = tokenizer.encode_array(text)
         packer.add(before if starts else nothing, ids, after if ends else nothing)
@@ -134,9 +134,9 @@ def _encode_and_write(
     writer.write(input_ids=packer.take(room()))
 
 
-def _all_pieces(
+def _all_parts(
     options: PreprocessOptions, inputs: list[Path], bar: tqdm, split_long: bool
-) -> Generator[Piece, None, None]:
+) -> Generator[DocumentPart, None, None]:
     reader = DATASET_TYPES[options.dataset_type]
     for _ in range(options.repeat):
         for path in inputs:

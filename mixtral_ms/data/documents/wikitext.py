@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mixtral_ms.data.readers.text_blocks import LONG_TEXT, Advance, Piece, read_text_blocks
+from mixtral_ms.data.readers.text_blocks import LONG_TEXT, Advance, DocumentPart, read_text_blocks
 from mixtral_ms.data.tokenizer.tokenizer import split_at_spaces
 from mixtral_ms.errors import UserError
 
@@ -39,7 +39,9 @@ _SPACING_AFTER_PAIRS = (
 )
 
 
-def read_wiki(path: Path, advance: Advance, *, clean: bool, split_long: bool) -> Iterator[Piece]:
+def read_wiki(
+    path: Path, advance: Advance, *, clean: bool, split_long: bool
+) -> Iterator[DocumentPart]:
     """Documents of one file, read in blocks.
 
     Args:
@@ -56,7 +58,7 @@ def read_wiki(path: Path, advance: Advance, *, clean: bool, split_long: bool) ->
             # The spaces at both ends are WikiText's own: a last " . " needs the one behind it.
             text = clean_wikitext(f" {text} ").strip(" ")
         if text or not (starts and ends):
-            yield Piece(text, starts, ends)
+            yield DocumentPart(text, starts, ends)
         starts = ends
 
 

@@ -18,7 +18,7 @@ Advance = Callable[[int], None]
 """Told how many bytes of input were just used up."""
 
 
-class Piece(NamedTuple):
+class DocumentPart(NamedTuple):
     """A document, or a part of one; the parts of a document are joined by one space."""
 
     text: str

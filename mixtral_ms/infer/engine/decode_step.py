@@ -8,23 +8,23 @@ from mixtral_ms.infer.engine.beam_cache import continue_from
 from mixtral_ms.infer.engine.request import Request
 from mixtral_ms.infer.engine.sampler import log_softmax, pick
 from mixtral_ms.infer.engine.sampling_params import FinishReason, TokenEvent
-from mixtral_ms.infer.engine.scheduler import Piece
+from mixtral_ms.infer.engine.scheduler import Chunk
 
 Copies = list[tuple[int, int]]
 
 
 def advance(
-    piece: Piece, logits: np.ndarray, end_ids: frozenset[int], block_size: int
+    chunk: Chunk, logits: np.ndarray, end_ids: frozenset[int], block_size: int
 ) -> tuple[TokenEvent | None, Copies]:
     """Take the logits that `wants_logits` asked for, of all hypotheses of a request.
 
     Returns:
         What happened, None when nothing can be told yet; and cache blocks to copy (from, to).
     """
-    request = piece.request
-    if piece.end <= len(request.prompt_ids):
-        _score_prompt(piece, logits)
-    if piece.end < len(piece.sequence.ids):
+    request = chunk.request
+    if chunk.end <= len(request.prompt_ids):
+        _score_prompt(chunk, logits)
+    if chunk.end < len(chunk.sequence.ids):
         return None, []
     if request.first_token is None:
         request.first_token = time.perf_counter()
@@ -35,12 +35,12 @@ def advance(
     return _advance_one(request, logits[-1], end_ids), []
 
 
-def _score_prompt(piece: Piece, logits: np.ndarray) -> None:
-    """Log-probabilities of the prompt's tokens that follow those of the piece."""
-    request = piece.request
-    if not request.params.prompt_logprobs or len(request.prompt_logprobs) != piece.begin:
+def _score_prompt(chunk: Chunk, logits: np.ndarray) -> None:
+    """Log-probabilities of the prompt's tokens that follow those of the chunk."""
+    request = chunk.request
+    if not request.params.prompt_logprobs or len(request.prompt_logprobs) != chunk.begin:
         return
-    following = np.array(request.prompt_ids[piece.begin + 1 : piece.end + 1], np.int64)
+    following = np.array(request.prompt_ids[chunk.begin + 1 : chunk.end + 1], np.int64)
     scores = log_softmax(logits[: len(following)])
     request.prompt_logprobs += scores[np.arange(len(following)), following].tolist()
 

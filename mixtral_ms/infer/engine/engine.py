@@ -15,7 +15,7 @@ from mixtral_ms.infer.engine.decode_step import advance
 from mixtral_ms.infer.engine.request import Request
 from mixtral_ms.infer.engine.request import Sequence as CachedSequence
 from mixtral_ms.infer.engine.sampling_params import Generation, SamplingParams, TokenEvent
-from mixtral_ms.infer.engine.scheduler import Piece, Scheduler
+from mixtral_ms.infer.engine.scheduler import Chunk, Scheduler
 from mixtral_ms.infer.engine.step_batch import step_input, wants_logits
 from mixtral_ms.infer.runners.base import Runner
 from mixtral_ms.infer.text.detokenizer import TextStream, TokenizerLike
@@ -32,9 +32,9 @@ class Engine:
         tokenizer: of the network.
         config: context (`seq_length`), eos and `use_past`.
         max_batch_size: most sequences that run at once.
-        prefill_chunk: a prompt is taken in pieces of so many tokens, between which the other
+        prefill_chunk: a prompt is taken in chunks of so many tokens, between which the other
             requests go on.
-        prefill_tokens: pieces of several prompts are taken together up to so many tokens, which
+        prefill_tokens: chunks of several prompts are taken together up to so many tokens, which
             is faster; what runs already waits for them.
 
     Raises:
@@ -120,9 +120,9 @@ class Engine:
         """
         self._scheduler.admit()
         events = []
-        for choose in (self._scheduler.next_pieces, self._scheduler.next_tokens):
-            if pieces := choose():
-                events += self._compute(pieces)
+        for choose in (self._scheduler.next_chunks, self._scheduler.next_tokens):
+            if chunks := choose():
+                events += self._compute(chunks)
         for event in events:
             if event.request in self._followed:
                 self._followed[event.request].append(event)
@@ -196,31 +196,31 @@ class Engine:
         *_, last = self._follow(number)
         return last.generation
 
-    def _compute(self, pieces: list[Piece]) -> list[TokenEvent]:
+    def _compute(self, chunks: list[Chunk]) -> list[TokenEvent]:
         """Run one step and hand every request its tokens' logits."""
-        scored = [wants_logits(piece) for piece in pieces]
-        logits = self._runner.step(step_input(pieces, scored))
+        scored = [wants_logits(chunk) for chunk in chunks]
+        logits = self._runner.step(step_input(chunks, scored))
         finite = np.isfinite(logits).all(-1)
         events, offset, requests = [], 0, {}
-        for piece, wanted in zip(pieces, scored, strict=True):
-            piece.sequence.computed = piece.end
+        for chunk, wanted in zip(chunks, scored, strict=True):
+            chunk.sequence.computed = chunk.end
             span = slice(offset, offset + len(wanted))
             offset = span.stop
-            requests.setdefault(piece.request.number, (piece, []))[1].append(span)
-        for piece, spans in requests.values():
+            requests.setdefault(chunk.request.number, (chunk, []))[1].append(span)
+        for chunk, spans in requests.values():
             span = slice(spans[0].start, spans[-1].stop)
-            event = self._advance(piece, logits[span], finite[span])
+            event = self._advance(chunk, logits[span], finite[span])
             events += [event] if event else []
         return events
 
-    def _advance(self, piece: Piece, logits: np.ndarray, finite: np.ndarray) -> TokenEvent | None:
-        request = piece.request
+    def _advance(self, chunk: Chunk, logits: np.ndarray, finite: np.ndarray) -> TokenEvent | None:
+        request = chunk.request
         if not finite.all():
             wrong = "the network's logits are not finite (NaN or infinity): its weights are damaged"
             event = TokenEvent(request.number, None, "", None, request.result("error", wrong))
         else:
             event, copies = advance(
-                piece, logits, self._end_ids(request.params), self._runner.block_size
+                chunk, logits, self._end_ids(request.params), self._runner.block_size
             )
             if copies:
                 self._runner.copy_blocks(copies)

@@ -8,8 +8,8 @@ from mixtral_ms.infer.engine.request import Request, Sequence
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Positions begin .. end - 1 of a sequence, to be computed in one step."""
+class Chunk:
+    """Positions begin .. end - 1 of a sequence, computed in one step (chunked prefill)."""
 
     request: Request
     sequence: Sequence
@@ -21,14 +21,14 @@ class Scheduler:
     """Requests join and leave at any step; the oldest is served first.
 
     When the cache is full, the youngest request gives its blocks up and is computed again later:
-    its prompt in the same pieces, its answer token by token as before, so that its logits come out
+    its prompt in the same chunks, its answer token by token as before, so that its logits come out
     the same, bit for bit.
 
     Args:
         num_blocks, block_size: of the runner's cache.
         max_batch_size: sequences in one decoding step.
-        chunk: longest piece of a prompt; pieces begin at multiples of it.
-        prefill_tokens: pieces of several prompts share a step up to so many tokens.
+        chunk_size: tokens of a prompt's chunk at most; chunks begin at multiples of it.
+        prefill_tokens: chunks of several prompts share a step up to so many tokens.
         use_past: False computes every sequence from its start for each token.
     """
 
@@ -37,7 +37,7 @@ class Scheduler:
         num_blocks: int,
         block_size: int,
         max_batch_size: int,
-        chunk: int,
+        chunk_size: int,
         prefill_tokens: int,
         use_past: bool,
     ) -> None:
@@ -45,7 +45,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._block_size, self._max_batch_size = block_size, max_batch_size
-        self._chunk, self._prefill_tokens, self._use_past = chunk, prefill_tokens, use_past
+        self._chunk_size, self._prefill_tokens = chunk_size, prefill_tokens
+        self._use_past = use_past
 
     def add(self, request: Request) -> None:
         """Queue a new request."""
@@ -70,30 +71,30 @@ class Scheduler:
             self.running.append(request)
             self.running.sort(key=lambda one: one.number)
 
-    def next_pieces(self) -> list[Piece]:
-        """The next piece of each of the oldest requests that have one: the first, and what fits."""
-        pieces: list[Piece] = []
+    def next_chunks(self) -> list[Chunk]:
+        """The next chunk of each of the oldest requests that have one: the first, and what fits."""
+        chunks: list[Chunk] = []
         left = self._prefill_tokens
-        # Growing stops the youngest at most, never one whose piece is already here.
+        # Growing stops the youngest at most, never one whose chunk is already here.
         for request in list(self.running):
             sequence = request.sequences[0]
             begin, end = sequence.computed, self._prefill_end(request)
             if begin >= end or request not in self.running:
                 continue
-            size = min(end - begin, self._chunk)
-            if (pieces and size > left) or not self._grow(request, end):
+            size = min(end - begin, self._chunk_size)
+            if (chunks and size > left) or not self._grow(request, end):
                 break
-            pieces.append(Piece(request, sequence, begin, begin + size))
+            chunks.append(Chunk(request, sequence, begin, begin + size))
             left -= size
-        return pieces
+        return chunks
 
-    def next_tokens(self) -> list[Piece]:
+    def next_tokens(self) -> list[Chunk]:
         """One token of every sequence whose prompt is in the cache."""
         for request in list(self.running):
             if request in self.running and self._decodes(request):
                 self._grow(request, request.sequences[0].computed + 1)
         return [
-            Piece(request, sequence, sequence.computed, sequence.computed + 1)
+            Chunk(request, sequence, sequence.computed, sequence.computed + 1)
             for request in self.running
             if self._decodes(request)
             for sequence in request.sequences

@@ -7,7 +7,7 @@ from mixtral_ms.infer.runners.infer_weights import InferWeights
 from mixtral_ms.log import get_logger
 from mixtral_ms.parallel.grid.mesh import Mesh
 
-BACKENDS = ("auto", "native", "graph")
+RUNNERS = ("auto", "native", "graph")
 
 
 def select_runner(
@@ -35,8 +35,8 @@ def select_runner(
         UserError: another backend.
         RunnerUnavailableError: "native" was asked for by name and cannot be had.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"runner {backend!r}: allowed are {', '.join(BACKENDS)}")
+    if backend not in RUNNERS:
+        raise UserError(f"runner {backend!r}: allowed are {', '.join(RUNNERS)}")
     num_blocks, block_size = num_blocks or config.num_blocks, block_size or config.block_size
     over_ranks = mesh is not None and mesh.world_size > 1
     if backend in ("auto", "native") and not over_ranks:

@@ -8,8 +8,7 @@ from mindformers.modules.transformer.moe import MoEConfig as UpstreamMoEConfig
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.sections.fields import INERT, UNSUPPORTED
-from mixtral_ms.config.sections.model_section import MixtralConfig as NetworkConfig
-from mixtral_ms.config.sections.model_section import MoEConfig
+from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
 from mixtral_ms.errors import UserError
 
 _DTYPE_NAMES = {
@@ -20,13 +19,17 @@ _DTYPE_NAMES = {
 _NOT_COPIED = {"type", "moe_config", "pet_config"}
 
 
-class MixtralConfig(LlamaConfig):
+class MindFormersMixtralConfig(LlamaConfig):
     """All fields of MindFormers' `LlamaConfig`; `moe_config` as a dict or a MoEConfig."""
 
     model_type = "mixtral"
 
 
-def network_config(config: LlamaConfig) -> NetworkConfig:
+# MindFormers registers a class, and writes it into files, by the class's own name.
+MindFormersMixtralConfig.__name__ = "MixtralConfig"
+
+
+def network_config(config: LlamaConfig) -> MixtralConfig:
     """Our configuration of the network that MindFormers' describes.
 
     Read when the network is built: MindFormers' Trainer still sets fields after the configuration
@@ -37,10 +40,10 @@ def network_config(config: LlamaConfig) -> NetworkConfig:
     """
     _require_mixtral(config)
     moe = _values(config.moe_config, MoEConfig, UpstreamMoEConfig(), "moe_config")
-    return NetworkConfig(
+    return MixtralConfig(
         type="MixtralConfig",
         moe_config=MoEConfig(**moe),
-        **_values(config, NetworkConfig, LlamaConfig(), "model_config"),
+        **_values(config, MixtralConfig, LlamaConfig(), "model_config"),
     )
 
 

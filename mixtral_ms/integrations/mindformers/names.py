@@ -13,24 +13,24 @@ from mindformers.modules.transformer.moe import MoEConfig
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mixtral_ms.integrations.mindformers import trainers
-from mixtral_ms.integrations.mindformers.config import MixtralConfig
-from mixtral_ms.integrations.mindformers.network import MixtralForCausalLM
+from mixtral_ms.integrations.mindformers.config import MindFormersMixtralConfig
+from mixtral_ms.integrations.mindformers.network import MindFormersMixtral
 
 
 class LlamaConfig(mindformers.LlamaConfig):
-    """Makes a `MixtralConfig` where there are several experts, else MindFormers' own."""
+    """Makes a `MindFormersMixtralConfig` where there are several experts, else MindFormers' own."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> mindformers.LlamaConfig:  # noqa: D102
         several = _expert_num(kwargs.get("moe_config")) > 1
-        return (MixtralConfig if several else mindformers.LlamaConfig)(*args, **kwargs)
+        return (MindFormersMixtralConfig if several else mindformers.LlamaConfig)(*args, **kwargs)
 
 
 class LlamaForCausalLM(mindformers.LlamaForCausalLM):
-    """Makes a `MixtralForCausalLM` where there are several experts, else MindFormers' own."""
+    """Makes a `MindFormersMixtral` where there are several experts, else MindFormers' own."""
 
     def __new__(cls, config: mindformers.LlamaConfig) -> PreTrainedModel:  # noqa: D102
         several = _expert_num(config.moe_config) > 1
-        return (MixtralForCausalLM if several else mindformers.LlamaForCausalLM)(config)
+        return (MindFormersMixtral if several else mindformers.LlamaForCausalLM)(config)
 
 
 class FP32StateAdamWeightDecay(AdamW):
@@ -45,9 +45,9 @@ class FP32StateAdamWeightDecay(AdamW):
 def register_all() -> None:
     """Register configuration, network, trainers and the optimizer's older name."""
     register, kind = MindFormerRegister.register_cls, MindFormerModuleType
-    for config in (MixtralConfig, LlamaConfig):
+    for config in (MindFormersMixtralConfig, LlamaConfig):
         register(config, kind.CONFIG)
-    for network in (MixtralForCausalLM, LlamaForCausalLM):
+    for network in (MindFormersMixtral, LlamaForCausalLM):
         register(network, kind.MODELS)
     for trainer in (trainers.CausalLanguageModelingTrainer, trainers.GeneralTaskTrainer):
         register(trainer, kind.TRAINER)

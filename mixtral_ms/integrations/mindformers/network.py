@@ -12,14 +12,14 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.errors import UserError
-from mixtral_ms.integrations.mindformers.config import MixtralConfig, network_config
+from mixtral_ms.integrations.mindformers.config import MindFormersMixtralConfig, network_config
 from mixtral_ms.integrations.mindformers.cpu import work_around_missing_operators
 from mixtral_ms.log import get_logger
-from mixtral_ms.model.mixtral import MixtralForCausalLM as Network
+from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.evaluation import dropless
 
 
-class MixtralForCausalLM(PreTrainedModel):
+class MindFormersMixtral(PreTrainedModel):
     """Mixtral that MindFormers' Trainer trains, evaluates and generates with.
 
     A graph for training has a fixed batch size, from which the experts' slots are counted. So
@@ -35,10 +35,10 @@ class MixtralForCausalLM(PreTrainedModel):
         UserError: the configuration asks for something that Mixtral has not.
     """
 
-    config_class = MixtralConfig
+    config_class = MindFormersMixtralConfig
     base_model_prefix = "model"
 
-    def __init__(self, config: MixtralConfig) -> None:
+    def __init__(self, config: MindFormersMixtralConfig) -> None:
         # Without prefixes: parameters keep the names that checkpoints have.
         super().__init__(config, auto_prefix=False)
         work_around_missing_operators(self)
@@ -49,9 +49,9 @@ class MixtralForCausalLM(PreTrainedModel):
             )
             config.use_past = False
         self._sizes = network_config(config)
-        first = Network(self._sizes, seed=mindspore.get_seed() or 0)
+        first = MixtralForCausalLM(self._sizes, seed=mindspore.get_seed() or 0)
         self.batch_sizes, self.networks = (self._sizes.batch_size,), _cells(first)
-        self.answering = Network(dropless(self._sizes), share=first)
+        self.answering = MixtralForCausalLM(dropless(self._sizes), share=first)
         self.seq_length, self.input_sliced_sig = config.seq_length, config.input_sliced_sig
         self.pad_token_id, self.ignore_token_id = config.pad_token_id, config.ignore_token_id
         self.load_checkpoint(config)
@@ -60,7 +60,7 @@ class MixtralForCausalLM(PreTrainedModel):
         """Make it take training batches of this size."""
         if batch_size in self.batch_sizes:
             return
-        network = Network(self._sizes, batch_size=batch_size, share=self.networks[0])
+        network = MixtralForCausalLM(self._sizes, batch_size=batch_size, share=self.networks[0])
         network.set_train(self.training)
         sizes = (*self.batch_sizes, batch_size)
         known = dict(zip(sizes, (*self.networks, network), strict=True))
@@ -137,7 +137,11 @@ class MixtralForCausalLM(PreTrainedModel):
         return self.networks[chosen](input_ids, labels)[0]
 
 
-def _cells(*networks: Network) -> nn.CellList:
+# as in config.py: MindFormers' name for it
+MindFormersMixtral.__name__ = "MixtralForCausalLM"
+
+
+def _cells(*networks: MixtralForCausalLM) -> nn.CellList:
     return nn.CellList(list(networks), auto_prefix=False)
 
 

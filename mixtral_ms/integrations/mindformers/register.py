@@ -6,7 +6,7 @@ A YAML with this line needs no other import:
       auto_register: register.CausalLanguageModelingTrainer
 """
 
-from mixtral_ms.integrations.mindformers import MixtralConfig, MixtralForCausalLM
+from mixtral_ms.integrations.mindformers import MindFormersMixtral, MindFormersMixtralConfig
 from mixtral_ms.integrations.mindformers.trainers import CausalLanguageModelingTrainer
 
-__all__ = ["CausalLanguageModelingTrainer", "MixtralConfig", "MixtralForCausalLM"]
+__all__ = ["CausalLanguageModelingTrainer", "MindFormersMixtralConfig", "MindFormersMixtral"]

@@ -8,7 +8,7 @@ from mindformers.trainer import GeneralTaskTrainer as UpstreamGeneralTrainer
 from mindspore import nn
 
 from mixtral_ms.integrations.mindformers.cpu import on_cpu
-from mixtral_ms.integrations.mindformers.network import MixtralForCausalLM
+from mixtral_ms.integrations.mindformers.network import MindFormersMixtral
 from mixtral_ms.log import get_logger
 
 
@@ -17,9 +17,9 @@ class _TellsBatchSize:
 
     def set_network(self, network: nn.Cell, is_train: bool = True) -> None:
         super().set_network(network, is_train)
-        while not isinstance(network, MixtralForCausalLM) and hasattr(network, "network"):
+        while not isinstance(network, MindFormersMixtral) and hasattr(network, "network"):
             network = network.network  # a cell of MindFormers around it
-        if is_train and isinstance(network, MixtralForCausalLM):
+        if is_train and isinstance(network, MindFormersMixtral):
             network.fit_batch_size(self.train_dataset.get_batch_size())
 
     def set_config(self, *args: Any, **kwargs: Any) -> MindFormerConfig:

@@ -23,13 +23,13 @@ NUMPY = "numpy"
 Library = Path | Literal["numpy"]
 
 _NUMPY = {
-    "expert_ffn_forward": numpy_experts.forward,
-    "expert_ffn_backward": numpy_experts.backward,
-    "attention_forward": numpy_attention.forward,
-    "attention_backward": numpy_attention.backward,
-    "rms_norm_forward": numpy_elementwise.rms_norm_forward,
-    "rms_norm_backward": numpy_elementwise.rms_norm_backward,
-    "softmax_cross_entropy": numpy_elementwise.softmax_cross_entropy,
+    "expert_ffn_forward": numpy_experts.numpy_experts_forward,
+    "expert_ffn_backward": numpy_experts.numpy_experts_backward,
+    "attention_forward": numpy_attention.numpy_attention_forward,
+    "attention_backward": numpy_attention.numpy_attention_backward,
+    "rms_norm_forward": numpy_elementwise.numpy_rms_norm_forward,
+    "rms_norm_backward": numpy_elementwise.numpy_rms_norm_backward,
+    "softmax_cross_entropy": numpy_elementwise.numpy_softmax_cross_entropy,
 }
 
 

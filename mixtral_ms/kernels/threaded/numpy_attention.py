@@ -16,7 +16,7 @@ from mixtral_ms.kernels.threaded.parallel_blocks import empty, matmul, parallel_
 _QUERY_BLOCK = 64
 
 
-def forward(  # noqa: PLR0913, PLR0917 - the operator's inputs
+def numpy_attention_forward(  # noqa: PLR0913, PLR0917 - the operator's inputs
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
@@ -68,7 +68,7 @@ def forward(  # noqa: PLR0913, PLR0917 - the operator's inputs
     return out, log_sum, q_rotated.reshape(q.shape), k_rotated.reshape(k.shape)
 
 
-def backward(  # noqa: PLR0913, PLR0917 - the operator's inputs
+def numpy_attention_backward(  # noqa: PLR0913, PLR0917 - the operator's inputs
     q_rotated: np.ndarray,
     k_rotated: np.ndarray,
     v: np.ndarray,

@@ -12,7 +12,7 @@ from mixtral_ms.kernels.threaded.parallel_blocks import empty, parallel_for
 _BLOCK = 1 << 15  # values of one block: several such arrays fit into a core's cache
 
 
-def rms_norm_forward(
+def numpy_rms_norm_forward(
     x_TD: np.ndarray, weight_D: np.ndarray, eps: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns y (T, D) and the inverse root mean square (T)."""
@@ -32,7 +32,7 @@ def rms_norm_forward(
     return y_TD, inverse_T
 
 
-def rms_norm_backward(
+def numpy_rms_norm_backward(
     x_TD: np.ndarray, weight_D: np.ndarray, inverse_T: np.ndarray, dy_TD: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns dx (T, D) and d_weight (D)."""
@@ -57,7 +57,7 @@ def rms_norm_backward(
     return dx_TD, sums.sum(0)
 
 
-def softmax_cross_entropy(
+def numpy_softmax_cross_entropy(
     logits_TV: np.ndarray, labels_T: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns loss (T) and d_logits (T, V), both zero where the label is negative.

@@ -35,7 +35,7 @@ class InPlaceExperts:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns y (R, D) and the backward's ticket (1)."""
         self.kept.drop()
-        y_RD, *inner = forward(x_RD, *self.read(), tokens_per_expert_E)
+        y_RD, *inner = numpy_experts_forward(x_RD, *self.read(), tokens_per_expert_E)
         return y_RD, self.kept.keep(*inner) if self.keeping() else NO_TICKET
 
     def backward(
@@ -48,11 +48,11 @@ class InPlaceExperts:
         """Returns dx, dw1, dw3, dw2, shaped as x and the weights."""
         weights, inner = self.read(), self.kept.take(ticket)
         if inner is None:
-            _, *inner = forward(x_RD, *weights, tokens_per_expert_E)
-        return backward(x_RD, *weights, tokens_per_expert_E, *inner, dy_RD)
+            _, *inner = numpy_experts_forward(x_RD, *weights, tokens_per_expert_E)
+        return numpy_experts_backward(x_RD, *weights, tokens_per_expert_E, *inner, dy_RD)
 
 
-def forward(
+def numpy_experts_forward(
     x_RD: np.ndarray,
     w1_EFD: np.ndarray,
     w3_EFD: np.ndarray,
@@ -84,7 +84,7 @@ def forward(
     return tuple(value.astype(dtype, copy=False) for value in (y_RD, gate_RF, up_RF))
 
 
-def backward(  # noqa: PLR0913, PLR0917 - the operator's inputs
+def numpy_experts_backward(  # noqa: PLR0913, PLR0917 - the operator's inputs
     x_RD: np.ndarray,
     w1_EFD: np.ndarray,
     w3_EFD: np.ndarray,
@@ -145,7 +145,7 @@ def _swiglu_backward(  # noqa: PLR0913, PLR0917 - three values and three gradien
     silu *= up
 
 
-def groups(tokens_per_expert_E: np.ndarray) -> Iterator[tuple[int, int, int]]:
+def expert_groups(tokens_per_expert_E: np.ndarray) -> Iterator[tuple[int, int, int]]:
     """(expert, first slot, end of its slots) of every expert that has tokens."""
     end = 0
     for expert, size in enumerate(tokens_per_expert_E.tolist()):
@@ -156,7 +156,7 @@ def groups(tokens_per_expert_E: np.ndarray) -> Iterator[tuple[int, int, int]]:
 
 def _token_blocks(tokens_per_expert_E: np.ndarray) -> Iterator[tuple[int, slice]]:
     """Blocks of equal size, rather than full ones and a small rest, balance the threads."""
-    for expert, begin, end in groups(tokens_per_expert_E):
+    for expert, begin, end in expert_groups(tokens_per_expert_E):
         count = -(-(end - begin) // _TOKEN_BLOCK)
         for i in range(count):
             first, last = ((end - begin) * j // count for j in (i, i + 1))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mixtral_ms.kernels.threaded.numpy_experts import as_float32, groups, sigmoid
+from mixtral_ms.kernels.threaded.numpy_experts import as_float32, expert_groups, sigmoid
 
 
 class Kernel:
@@ -74,7 +74,7 @@ class Kernel:
             int(inputs[4]),
             inputs[5:],
         )
-        for expert, begin, end in groups(tokens_per_expert_E):
+        for expert, begin, end in expert_groups(tokens_per_expert_E):
             found = [
                 _Weight(
                     as_float32(weight[expert]),

@@ -8,7 +8,7 @@ from mindspore import dtype as mstype
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 
-DTYPES = {
+COMPUTE_DTYPES = {
     "float32": mstype.float32,
     "float16": mstype.float16,
     "bfloat16": mstype.bfloat16,
@@ -21,12 +21,12 @@ def compute_type(name: str) -> mstype.Type:
     Raises:
         UserError: a name that is not float32, float16 or bfloat16.
     """
-    if name not in DTYPES:
-        raise UserError(f"dtype {name!r}: allowed are {', '.join(DTYPES)}")
+    if name not in COMPUTE_DTYPES:
+        raise UserError(f"dtype {name!r}: allowed are {', '.join(COMPUTE_DTYPES)}")
     if name == "bfloat16" and mindspore.get_context("device_target") == "CPU":
         _say_fallback()
         return mstype.float32
-    return DTYPES[name]
+    return COMPUTE_DTYPES[name]
 
 
 @functools.cache

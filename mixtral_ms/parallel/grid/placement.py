@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from mixtral_ms.errors import UserError
 
 Region = tuple[slice, ...]
+"""One slice an axis, with start and stop, step 1."""
 
 
 @dataclass(frozen=True)

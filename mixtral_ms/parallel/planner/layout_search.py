@@ -14,7 +14,7 @@ from mixtral_ms.config.checks.check_config import find_contradictions
 from mixtral_ms.config.loading.resolve import micro_batches, sequences_per_micro_step
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
-from mixtral_ms.parallel.planner.memory_model import RankMemory, Tensors, memory_plan
+from mixtral_ms.parallel.planner.memory_model import NetworkTensors, RankMemory, memory_plan
 from mixtral_ms.parallel.planner.time_model import Cluster, Time, step_time
 from mixtral_ms.parallel.planner.traffic_model import Traffic, traffic_plan
 
@@ -58,7 +58,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """All rank grids of a cluster, judged."""
 
     fitting: tuple[Layout, ...]
@@ -76,7 +76,7 @@ def plan_layouts(
     *,
     global_batch_size: int | None = None,
     fixed: Mapping[str, int] | None = None,
-) -> Plan:
+) -> LayoutPlan:
     """Judge every grid of data, model, pipeline, context and expert parallel.
 
     Of each grid the variants with and without optimizer sharding, sequence parallel and recompute
@@ -90,7 +90,7 @@ def plan_layouts(
         fixed: sizes of parallel_config that a grid must have, by their keys.
     """
     sequences = global_batch_size or _global_batch_size(config)
-    tensors = Tensors(config.model.model_config)
+    tensors = NetworkTensors(config.model.model_config)
     fitting, too_large, refused = [], [], Counter()
     for grid in _grids(config, cluster.devices):
         if any(getattr(grid, key) != size for key, size in (fixed or {}).items()):
@@ -110,7 +110,7 @@ def plan_layouts(
             fitting.append(min(fits, key=_slowness))
         else:
             too_large.append(min(layouts, key=lambda layout: layout.fullest.total))
-    return Plan(
+    return LayoutPlan(
         fitting=tuple(sorted(fitting, key=_slowness)),
         too_large=tuple(sorted(too_large, key=lambda layout: layout.fullest.total)),
         refused=dict(refused.most_common()),
@@ -122,7 +122,7 @@ def judge(
     cluster: Cluster,
     token_flops: Mapping[str, float],
     *,
-    tensors: Tensors | None = None,
+    tensors: NetworkTensors | None = None,
 ) -> Layout:
     """Memory, bytes sent and time of a run that contradicts nothing."""
     memory = tuple(memory_plan(config, tensors))

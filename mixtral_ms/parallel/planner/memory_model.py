@@ -72,7 +72,7 @@ class StageValues:
     therefore cut over more ranks than sum their gradients: what the other ranks update."""
 
 
-class Tensors:
+class NetworkTensors:
     """The tensors of a network, counted once for many rank grids.
 
     Layers are alike, so a tensor and its name are looked up in the layout table once for all of
@@ -166,7 +166,7 @@ def dtype_bytes(dtype: str, device_target: str) -> int:
     return 4 if device_target == "CPU" and dtype == "bfloat16" else _BYTES[dtype]
 
 
-def memory_plan(config: RunConfig, tensors: Tensors | None = None) -> list[RankMemory]:
+def memory_plan(config: RunConfig, tensors: NetworkTensors | None = None) -> list[RankMemory]:
     """What each pipeline stage's ranks hold, one entry a stage.
 
     Args:
@@ -174,7 +174,7 @@ def memory_plan(config: RunConfig, tensors: Tensors | None = None) -> list[RankM
         tensors: those of its network, where many plans are made of it.
     """
     grid = effective_parallel(config)
-    tensors = tensors or Tensors(config.model.model_config)
+    tensors = tensors or NetworkTensors(config.model.model_config)
     return [
         _stage_memory(config, grid, stage, values)
         for stage, values in enumerate(tensors.on_stages(grid, zero=is_zero(config)))

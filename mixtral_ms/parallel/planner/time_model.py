@@ -18,9 +18,9 @@ from mixtral_ms.parallel.planner.memory_model import (
 )
 from mixtral_ms.parallel.planner.traffic_model import (
     Traffic,
-    groups,
     passes,
     rows_per_token,
+    traffic_groups,
 )
 
 # Memory traffic of a weight in one pass of a micro batch: float32 read, a 16 bit copy written and
@@ -133,7 +133,7 @@ def _sending_seconds(config: RunConfig, cluster: Cluster, traffic: Traffic) -> d
     """Of one stage in one step, by what is sent."""
     devices, per_host = rank_count(config), cluster.devices_per_host
     seconds = {}
-    for kind, spanned in groups(config.parallel_config).items():
+    for kind, spanned in traffic_groups(config.parallel_config).items():
         inside = all(group.inside(devices, per_host) for group in spanned)
         rate = cluster.bandwidth_inside if inside else cluster.bandwidth_between
         seconds[kind] = getattr(traffic, kind) / rate

@@ -15,8 +15,8 @@ from mixtral_ms.config.loading.resolve import effective_parallel, is_zero, micro
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.parallel.planner.memory_model import (
+    NetworkTensors,
     StageValues,
-    Tensors,
     dtype_bytes,
     tokens_per_micro_batch,
 )
@@ -60,7 +60,7 @@ class Group:
         return self.size == 1 or devices <= per_host or per_host % (self.size * self.step) == 0
 
 
-def groups(grid: ParallelConfig) -> dict[str, tuple[Group, ...]]:
+def traffic_groups(grid: ParallelConfig) -> dict[str, tuple[Group, ...]]:
     """The groups over which each kind of `Traffic` goes, by its name.
 
     Raises:
@@ -78,7 +78,7 @@ def groups(grid: ParallelConfig) -> dict[str, tuple[Group, ...]]:
     }
 
 
-def traffic_plan(config: RunConfig, tensors: Tensors | None = None) -> list[Traffic]:
+def traffic_plan(config: RunConfig, tensors: NetworkTensors | None = None) -> list[Traffic]:
     """What a rank of each pipeline stage sends in one optimizer step.
 
     Args:
@@ -86,7 +86,7 @@ def traffic_plan(config: RunConfig, tensors: Tensors | None = None) -> list[Traf
         tensors: those of its network, where many plans are made of it.
     """
     grid = effective_parallel(config)
-    tensors = tensors or Tensors(config.model.model_config)
+    tensors = tensors or NetworkTensors(config.model.model_config)
     values = tensors.on_stages(grid, zero=is_zero(config))
     return [
         Traffic(
@@ -143,7 +143,7 @@ def _tensor_parallel(config: RunConfig, grid: ParallelConfig, stage: int) -> flo
 
 
 def _expert_parallel(config: RunConfig, grid: ParallelConfig, stage: int) -> float:
-    ranks = groups(grid)["expert_parallel"][0].size
+    ranks = traffic_groups(grid)["expert_parallel"][0].size
     exchanges = _EXCHANGES * passes(config, grid, stage) * _layers(config, grid, stage)
     return _share(ranks) * exchanges * rows_per_token(config) * _hidden_bytes(config)
 
@@ -169,7 +169,7 @@ def _pipeline(config: RunConfig, grid: ParallelConfig, stage: int) -> float:
 def _data_parallel(
     config: RunConfig, grid: ParallelConfig, stage: int, values: StageValues
 ) -> float:
-    replicas, copies = (group.size for group in groups(grid)["data_parallel"])
+    replicas, copies = (group.size for group in traffic_groups(grid)["data_parallel"])
     shared = _share(replicas) * values.trained + _share(copies) * values.trained_experts
     # a reduce-scatter and a gather send as much as an all-reduce
     sent = 2 * shared + values.gathered

@@ -25,7 +25,7 @@ _HEAT_COLUMNS = 160  # time bins of a heat map
 _MAX_LOAD = 3.0  # loads above three times the even one are one colour
 _SMOOTH_FRACTION = 30  # the smoothed line averages 1/30 of the run
 
-Records = Sequence[Mapping[str, Any]]
+MetricRecords = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Chart:
     file: str
     title: str
     reading: str
-    draw: Callable[[Records, Records, str], "Figure | None"]
+    draw: Callable[[MetricRecords, MetricRecords, str], "Figure | None"]
 
 
-def draw_charts(train: Records, evaluations: Records, folder: Path) -> list[Chart]:
+def draw_charts(train: MetricRecords, evaluations: MetricRecords, folder: Path) -> list[Chart]:
     """Write a PNG into `folder` for every chart that the records have numbers for."""
     drawn = []
     for chart in CHARTS:
@@ -50,14 +50,14 @@ def draw_charts(train: Records, evaluations: Records, folder: Path) -> list[Char
     return drawn
 
 
-def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(records: MetricRecords, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one field, in float64; records without the field are left out."""
     found = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
     table = np.array(found, np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
-def layer_series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
+def layer_series(records: MetricRecords, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps (N,) and values (N, layers, …) of a field that has one item a layer."""
     found = [(r["step"], r[key]) for r in records if r.get(key)]
     steps = np.array([step for step, _ in found], np.float64)
@@ -95,7 +95,7 @@ def _line(axes: "Axes", steps: np.ndarray, values: np.ndarray, label: str) -> No
 def _simple(key: str, y_label: str, from_zero: bool = False) -> Callable[..., "Figure | None"]:
     """A chart of one field of the training records."""
 
-    def draw(train: Records, _: Records, title: str) -> "Figure | None":
+    def draw(train: MetricRecords, _: MetricRecords, title: str) -> "Figure | None":
         steps, values = series(train, key)
         if not len(steps):
             return None
@@ -110,7 +110,7 @@ def _simple(key: str, y_label: str, from_zero: bool = False) -> Callable[..., "F
     return draw
 
 
-def _draw_learning_rate(train: Records, _: Records, title: str) -> "Figure | None":
+def _draw_learning_rate(train: MetricRecords, _: MetricRecords, title: str) -> "Figure | None":
     steps, values = series(train, "learning_rate")
     if not len(steps):
         return None
@@ -121,7 +121,7 @@ def _draw_learning_rate(train: Records, _: Records, title: str) -> "Figure | Non
     return figure
 
 
-def _draw_loss(train: Records, evaluations: Records, title: str) -> "Figure | None":
+def _draw_loss(train: MetricRecords, evaluations: MetricRecords, title: str) -> "Figure | None":
     steps, values = series(train, "loss")
     eval_steps, eval_values = series(evaluations, "loss")
     if not len(steps) and not len(eval_steps):
@@ -169,7 +169,7 @@ def _time_bins(count: int) -> list[np.ndarray]:
     return np.array_split(np.arange(count), min(count, _HEAT_COLUMNS))
 
 
-def _draw_drop(train: Records, _: Records, title: str) -> "Figure | None":
+def _draw_drop(train: MetricRecords, _: MetricRecords, title: str) -> "Figure | None":
     steps, values_NL = layer_series(train, "drop_percent")
     if not len(steps) or not values_NL.any():
         return None
@@ -179,7 +179,7 @@ def _draw_drop(train: Records, _: Records, title: str) -> "Figure | None":
     return figure
 
 
-def _draw_entropy(train: Records, _: Records, title: str) -> "Figure | None":
+def _draw_entropy(train: MetricRecords, _: MetricRecords, title: str) -> "Figure | None":
     steps, values_NL = layer_series(train, "router_entropy")
     if not len(steps):
         return None
@@ -202,7 +202,7 @@ def _draw_entropy(train: Records, _: Records, title: str) -> "Figure | None":
     return figure
 
 
-def _draw_expert_load(train: Records, _: Records, title: str) -> "Figure | None":
+def _draw_expert_load(train: MetricRecords, _: MetricRecords, title: str) -> "Figure | None":
     """A heat map a layer: experts upwards, time to the right, 1 = an even share."""
     steps, loads_NLE = layer_series(train, "expert_load")
     if not len(steps):

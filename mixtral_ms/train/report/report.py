@@ -10,7 +10,7 @@ import numpy as np
 
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
-from mixtral_ms.train.report.charts import Records, draw_charts, layer_series, series
+from mixtral_ms.train.report.charts import MetricRecords, draw_charts, layer_series, series
 from mixtral_ms.train.report.flops import Mfu
 from mixtral_ms.train.report.metrics import METRICS_FILE, read_metrics
 
@@ -71,7 +71,7 @@ def read_samples(folder: Path) -> list[dict[str, str]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def summary_rows(train: Records, evaluations: Records) -> list[tuple[str, str]]:
+def summary_rows(train: MetricRecords, evaluations: MetricRecords) -> list[tuple[str, str]]:
     """(what, value with unit) rows of the report's table, for what the records hold."""
     rows = []
     if train:
@@ -86,7 +86,7 @@ def summary_rows(train: Records, evaluations: Records) -> list[tuple[str, str]]:
     return rows + _evaluation_rows(evaluations) + _speed_rows(train) + _health_rows(train)
 
 
-def _evaluation_rows(evaluations: Records) -> list[tuple[str, str]]:
+def _evaluation_rows(evaluations: MetricRecords) -> list[tuple[str, str]]:
     steps, losses = series(evaluations, "loss")
     if not len(steps):
         return []
@@ -101,7 +101,7 @@ def _evaluation_rows(evaluations: Records) -> list[tuple[str, str]]:
     ]
 
 
-def _speed_rows(train: Records) -> list[tuple[str, str]]:
+def _speed_rows(train: MetricRecords) -> list[tuple[str, str]]:
     rows = []
     for key, label, unit in (
         ("tokens_per_second", "Throughput, median", "tokens/s"),
@@ -118,7 +118,7 @@ def _speed_rows(train: Records) -> list[tuple[str, str]]:
     return rows
 
 
-def _health_rows(train: Records) -> list[tuple[str, str]]:
+def _health_rows(train: MetricRecords) -> list[tuple[str, str]]:
     rows = []
     skipped = sum(bool(record.get("skipped")) for record in train)
     if train:

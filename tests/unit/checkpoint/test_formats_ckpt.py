@@ -71,7 +71,7 @@ def test_strings_of_append_info_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("piece", [8, 64, 1 << 20])
 def test_mindspore_reads_what_is_written(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(ckpt_file, "PIECE_BYTES", piece)
+    monkeypatch.setattr(ckpt_file, "CKPT_PIECE_BYTES", piece)
     path, told = tmp_path / "m.ckpt", []
     entry = write_ckpt(path, [outgoing(n, a) for n, a in ARRAYS.items()], told.append)
     loaded = ms.load_checkpoint(str(path))
@@ -89,7 +89,7 @@ def test_mindspore_reads_what_is_written(tmp_path, monkeypatch, piece):
 
 
 def test_regions_across_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(ckpt_file, "PIECE_BYTES", 40)
+    monkeypatch.setattr(ckpt_file, "CKPT_PIECE_BYTES", 40)
     write_ckpt(tmp_path / "m.ckpt", [outgoing("w", ARRAYS["f32"])])
     source = CkptSource(tmp_path / "m.ckpt")
     for rows in (slice(0, 30), slice(3, 4), slice(7, 21), slice(5, 5)):

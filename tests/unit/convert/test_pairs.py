@@ -40,7 +40,7 @@ def test_the_oracle_knows_every_format():
 @pytest.mark.parametrize("target", WRITABLE)
 @pytest.mark.parametrize("source", FORMATS)
 def test_pairs(tmp_path, monkeypatch, source, target, experts, pieces):
-    monkeypatch.setattr(execute_module, "PIECE_BYTES", PIECES[pieces])
+    monkeypatch.setattr(execute_module, "CONVERT_PIECE_BYTES", PIECES[pieces])
     weights = write_source(tmp_path / "in", source, experts)
     summary = run(tmp_path / "in", tmp_path / "out", target, max_shard_bytes=5000)
     assert_same(tensors_in(tmp_path / "out"), MAKERS[target](weights))

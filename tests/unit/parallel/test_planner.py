@@ -15,9 +15,9 @@ from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import ModelSection
 from mixtral_ms.parallel.grid import sharding_rules as layout
 from mixtral_ms.parallel.planner.layout_search import judge, plan_layouts
-from mixtral_ms.parallel.planner.memory_model import Tensors, memory_plan
+from mixtral_ms.parallel.planner.memory_model import NetworkTensors, memory_plan
 from mixtral_ms.parallel.planner.time_model import Cluster
-from mixtral_ms.parallel.planner.traffic_model import Group, groups, traffic_plan
+from mixtral_ms.parallel.planner.traffic_model import Group, traffic_groups, traffic_plan
 from mixtral_ms.train.report.flops import flops_per_token
 
 BIG = Path(__file__).parents[3] / "research/mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
@@ -68,7 +68,7 @@ def test_values_are_those_of_the_layout_table(dp, mp, ep, pp, cp, tied, split_em
     shapes = layout.parameter_shapes(model)
     moments = [prefix + name for name in shapes for prefix in layout.MOMENTS]
     placed = layout.placements(model, grid, moments, zero=zero)
-    for stage, values in enumerate(Tensors(model).on_stages(grid, zero=zero)):
+    for stage, values in enumerate(NetworkTensors(model).on_stages(grid, zero=zero)):
         local = layout.local_parameter_shapes(model, grid, stage)
         assert values.parameters == sum(map(math.prod, local.values()))
         assert values.trained + values.trained_experts == values.parameters
@@ -84,7 +84,7 @@ def test_values_are_those_of_the_layout_table(dp, mp, ep, pp, cp, tied, split_em
 
 def test_a_rank_of_8x7b_counts_every_parameter():
     config = load_config(BIG, ["use_parallel=False"])
-    (values,) = Tensors(config.model.model_config).on_stages(ParallelConfig(), zero=False)
+    (values,) = NetworkTensors(config.model.model_config).on_stages(ParallelConfig(), zero=False)
     assert values.parameters == 46_702_792_704
     assert values.moments == 2 * 46_702_792_704
 
@@ -93,8 +93,8 @@ def test_adapters_alone_have_gradients_and_moments():
     pet = {"lora_rank": 4, "target_modules": ".*layers.[57].*(wq|w2)"}
     grid = ParallelConfig(pipeline_stage=2, micro_batch_num=2, model_parallel=2)
     config = run(grid, model={"pet_config": pet})
-    first, last = Tensors(config.model.model_config).on_stages(grid, zero=False)
-    plain = Tensors(run(grid).model.model_config).on_stages(grid, zero=False)
+    first, last = NetworkTensors(config.model.model_config).on_stages(grid, zero=False)
+    plain = NetworkTensors(run(grid).model.model_config).on_stages(grid, zero=False)
     assert first.parameters == plain[0].parameters
     assert first.trained == first.trained_experts == first.moments == 0
     # layers 5 and 7; of wq B is cut, of w2 A
@@ -321,7 +321,7 @@ def test_which_groups_stay_in_a_host(group, devices, inside):
 
 def test_groups_of_a_grid():
     grid = ParallelConfig(4, 2, 8, 2, micro_batch_num=2)
-    spans = groups(grid)
+    spans = traffic_groups(grid)
     assert spans["tensor_parallel"] == (Group(2, 1),)
     assert spans["expert_parallel"] == (Group(4, 2),)  # the other factor of 2 is tensor parallel
     assert spans["pipeline"] == (Group(2, 8),)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.training_section import RunnerConfig
 from mixtral_ms.errors import UserError
-from mixtral_ms.train.step_plan import make_plan
+from mixtral_ms.train.step_plan import plan_steps
 
 
 class CountingLoader:
@@ -27,7 +27,7 @@ class CountingLoader:
 
 def plan_of(batches, **keys):
     runner = RunnerConfig(**{"batch_size": 4, **keys})
-    return make_plan(runner, batches, "data", ParallelConfig())
+    return plan_steps(runner, batches, "data", ParallelConfig())
 
 
 def steps_from(plan, loader, step, count):

@@ -1,4 +1,4 @@
-"""A conversation that may grow longer than the context: what is kept, sent and saved."""
+"""Chat history, which may grow longer than the context: what is kept, sent and saved."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from mixtral_ms.infer.text.instruct_template import encode_chat
 Message = dict[str, str]
 
 
-class Conversation:
+class ChatHistory:
     """Messages in turn, with an optional system text.
 
     Args:
