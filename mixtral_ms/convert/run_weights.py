@@ -1,18 +1,19 @@
-"""The weights that a run's configuration names."""
+"""The weights and the tokenizer that a run's configuration names."""
 
 from pathlib import Path
 
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.config import RunConfig
+from mixtral_ms.convert.formats.found_weights import TOKENIZER_FILE, FoundWeights, find_weights
 from mixtral_ms.convert.formats.weight_view import open_weights
 from mixtral_ms.errors import UserError
 
 
-def open_run_weights(config: RunConfig) -> TensorSource:
-    """All of load_checkpoint's tensors under our names, read when they are asked for.
+def find_run_weights(config: RunConfig) -> FoundWeights:
+    """What load_checkpoint means.
 
     Raises:
-        UserError: load_checkpoint is empty, or does not fit the network.
+        UserError: it is empty, or does not exist.
     """
     if not config.load_checkpoint:
         raise UserError(
@@ -20,10 +21,39 @@ def open_run_weights(config: RunConfig) -> TensorSource:
             "--load_checkpoint"
         )
     strategy = config.src_strategy_path_or_dir
+    return find_weights(Path(config.load_checkpoint), strategy=Path(strategy) if strategy else None)
+
+
+def open_run_weights(config: RunConfig, found: FoundWeights | None = None) -> TensorSource:
+    """All of load_checkpoint's tensors under our names, read when they are asked for.
+
+    Args:
+        config: the run.
+        found: what `find_run_weights` gave, where that was asked before.
+
+    Raises:
+        UserError: load_checkpoint is empty, or does not fit the network.
+    """
     return open_weights(
-        Path(config.load_checkpoint),
+        found or find_run_weights(config),
         config.model.model_config,
-        strategy=Path(strategy) if strategy else None,
         allow_partial=config.allow_partial,
         adapter=Path(config.adapter) if config.adapter else None,
     )
+
+
+def run_tokenizer(config: RunConfig, weights: FoundWeights) -> Path:
+    """processor.tokenizer.vocab_file, whether it exists or not, else what lies with the weights.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if named := config.processor.tokenizer.vocab_file:
+        return Path(named)
+    if weights.tokenizer is None:
+        raise UserError(
+            "processor.tokenizer.vocab_file is empty, and there is no "
+            f"{TOKENIZER_FILE} beside the weights ({weights.path}): set --vocab_file "
+            f"…/{TOKENIZER_FILE}"
+        )
+    return weights.tokenizer

@@ -4,14 +4,13 @@ import os
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from mixtral_ms.config import RunConfig
-from mixtral_ms.config.derived.tokenizer_file import find_tokenizer
 from mixtral_ms.config.loading.resolve import effective_parallel
 from mixtral_ms.config.sections.model_section import MixtralConfig
-from mixtral_ms.convert.run_weights import open_run_weights
+from mixtral_ms.convert.run_weights import find_run_weights, open_run_weights, run_tokenizer
 from mixtral_ms.data.tokenizer.tokenizer import Tokenizer
-from mixtral_ms.errors import UserError
 from mixtral_ms.infer.engine.engine import Engine, Prompt
 from mixtral_ms.infer.engine.sampling_params import SamplingParams
 from mixtral_ms.infer.runners.infer_weights import load_weights
@@ -78,9 +77,10 @@ def load_model(config: RunConfig, mesh: Mesh | None = None) -> LoadedModel:
     start = time.monotonic()
     network = config.model.model_config
     sampling_params(config)
-    tokenizer = _open_tokenizer(config)
+    found = find_run_weights(config)
+    tokenizer = _open_tokenizer(config, run_tokenizer(config, found))
     mesh = mesh or _meet(config)
-    weights = load_weights(open_run_weights(config), network, config.weight_dtype, mesh)
+    weights = load_weights(open_run_weights(config, found), network, config.weight_dtype, mesh)
     backend = "auto" if config.context.device_target == "CPU" else "graph"
     runner = select_runner(network, weights, backend=backend, mesh=mesh)
     batch = config.predict_batch_size or _USUAL_BATCH
@@ -128,13 +128,7 @@ def sampling_params(config: RunConfig) -> SamplingParams:
     return params if params.max_new_tokens is None else replace(params, max_length=None)
 
 
-def _open_tokenizer(config: RunConfig) -> Tokenizer:
-    path = find_tokenizer(config)
-    if path is None:
-        raise UserError(
-            "no tokenizer: there is no tokenizer.model beside the weights; set --vocab_file "
-            "(processor.tokenizer.vocab_file)"
-        )
+def _open_tokenizer(config: RunConfig, path: Path) -> Tokenizer:
     tokenizer, network = Tokenizer(path), config.model.model_config
     for name, theirs in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         ours = getattr(network, f"{name}_token_id")

@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mixtral_ms.checkpoint.reshard.open_checkpoint import checkpoint_folder
 from mixtral_ms.config import RunConfig, load_config
 from mixtral_ms.config.checks.check_config import check_config
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.config.sections.run_section import ModelSection
-from mixtral_ms.convert.formats.foreign_config import find_config
+from mixtral_ms.convert.formats.found_weights import Flags, find_weights
 from mixtral_ms.errors import UserError
 from mixtral_ms.infer.engine.sampling_params import SamplingParams
 from mixtral_ms.infer.load_model import LoadedModel, load_model
@@ -104,11 +103,9 @@ def pipeline(
 
 
 def _config_of(path: Path) -> RunConfig:
-    if not path.exists():
-        raise UserError(f"model: {path} does not exist")
-    if path.suffix in _YAML:
+    if path.suffix in _YAML and path.is_file():
         return load_config(path)
-    found = find_config(checkpoint_folder(path))
+    found = find_weights(path, Flags("model")).network
     if found is None:
         raise UserError(
             f"model: there is no configuration with {path} (config.json, params.json or our own "

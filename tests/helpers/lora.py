@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 from mindspore import Tensor
 
+from mixtral_ms.checkpoint.shards.rank_files import ADAPTER_STEM
 from mixtral_ms.checkpoint.store.store import save_checkpoint
 from mixtral_ms.config.sections.lora_section import PetSection
-from mixtral_ms.convert.adapters.lora_weights import ADAPTER_STEM, base_record, fingerprint
+from mixtral_ms.convert.adapters.lora_weights import base_record, fingerprint
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 
 ATTENTION = ".*wq|.*wk|.*wv|.*wo"

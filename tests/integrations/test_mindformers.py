@@ -24,6 +24,7 @@ from helpers.runs import ROOT, metrics_of, run_command, write_records
 from helpers.text import standard_library_text
 
 from mixtral_ms import Trainer, load_config
+from mixtral_ms.convert.formats.found_weights import find_weights
 from mixtral_ms.convert.formats.weight_view import open_weights
 from mixtral_ms.errors import MissingDependencyError
 
@@ -157,7 +158,7 @@ def finetuned(folder, ours):
 
 def weights_of(path, yaml_path):
     """All weights of a checkpoint as our package reads them."""
-    source = open_weights(path, load_config(yaml_path).model.model_config)
+    source = open_weights(find_weights(path), load_config(yaml_path).model.model_config)
     return {name: np.array(source.read(name)) for name in source.infos}
 
 

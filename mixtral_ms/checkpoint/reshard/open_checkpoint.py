@@ -33,7 +33,7 @@ from mixtral_ms.checkpoint.shards.rank_files import (
     tensor_files,
 )
 from mixtral_ms.checkpoint.shards.sharded_source import ShardedSource
-from mixtral_ms.checkpoint.store.folders import list_checkpoints
+from mixtral_ms.checkpoint.store.folders import list_checkpoints, restore_moved
 from mixtral_ms.checkpoint.store.manifest import (
     MANIFEST,
     STATE,
@@ -126,7 +126,7 @@ def open_source(
         DamagedFileError: a file is not what its format says.
     """
     path = checkpoint_folder(path)
-    if not is_rank_folders(path):
+    if not is_rank_folders(path) and not (path / MANIFEST).is_file():
         if strategy or grid:
             raise UserError(f"{path} holds no folders rank_0, rank_1, … that a strategy could cut")
         return _open_whole(path)
@@ -149,17 +149,28 @@ def open_source(
     return OpenedSource(path, tensors, len(ranks), _format_to_write(files[0][0]), own, state)
 
 
-def checkpoint_folder(path: Path) -> Path:
+def checkpoint_folder(path: Path, flag: str = "") -> Path:
     """`path`, or the latest checkpoint in it where it is the folder of our own checkpoints.
 
+    Args:
+        path: what the user named.
+        flag: with this, if with a flag.
+
     Raises:
-        UserError: there is no such file or folder.
+        UserError: there is no such file or folder, or not the checkpoint that `latest` names.
     """
     if not path.exists():
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{flag}: {path} does not exist" if flag else f"{path} does not exist")
+    restore_moved(path)
     if not path.is_dir() or is_rank_folders(path) or not list_checkpoints(path):
         return path
     return find_checkpoint(path)
+
+
+def own_strategy(folder: Path) -> Path | None:
+    """The folder of strategy files that lies in a checkpoint."""
+    own = folder / STRATEGY_FOLDER
+    return own if own.is_dir() else None
 
 
 def _open_whole(path: Path) -> OpenedSource:
@@ -200,8 +211,9 @@ def _strategies(
     """Where the tensors are; None where one rank holds them whole."""
     if grid is not None:
         return source_strategies(path, ranks, grid, "--src_strategy", known)
-    if strategy is None and (path / STRATEGY_FOLDER).is_dir():
-        strategy = path / STRATEGY_FOLDER
+    own = own_strategy(path)
+    if own is not None and strategy in (None, own):
+        strategy = own
         get_logger().info("%s: its strategy is taken from %s", path, strategy)
     if strategy is not None:
         return read_strategies(strategy)

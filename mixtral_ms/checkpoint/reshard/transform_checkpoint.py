@@ -95,7 +95,8 @@ def transform(
     """
     _require_one_strategy("src", options.src_ckpt_strategy, options.src_strategy)
     _require_one_strategy("dst", options.dst_ckpt_strategy, options.dst_strategy)
-    source_folder, target = checkpoint_folder(options.src_ckpt_dir), options.dst_ckpt_dir
+    source_folder = checkpoint_folder(options.src_ckpt_dir, "--src_ckpt_dir")
+    target = options.dst_ckpt_dir
     _require_apart(options.src_ckpt_dir, target)
     require_replaceable(target, options.overwrite, "--dst_ckpt_dir")
     verification = Verification(source_folder, wanted=options.verify)

@@ -57,6 +57,11 @@ def find_rank_files(folder: Path, prefix: str | None = None) -> list[list[Path]]
     return files
 
 
+def is_rank_name(name: str) -> bool:
+    """Whether a folder's name is that of a rank."""
+    return _RANK.fullmatch(name) is not None
+
+
 def _rank_of(path: Path) -> int | None:
     match = _RANK.fullmatch(path.name)
     return int(match[1]) if match and path.is_dir() else None

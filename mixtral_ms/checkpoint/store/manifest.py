@@ -114,6 +114,15 @@ def verify_checkpoint(path: str | Path, part: int = 0, parts: int = 1) -> list[s
     return problems if part else problems + other_problems(folder, manifest)
 
 
+def manifest_problems(folder: Path) -> list[str]:
+    """What is wrong with a manifest itself, without a look at what it describes."""
+    try:
+        read_manifest(folder)
+    except DamagedManifestError as error:
+        return [str(error)]
+    return []
+
+
 def verify_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """What is wrong with these of a checkpoint's files of tensors."""
     return [

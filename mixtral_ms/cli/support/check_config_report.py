@@ -1,9 +1,13 @@
 """What `--check_config` prints: the resolved configuration and what it will need."""
 
+from pathlib import Path
+
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.checks.check_paths import check_paths
 from mixtral_ms.config.loading.render import render_config
 from mixtral_ms.config.loading.resolve import rank_count, sequences_per_micro_step
+from mixtral_ms.convert.run_weights import find_run_weights, run_tokenizer
+from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid.sharding_rules import active_parameter_count, parameter_count
 from mixtral_ms.parallel.planner.memory_model import (
     RankMemory,
@@ -27,11 +31,23 @@ def describe(config: RunConfig) -> str:
         lines.append(_batch(config))
     lines += ["memory of each rank, estimated:", format_memory_plan(plan)]
     lines += _too_large(config, plan)
-    missing = check_paths(config)
+    missing = [*check_paths(config), *_missing_for_prediction(config)]
     if missing:
         lines.append("before this runs:")
         lines += [f"  {problem}" for problem in missing]
     return "\n".join(lines)
+
+
+def _missing_for_prediction(config: RunConfig) -> list[str]:
+    """What prediction would say of weights and tokenizer, beyond paths that do not exist."""
+    named = (config.load_checkpoint, config.src_strategy_path_or_dir)
+    if config.run_mode != "predict" or not all(Path(one).exists() for one in named if one):
+        return []
+    try:
+        run_tokenizer(config, find_run_weights(config))
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _batch(config: RunConfig) -> str:

@@ -12,26 +12,18 @@ from mixtral_ms.checkpoint.formats.open_file import open_tensors
 from mixtral_ms.checkpoint.formats.regions import region_shape, row_major_blocks, whole_region
 from mixtral_ms.checkpoint.formats.strategy_file import read_strategies
 from mixtral_ms.checkpoint.formats.tensor_source import TensorInfo, TensorSource
-from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry, TensorEntry
-from mixtral_ms.checkpoint.reshard.open_checkpoint import STRATEGY_FOLDER, checkpoint_folder
 from mixtral_ms.checkpoint.shards.assemble import Strategies, assemble, open_ranks
 from mixtral_ms.checkpoint.shards.network_from_shapes import (
     network_of,
     parameter_shapes_of,
     source_strategies,
 )
-from mixtral_ms.checkpoint.shards.rank_files import find_rank_files, is_rank_folders
-from mixtral_ms.checkpoint.store.manifest import (
-    MANIFEST,
-    STATE,
-    DamagedManifestError,
-    read_manifest,
-    verify_checkpoint,
-    verify_file,
-)
+from mixtral_ms.checkpoint.shards.rank_files import find_rank_files
+from mixtral_ms.checkpoint.store.manifest import STATE
 from mixtral_ms.convert.formats.detect_format import detect_format
 from mixtral_ms.convert.formats.foreign_config import read_json
-from mixtral_ms.convert.formats.open_weight_files import open_source
+from mixtral_ms.convert.formats.found_weights import Flags, FoundWeights, find_weights
+from mixtral_ms.convert.formats.open_weight_files import open_found
 from mixtral_ms.convert.formats.weight_names import OURS
 from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid.sharding_rules import MOMENTS, parameter_of, rule_of
@@ -79,16 +71,17 @@ def inspect_checkpoint(
         raise UserError(f"{path} does not exist")
     found = Inspection(path)
     try:
-        found.path = checkpoint_folder(path)
+        weights = find_weights(path, Flags("inspect", "--strategy"), strategy)
     except UserError as error:
         found.problems.append(str(error))
         return found
+    found.path = weights.path
     try:
-        _read_record(found, verify)
-        if is_rank_folders(found.path):
-            _open_ranks(found, strategy, grid)
+        _read_record(found, weights, verify)
+        if weights.by_rank:
+            _open_ranks(found, weights.strategy, grid)
         else:
-            found.source = open_source(found.path, "inspect")
+            found.source = open_found(weights)
             _take(found, found.source)
     except UserError as error:
         found.problems.append(str(error))
@@ -107,21 +100,12 @@ def _suffixes(files: Iterable[Path]) -> str:
     return ", ".join(sorted({file.suffix.lstrip(".") for file in files if file.suffix}))
 
 
-def _read_record(found: Inspection, verify: bool) -> None:
-    """The manifest of a checkpoint, or the record of a conversion, and what they say."""
-    folder = found.path
-    if (folder / STATE).is_file():
-        found.state = read_json(folder / STATE)
-    if (folder / MANIFEST).is_file():
-        problems = verify_checkpoint(folder) if verify else _readable(folder)
-        found.problems += problems
-        found.manifest = _verdict(problems, verify)
-    elif record := _conversion_record(folder):
-        told_by, files = record
-        entries = {told_by.parent / name: _entry(one) for name, one in files.items()}
-        problems = [
-            line for file, entry in entries.items() if verify for line in verify_file(file, entry)
-        ]
+def _read_record(found: Inspection, weights: FoundWeights, verify: bool) -> None:
+    """A checkpoint's state, and what the recorded hashes say."""
+    if (found.path / STATE).is_file():
+        found.state = read_json(found.path / STATE)
+    problems = weights.hash_problems(read_all=verify)
+    if problems is not None:
         found.problems += problems
         found.manifest = _verdict(problems, verify)
 
@@ -130,31 +114,6 @@ def _verdict(problems: list[str], verify: bool) -> str:
     if problems:
         return f"{len(problems)} difference{'s' * (len(problems) > 1)}"
     return "every file and tensor has its hash" if verify else "there, not compared"
-
-
-def _readable(folder: Path) -> list[str]:
-    try:
-        read_manifest(folder)
-    except DamagedManifestError as error:
-        return [str(error)]
-    return []
-
-
-def _conversion_record(path: Path) -> tuple[Path, Mapping[str, Any]] | None:
-    """The hashes that a conversion has left beside its output."""
-    record = path / "conversion.json" if path.is_dir() else path.with_name(path.name + ".json")
-    if record.is_file():
-        files = read_json(record).get("files")
-        return (record, files) if files else None
-    return None
-
-
-def _entry(fields: Mapping[str, Any]) -> FileEntry:
-    tensors = {
-        name: TensorEntry(**{**one, "shape": tuple(one["shape"])})
-        for name, one in fields["tensors"].items()
-    }
-    return FileEntry(**{**fields, "tensors": tensors})
 
 
 def _open_ranks(found: Inspection, strategy: Path | None, grid: str | None) -> None:
@@ -168,8 +127,6 @@ def _open_ranks(found: Inspection, strategy: Path | None, grid: str | None) -> N
     ranks = open_ranks(files)
     found.size = sum(info.nbytes for source in ranks for info in source.infos.values())
     found.tensors = {name: info for source in ranks for name, info in source.infos.items()}
-    if strategy is None and grid is None and (found.path / STRATEGY_FOLDER).is_dir():
-        strategy = found.path / STRATEGY_FOLDER
     if len(ranks) == 1 and strategy is None and grid is None:
         found.source, found.layout = ranks[0], "whole"
         return

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mixtral_ms.config.derived.tokenizer_file import TOKENIZER_FILE, find_tokenizer
 from mixtral_ms.config.sections.run_section import RunConfig
 
 
@@ -52,16 +51,10 @@ def _check_optional(path: str | None, key: str, flag: str) -> Iterator[str]:
 
 
 def _check_tokenizer(config: RunConfig) -> Iterator[str]:
-    """Prediction reads and writes text."""
-    if config.run_mode == "predict":
-        path = find_tokenizer(config)
-        if path is None:
-            yield (
-                "processor.tokenizer.vocab_file is empty, and there is no "
-                f"{TOKENIZER_FILE} beside the weights: set --vocab_file …/{TOKENIZER_FILE}"
-            )
-        elif not path.is_file():
-            yield f"processor.tokenizer.vocab_file: file does not exist: {path}: set --vocab_file"
+    """Prediction reads and writes text; without a vocab_file by what lies with the weights."""
+    path = config.processor.tokenizer.vocab_file
+    if config.run_mode == "predict" and path and not Path(path).is_file():
+        yield f"processor.tokenizer.vocab_file: file does not exist: {path}: set --vocab_file"
 
 
 def _check_vocab_file(config: RunConfig) -> Iterator[str]:

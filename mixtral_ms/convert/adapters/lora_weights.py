@@ -12,8 +12,7 @@ import numpy as np
 from mixtral_ms.checkpoint.formats.dtype_casts import cast
 from mixtral_ms.checkpoint.formats.regions import whole_region
 from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorInfo, TensorSource
-from mixtral_ms.checkpoint.reshard.open_checkpoint import checkpoint_folder, open_source
-from mixtral_ms.checkpoint.shards.rank_files import ADAPTER_STEM
+from mixtral_ms.checkpoint.reshard.open_checkpoint import open_source
 from mixtral_ms.checkpoint.store.store import resolve_checkpoint
 from mixtral_ms.config.sections.lora_section import PetSection
 from mixtral_ms.config.sections.model_section import MixtralConfig
@@ -103,16 +102,6 @@ def _require_shapes(adapter: Adapter, expected: Mapping[str, tuple], flag: str) 
             f"{flag}: {adapter.path} does not fit model.model_config, {len(problems)} tensors "
             f"differ:\n  {shown}"
         )
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a folder, or the latest checkpoint in it, holds an adapter and no weights."""
-    if not path.is_dir():
-        return False
-    folder = checkpoint_folder(path)
-    return (path / CONFIG_FILE).is_file() or (
-        folder / "rank_0" / f"{ADAPTER_STEM}.safetensors"
-    ).is_file()
 
 
 def base_record(path: str, fingerprint: str) -> dict[str, str]:

@@ -10,12 +10,12 @@ from typing import Any
 from mixtral_ms.checkpoint.store.manifest import STATE
 from mixtral_ms.config import load_config
 from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
+from mixtral_ms.convert.formats.conversion_record import FORMAT_KEY
 from mixtral_ms.convert.formats.detect_format import Measured
 from mixtral_ms.errors import UserError
 
 CONFIG_JSON, PARAMS_JSON = "config.json", "params.json"
-RECORD_SUFFIX = ".json"
-"""`mixtral.ckpt.json` stands beside `mixtral.ckpt` and says what it holds."""
+NETWORK_KEY = "model_config"  # in our own records
 # Our key -> Hugging Face's and Mistral's; files mix them, so either is read from both.
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
@@ -88,26 +88,22 @@ def read_config(path: Path) -> FoundConfig:
     if path.suffix in (".yaml", ".yml"):
         return FoundConfig(load_config(path).model.model_config, path, {})
     data = read_json(path)
-    if "model_config" in data:
-        return FoundConfig(_own_config(data["model_config"], path), path, {})
+    if NETWORK_KEY in data:
+        return FoundConfig(_own_config(data[NETWORK_KEY], path), path, {})
     return _foreign_config(data, path)
 
 
-def find_config(source: Path) -> FoundConfig | None:
-    """The configuration that lies with weights, in their folder or beside their file."""
-    if source.is_dir():
-        paths = [source / name for name in (CONFIG_JSON, PARAMS_JSON, STATE)]
-    else:
-        paths = [
-            source.with_name(source.name + RECORD_SUFFIX),
-            source.parent / CONFIG_JSON,
-            source.parent / PARAMS_JSON,
-            source.parent.parent / STATE,
-        ]
-    for path in paths:
-        if path.is_file() and (path.name != STATE or "model_config" in read_json(path)):
-            return read_config(path)
-    return None
+def says_network(path: Path) -> bool:
+    """Whether a JSON file is to say the network's sizes: ours may be of weights of which none knew.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if path.name in (CONFIG_JSON, PARAMS_JSON):
+        return True
+    data = read_json(path)
+    ours = path.name == STATE or FORMAT_KEY in data
+    return not ours or NETWORK_KEY in data
 
 
 def read_json(path: Path) -> dict[str, Any]:

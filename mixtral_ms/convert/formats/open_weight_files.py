@@ -1,33 +1,23 @@
-"""What a user names as input -> the tensors in it."""
+"""Weights that were found -> the tensors in them."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixtral_ms.checkpoint.formats.file_formats import FILE_FORMATS, format_of
+from mixtral_ms.checkpoint.formats.file_formats import format_of
 from mixtral_ms.checkpoint.formats.open_file import MergedSource, open_tensors
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.checkpoint.reshard import open_checkpoint
-from mixtral_ms.checkpoint.reshard.open_checkpoint import (
-    STRATEGY_FOLDER,
-    checkpoint_folder,
-    open_sharded,
+from mixtral_ms.convert.formats.found_weights import (
+    FoundWeights,
+    Kind,
+    index_names,
+    name_patterns,
 )
-from mixtral_ms.checkpoint.shards.rank_files import is_rank_folders
 from mixtral_ms.errors import UserError
 from mixtral_ms.progress import progress_bar
 
-_KNOWN_NAMES = (
-    "model.safetensors",
-    "model-*.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model-*.bin",
-    "consolidated*.pth",
-    "consolidated*.pt",
-    "consolidated*.safetensors",
-)
-_SPLIT = "*.pth-split0"
 _RELEASE_MD5 = {
     "consolidated.00.pth": "1faa9bc9b20fcfe81fcd4eb7166a79e6",
     "tokenizer.model": "37974873eb68a7ab30c4912fc36264ae",
@@ -35,71 +25,44 @@ _RELEASE_MD5 = {
 _CHUNK = 1 << 22
 
 
-def open_source(
-    path: Path,
-    flag: str,
-    strategy: Path | None = None,
-    strategy_flag: str = "--strategy_dir",
-) -> TensorSource:
-    """The weights in a file or a folder.
-
-    In a folder: a checkpoint of ours, the latest of several, or ranks of MindSpore's; files named
-    by a Hugging Face index; else the first that is there of model*.safetensors,
-    pytorch_model*.bin, consolidated* (also in parts), any files of a format that is written, or the
-    one file where that format knows no index.
-
-    Args:
-        path: what the user named.
-        flag: with this.
-        strategy: strategy file or folder of a checkpoint in rank_0, rank_1, ...; None where it is
-            of one rank, or `strategy/` lies in it.
-        strategy_flag: with which the user names it.
-
-    Returns:
-        Global tensors; its `path` is the checkpoint's folder where `path` holds several.
+def open_found(found: FoundWeights) -> TensorSource:
+    """The tensors of what `find_weights` has found, global, under the names that they have there.
 
     Raises:
-        UserError: there are none, or they are damaged, or a file is missing.
+        UserError: there are none, they are damaged, a file is missing, or of several ranks nothing
+            says how they are cut.
         DamagedFileError: a file is not what its format says.
     """
-    if not path.exists():
-        raise UserError(f"{flag}: {path} does not exist")
-    if strategy is not None:
-        if not strategy.exists():
-            raise UserError(f"{strategy_flag}: {strategy} does not exist")
-        return open_sharded(checkpoint_folder(path), strategy)
-    if path.is_file():
-        return open_tensors(path)
-    folder = checkpoint_folder(path)
-    if is_rank_folders(folder):
-        ranks = len(list(folder.glob("rank_*")))
-        if ranks > 1 and not (folder / STRATEGY_FOLDER).is_dir():
-            raise UserError(f"{flag}: {folder} holds {ranks} ranks: give {strategy_flag} too")
-        opened = open_checkpoint.open_source(folder).tensors
-        return MergedSource(folder, [opened])
-    return MergedSource(path, [open_tensors(file) for file in _files(path, flag)])
+    if found.by_rank or found.strategy is not None:
+        return _open_by_rank(found)
+    if found.kind is Kind.FILE:
+        return open_tensors(found.path)
+    return MergedSource(found.path, [open_tensors(file) for file in _files(found)])
 
 
-def _files(folder: Path, flag: str) -> Sequence[Path]:
-    indexes = [one.index for one in FILE_FORMATS.values() if one.index]
-    for name in indexes:
-        if (folder / name).is_file():
-            return _indexed(folder / name)
-    if parts := sorted(folder.glob(_SPLIT)):
-        return parts
-    written = [one for one in FILE_FORMATS.values() if one.write]
-    patterns = (*_KNOWN_NAMES, *(f"*{suffix}" for one in written for suffix in one.suffixes))
-    for pattern in patterns:
-        found = sorted(one for one in folder.glob(pattern) if not one.name.startswith("."))
-        if len(found) > 1 and format_of(found[0]).index is None:
-            names = ", ".join(one.name for one in found)
-            raise UserError(f"{flag}: {folder} holds several checkpoints: name one of {names}")
-        if found:
-            return found
-    raise UserError(
-        f"{flag}: {folder} holds no weights: looked for rank_0, "
-        f"{', '.join(indexes)} and {', '.join(patterns)}"
-    )
+def _open_by_rank(found: FoundWeights) -> TensorSource:
+    ranks = len(list(found.path.glob("rank_*")))
+    if ranks > 1 and found.strategy is None:
+        flags = found.flags
+        raise UserError(f"{flags.start}{found.path} holds {ranks} ranks: give {flags.strategy} too")
+    opened = open_checkpoint.open_source(found.path, strategy=found.strategy)
+    return MergedSource(found.path, [opened.tensors])
+
+
+def _files(found: FoundWeights) -> Sequence[Path]:
+    start, files = f"{found.flags.start}{found.path}", found.files
+    if found.index is not None:
+        return _indexed(found.index)
+    if not files:
+        raise UserError(
+            f"{start} holds no weights: looked for rank_0, {', '.join(index_names())} and "
+            f"{', '.join(name_patterns())}"
+        )
+    known = format_of(files[0])
+    if len(files) > 1 and known is not None and known.index is None:
+        names = ", ".join(one.name for one in files)
+        raise UserError(f"{start} holds several checkpoints: name one of {names}")
+    return files
 
 
 def _indexed(index: Path) -> list[Path]:

@@ -9,12 +9,11 @@ import numpy as np
 from mixtral_ms.checkpoint.formats.regions import overlap, region_shape, relative, whole_region
 from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorInfo, TensorSource, carrier
 from mixtral_ms.config.sections.model_section import MixtralConfig
-from mixtral_ms.convert.adapters.lora_weights import ADAPTER_KEY, adapted, is_adapter
+from mixtral_ms.convert.adapters.lora_weights import ADAPTER_KEY, adapted
 from mixtral_ms.convert.formats.atom_audit import problems_text, source_problems
-from mixtral_ms.convert.formats.conversion_record import recorded_format
 from mixtral_ms.convert.formats.detect_format import detect_format
-from mixtral_ms.convert.formats.foreign_config import find_config
-from mixtral_ms.convert.formats.open_weight_files import open_source
+from mixtral_ms.convert.formats.found_weights import FoundWeights
+from mixtral_ms.convert.formats.open_weight_files import open_found
 from mixtral_ms.convert.formats.tensor_layouts import Atom, Slot, TensorLayout, layout_of
 from mixtral_ms.convert.formats.transpose_stream import stored_pieces
 from mixtral_ms.convert.formats.weight_names import OURS
@@ -23,46 +22,42 @@ from mixtral_ms.log import get_logger
 
 _PIECE_VALUES = 4 << 20
 _NUMERICS = ("theta", "rms_norm_eps", "num_heads", "n_kv_heads", "sliding_window")
-_STRATEGY_FLAG = "--src_strategy_path_or_dir"
 
 
 def open_weights(
-    path: Path,
+    found: FoundWeights,
     config: MixtralConfig,
     *,
-    strategy: Path | None = None,
     allow_partial: bool = False,
-    flag: str = "--load_checkpoint",
     adapter: Path | None = None,
 ) -> TensorSource:
     """The weights of a network, from any format and under our names.
 
     Args:
-        path: a checkpoint of ours or a folder of them, a folder or file of Hugging Face's,
-            Mistral's or MindSpore's, or folders rank_0, rank_1, ...
+        found: what `find_weights` answered.
         config: the network they are for.
-        strategy: how they are cut over ranks, where that does not lie beside them.
         allow_partial: leave out what is missing, surplus or misshapen, and log its names.
-        flag: what the user named `path` with.
         adapter: a LoRA adapter to add to them.
 
     Raises:
         UserError: there are none, they are damaged, or do not fit the network; tensors are named.
         DamagedFileError: a file is not what its format says.
     """
-    if is_adapter(path):
+    if found.is_adapter:
+        flag, path = found.flags.weights, found.named
         raise UserError(
             f"{flag}: {path} holds an adapter: give {flag} the weights that it is for, and name "
             f"it by --set {ADAPTER_KEY}={path}"
         )
-    source = open_source(path, flag, strategy, _STRATEGY_FLAG)
-    _warn_of_other_numerics(path, config)
-    format_ = detect_format(source.infos, path, recorded_format(path))
+    path = found.path
+    source = open_found(found)
+    _warn_of_other_numerics(found, config)
+    format_ = detect_format(source.infos, path, found.format_name)
     layouts = layout_of(format_, config)
     problems, left_out = source_problems(source.infos, layouts)
     if problems and not allow_partial:
         raise UserError(
-            problems_text(f"{flag}: {path} does not fit model.model_config", problems)
+            problems_text(f"{found.flags.start}{path} does not fit model.model_config", problems)
             + "\nTo load only what fits: --allow_partial"
         )
     for name, problem in problems.items():
@@ -74,9 +69,9 @@ def open_weights(
     return weights if adapter is None else adapted(weights, adapter, config)
 
 
-def _warn_of_other_numerics(path: Path, config: MixtralConfig) -> None:
+def _warn_of_other_numerics(weights: FoundWeights, config: MixtralConfig) -> None:
     """What does not show in shapes but was part of the training that made the weights."""
-    found = find_config(path)
+    found = weights.network
     if found is None:
         return
     keys = [(key, found.config, config) for key in _NUMERICS]

@@ -10,8 +10,7 @@ import yaml
 from mixtral_ms.checkpoint.formats.file_formats import require_dtypes
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.config.sections.model_section import MixtralConfig
-from mixtral_ms.convert.adapters.lora_weights import AdaptedWeights, adapted, is_adapter
-from mixtral_ms.convert.formats.conversion_record import recorded_format
+from mixtral_ms.convert.adapters.lora_weights import AdaptedWeights, adapted
 from mixtral_ms.convert.formats.detect_format import (
     Measured,
     detect_format,
@@ -21,12 +20,12 @@ from mixtral_ms.convert.formats.detect_format import (
 from mixtral_ms.convert.formats.foreign_config import (
     FoundConfig,
     check_sizes,
-    find_config,
     read_config,
     to_huggingface,
     to_yaml_section,
 )
-from mixtral_ms.convert.formats.open_weight_files import open_source
+from mixtral_ms.convert.formats.found_weights import Flags, FoundWeights, find_weights
+from mixtral_ms.convert.formats.open_weight_files import open_found
 from mixtral_ms.convert.formats.weight_names import FORMATS, NATIVE, OURS, Format
 from mixtral_ms.convert.formats.weight_view import open_weights
 from mixtral_ms.convert.job.conversion_plan import ConversionPlan, plan_conversion
@@ -100,17 +99,19 @@ def prepare(options: ConvertOptions) -> Conversion:
     to = FORMATS[options.to]
     target = destination(options.output_path, options.output_flag, huggingface=not to.mindspore)
     require_free(target, options.input_path, options.output_flag, options.overwrite)
-    if is_adapter(options.input_path):
+    flags = Flags(options.input_flag, "--strategy_dir")
+    weights = find_weights(options.input_path, flags, options.strategy_dir)
+    if weights.is_adapter:
         raise UserError(
             f"{options.input_flag}: {options.input_path} holds an adapter: give the weights that "
             f"it is for, and --merge_lora {options.input_path}"
         )
-    source = open_source(options.input_path, options.input_flag, options.strategy_dir)
-    named = options.input_format or recorded_format(source.path)
+    source = open_found(weights)
+    named = options.input_format or weights.format_name
     source_format = detect_format(source.infos, source.path, named)
     sizes = measure(source.infos, source_format, source.path)
     measured = measured_config(source.infos, source_format, sizes)
-    found = read_config(options.config) if options.config else find_config(source.path)
+    found = read_config(options.config) if options.config else weights.network
     if found:
         check_sizes(found, sizes, measured.tie_word_embeddings)
     else:
@@ -118,7 +119,7 @@ def prepare(options: ConvertOptions) -> Conversion:
     config, dtype = found.config if found else measured, options.dtype
     if options.merge_lora:
         config.pet_config = None  # a YAML's of the run that made the adapter
-        source, source_format = _merged(options, config), OURS
+        source, source_format = _merged(options, weights, config), OURS
         dtype = dtype or source.stored_dtype
     plan = plan_conversion(
         source,
@@ -136,12 +137,11 @@ def prepare(options: ConvertOptions) -> Conversion:
     return Conversion(options, plan, target, config)
 
 
-def _merged(options: ConvertOptions, config: MixtralConfig) -> AdaptedWeights:
+def _merged(
+    options: ConvertOptions, weights: FoundWeights, config: MixtralConfig
+) -> AdaptedWeights:
     """The input's weights under our names, with the adapter added."""
-    weights = open_weights(
-        options.input_path, config, strategy=options.strategy_dir, flag=options.input_flag
-    )
-    return adapted(weights, options.merge_lora, config, "--merge_lora")
+    return adapted(open_weights(weights, config), options.merge_lora, config, "--merge_lora")
 
 
 def _require_yaml_possible(options: ConvertOptions, config: MixtralConfig | None) -> None:

@@ -19,15 +19,16 @@ from mixtral_ms.checkpoint.formats.file_formats import (
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
 from mixtral_ms.checkpoint.store.folders import put_in_place, restore_moved
 from mixtral_ms.checkpoint.store.manifest import STATE, Manifest, write_manifest
-from mixtral_ms.convert.formats.conversion_record import FOLDER_RECORD
-from mixtral_ms.convert.formats.foreign_config import CONFIG_JSON, RECORD_SUFFIX
+from mixtral_ms.convert.formats.conversion_record import FOLDER_RECORD, RECORD_SUFFIX
+from mixtral_ms.convert.formats.foreign_config import CONFIG_JSON
+from mixtral_ms.convert.formats.found_weights import TOKENIZER_FILE
 from mixtral_ms.convert.job.output_record import file_hashes
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import fsync_path
 
 Kind = Literal["huggingface", "checkpoint", "file"]
 TOKENIZER_FILES = (
-    "tokenizer.model",
+    TOKENIZER_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

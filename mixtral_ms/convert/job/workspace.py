@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry, TensorEntry
-from mixtral_ms.checkpoint.store.manifest import verify_file
+from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
+from mixtral_ms.checkpoint.store.manifest import file_entry, verify_file
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
 
@@ -69,13 +69,8 @@ class Workspace:
 
 
 def _finished(data: dict[str, Any]) -> Finished:
-    entry = data["entry"]
-    tensors = {
-        name: TensorEntry(**{**tensor, "shape": tuple(tensor["shape"])})
-        for name, tensor in entry["tensors"].items()
-    }
     losses = {name: tuple(counts) for name, counts in data["losses"].items()}
-    return Finished(FileEntry(**{**entry, "tensors": tensors}), data["read"], losses)
+    return Finished(file_entry(data["entry"]), data["read"], losses)
 
 
 @contextlib.contextmanager

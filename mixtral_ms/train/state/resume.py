@@ -13,6 +13,7 @@ from mixtral_ms.checkpoint.store.store import find_checkpoint
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.loading.resolve import is_zero
 from mixtral_ms.convert.adapters.lora_weights import require_base
+from mixtral_ms.convert.formats.found_weights import FoundWeights, Kind, find_weights
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
@@ -77,9 +78,22 @@ def _resume_path(config: RunConfig) -> Path | None:
     if _nothing_yet(config, root):
         get_logger().info("no checkpoint in %s yet: starting from step 0", root)
         return None
-    path = find_checkpoint(root, name)
+    path = find_checkpoint(root, name) if name else _resumable(find_weights(root))
     get_logger().info("resuming from %s", path)
     return path
+
+
+def _resumable(found: FoundWeights) -> Path:
+    """The checkpoint's folder: only our own hold what a run goes on from."""
+    if found.kind in (Kind.CHECKPOINT, Kind.LORA):
+        return found.path
+    weights = found.kind not in (Kind.NOTHING, Kind.PEFT)
+    raise UserError(
+        f"cannot resume {found.path}: it is {found.kind.value}, and no checkpoint with optimizer "
+        "state"
+        + weights
+        * f"; to start a new run from it: --resume_training False --load_checkpoint {found.path}"
+    )
 
 
 def _resume_root(config: RunConfig) -> Path:

@@ -174,7 +174,6 @@ def test_warmup_given_as_zero_steps_beside_a_ratio():
         (["do_eval=True"], "set --eval_dataset_dir"),
         (["load_checkpoint=/no/where"], "load_checkpoint: path does not exist"),
         (["src_strategy_path_or_dir=/no/where"], "src_strategy_path_or_dir: path does not exist"),
-        (["run_mode=predict"], "processor.tokenizer.vocab_file is empty"),
         (["output_dir=''"], "output_dir is empty"),
         (["model.model_config.checkpoint_name_or_path=llama2_7b"], "load_checkpoint: path"),
     ],

@@ -165,6 +165,20 @@ def test_describe_shows_what_would_run():
     assert "set --train_data" in text
 
 
+def test_describe_says_what_prediction_lacks(tmp_path):
+    def lacking(*settings):
+        text = describe(load_config(PREDICT, [f"output_dir={tmp_path}/run", *settings]))
+        return text.partition("before this runs:\n")[2].splitlines()
+
+    weights = f"load_checkpoint={tmp_path / 'm.ckpt'}"
+    assert ["needs weights" in one for one in lacking()] == [True]
+    assert ["load_checkpoint: path does not exist" in one for one in lacking(weights)] == [True]
+    (tmp_path / "m.ckpt").touch()
+    assert ["no tokenizer.model beside the weights" in one for one in lacking(weights)] == [True]
+    (tmp_path / "tokenizer.model").touch()
+    assert lacking(weights) == []
+
+
 def test_describe_warns_of_too_little_memory():
     config = load_config(BIG, ["context.max_device_memory=20GB"])
     assert "stage 1 needs" in describe(config)

@@ -7,7 +7,8 @@ import pytest
 import safetensors.numpy
 from helpers.convert_oracle import HIDDEN, WIDTH, write_source
 
-from mixtral_ms.convert.formats.open_weight_files import open_source, verify_release
+from mixtral_ms.convert.formats.found_weights import Flags, find_weights
+from mixtral_ms.convert.formats.open_weight_files import open_found, verify_release
 from mixtral_ms.convert.job.conversion import ConvertOptions, convert, prepare
 from mixtral_ms.errors import UserError
 
@@ -228,22 +229,25 @@ def test_outputs_that_cannot_be(source, output, to, expected):
 
 
 def test_inputs_that_are_none(tmp_path):
+    def opened(name, strategy=None):
+        return open_found(find_weights(tmp_path / name, Flags("--x", "--strategy_dir"), strategy))
+
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="--x: .*nowhere does not exist"):
-        open_source(tmp_path / "nowhere", "--x")
+        opened("nowhere")
     with pytest.raises(UserError, match="--x: .*empty holds no weights"):
-        open_source(tmp_path / "empty", "--x")
+        opened("empty")
     for name in ("a.ckpt", "b.ckpt"):
         (tmp_path / "empty" / name).touch()
     with pytest.raises(UserError, match=r"name one of a\.ckpt, b\.ckpt"):
-        open_source(tmp_path / "empty", "--x")
+        opened("empty")
     for rank in range(2):
         (tmp_path / "ranks" / f"rank_{rank}").mkdir(parents=True)
         (tmp_path / "ranks" / f"rank_{rank}" / "a.ckpt").touch()
     with pytest.raises(UserError, match="--x: .*ranks holds 2 ranks: give --strategy_dir"):
-        open_source(tmp_path / "ranks", "--x")
+        opened("ranks")
     with pytest.raises(UserError, match="--strategy_dir: .*nowhere does not exist"):
-        open_source(tmp_path / "ranks", "--x", tmp_path / "nowhere")
+        opened("ranks", tmp_path / "nowhere")
 
 
 def test_a_shard_that_was_not_downloaded(source):

@@ -11,6 +11,7 @@ from mixtral_ms.checkpoint.formats.dtype_casts import cast
 from mixtral_ms.checkpoint.formats.safetensors_format import write_safetensors
 from mixtral_ms.checkpoint.formats.tensor_source import outgoing
 from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
+from mixtral_ms.convert.formats.found_weights import find_weights
 from mixtral_ms.convert.formats.weight_view import open_weights
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
@@ -44,7 +45,7 @@ def logged(caplog):
 @pytest.mark.parametrize("name", oracle.MAKERS)
 def test_every_format_reads_as_ours(name, tmp_path):
     expected = oracle.MAKERS["ours"](oracle.write_source(tmp_path / name, name))
-    weights = open_weights(tmp_path / name, CONFIG)
+    weights = open_weights(find_weights(tmp_path / name), CONFIG)
     assert set(weights.infos) == set(expected) == set(parameter_shapes(CONFIG))
     random = np.random.default_rng(1)
     for key, array in expected.items():
@@ -64,7 +65,7 @@ def test_what_does_not_fit_is_listed_or_left_out(tmp_path, caplog):
     path = tmp_path / "model.safetensors"
     safetensors.numpy.save_file(tensors, path)
     with pytest.raises(UserError) as caught:
-        open_weights(path, CONFIG)
+        open_weights(find_weights(path), CONFIG)
     for part in (
         f"--load_checkpoint: {path}",
         "3 tensors",
@@ -75,7 +76,7 @@ def test_what_does_not_fit_is_listed_or_left_out(tmp_path, caplog):
     ):
         assert part in str(caught.value)
     with logged(caplog):
-        weights = open_weights(path, CONFIG, allow_partial=True)
+        weights = open_weights(find_weights(path), CONFIG, allow_partial=True)
     assert set(parameter_shapes(CONFIG)) - set(weights.infos) == {ROUTER, EXPERTS}
     assert [one.endswith(": skipped") for one in caplog.messages] == [True] * 3
 
@@ -83,7 +84,7 @@ def test_what_does_not_fit_is_listed_or_left_out(tmp_path, caplog):
 def test_other_numerics_than_the_weights_were_made_with_are_named(tmp_path, caplog):
     oracle.write_source(tmp_path / "hf", "hf", rope_theta=5e5)
     with logged(caplog):
-        open_weights(tmp_path / "hf", CONFIG)
+        open_weights(find_weights(tmp_path / "hf"), CONFIG)
     (line,) = caplog.messages
     assert "config.json says rope_theta 500000.0" in line and "1000000.0" in line
 
@@ -93,6 +94,6 @@ def test_bfloat16_stays_bits(tmp_path):
     bits = {key: cast(value, "float32", "bfloat16") for key, value in expected.items()}
     path = tmp_path / "ours.safetensors"
     write_safetensors(path, [outgoing(k, v, "bfloat16") for k, v in bits.items()], {})
-    weights = open_weights(path, CONFIG)
+    weights = open_weights(find_weights(path), CONFIG)
     assert weights.infos[EXPERTS].dtype == "bfloat16"
     np.testing.assert_array_equal(weights.read(EXPERTS), bits[EXPERTS])
