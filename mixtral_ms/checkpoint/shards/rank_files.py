@@ -118,16 +118,16 @@ def _step_in(match: re.Match[str]) -> tuple[int, int]:
 def _require_one_step(files: list[list[Path]]) -> None:
     """All ranks have files of the same names but for the rank, and of the same step."""
     first = files[0]
-    for rank, here in enumerate(files):
-        if [step_of(path) for path in here] != [step_of(path) for path in first]:
+    for rank, own in enumerate(files):
+        if [step_of(path) for path in own] != [step_of(path) for path in first]:
             raise UserError(
-                f"rank {rank}'s file {here[0].name} is of another step than rank 0's "
+                f"rank {rank}'s file {own[0].name} is of another step than rank 0's "
                 f"{first[0].name}: a checkpoint was not saved on every rank; move the newer "
                 "files away"
             )
-        if [_kind(path) for path in here] != [_kind(path) for path in first]:
+        if [_kind(path) for path in own] != [_kind(path) for path in first]:
             raise UserError(
-                f"rank {rank} has {_listed(path.name for path in here)}, "
+                f"rank {rank} has {_listed(path.name for path in own)}, "
                 f"rank 0 has {_listed(path.name for path in first)}"
             )
 

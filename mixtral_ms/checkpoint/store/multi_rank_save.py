@@ -62,9 +62,9 @@ class SavingRanks:
         return self.board.hosts.leads if self.board else self.mesh.rank == 0
 
     @property
-    def here(self) -> tuple[int, ...]:
+    def local_ranks(self) -> tuple[int, ...]:
         """The ranks that write into the same folder."""
-        return self.board.hosts.here if self.board else tuple(range(self.mesh.world_size))
+        return self.board.hosts.local_ranks if self.board else tuple(range(self.mesh.world_size))
 
     def folder(self, root: Path, name: str) -> Path:
         """The unfinished folder that all ranks mean, and no earlier run has left."""
@@ -78,7 +78,7 @@ class SavingRanks:
             OSError: the disk is full, or there is no folder after `wait_seconds`.
         """
         new = self.folder(root, name)
-        self._wait(new.is_dir, lambda: f"rank {self.here[0]} has not made {new}")
+        self._wait(new.is_dir, lambda: f"rank {self.local_ranks[0]} has not made {new}")
         files = write_rank_files(new / f"rank_{self.mesh.rank}", tensors)
         fsync_path(new / f"rank_{self.mesh.rank}")
         with write_aside(_record(new, self.mesh.rank)) as aside:
@@ -97,7 +97,7 @@ class SavingRanks:
         Raises:
             OSError: a rank has not written its part after `wait_seconds`.
         """
-        records = {rank: _record(new, rank) for rank in self.here if rank != self.mesh.rank}
+        records = {rank: _record(new, rank) for rank in self.local_ranks if rank != self.mesh.rank}
         self._wait(
             lambda: all(one.exists() for one in records.values()),
             lambda: _missing(list(records.values())),

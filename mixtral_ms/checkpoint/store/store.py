@@ -125,7 +125,7 @@ def save_checkpoint(
         with store_lock(root) as held:
             if held:
                 clean_leftovers(root)
-            _require_space(root, tensors, len(ranks.here) if ranks else 1)
+            _require_space(root, tensors, len(ranks.local_ranks) if ranks else 1)
             _write_and_rename(root, name, tensors, state_text, ranks)
             if ranks:
                 ranks.settled()

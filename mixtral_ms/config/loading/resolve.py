@@ -56,9 +56,9 @@ def micro_batches(config: RunConfig) -> int:
 
 
 def sequences_per_micro_step(config: RunConfig) -> int:
-    """Rows of all ranks whose gradients one accumulation step takes.
+    """Sequences of all ranks whose gradients one accumulation step takes.
 
-    In a pipeline that is one row of micro batches.
+    In a pipeline that is all its micro batches.
     """
     grid = effective_parallel(config)
     sequences = (config.runner_config.batch_size or 0) * grid.data_parallel
@@ -66,7 +66,7 @@ def sequences_per_micro_step(config: RunConfig) -> int:
 
 
 def sequences_per_step(config: RunConfig) -> int:
-    """Rows of all ranks that one optimizer step takes."""
+    """Sequences of all ranks that one optimizer step takes."""
     return sequences_per_micro_step(config) * config.runner_config.gradient_accumulation_steps
 
 

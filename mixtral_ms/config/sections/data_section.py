@@ -43,8 +43,8 @@ class DatasetSection:
     """Training leaves out the last records that do not fill a batch, evaluation counts them;
     another value gives a line in the log."""
     batch_size: int | None = None
-    """Rows of a micro batch of one rank; runner_config.batch_size wins for training and stands in
-    for evaluation where this is empty."""
+    """Sequences of a micro batch of one rank; runner_config.batch_size wins for training and
+    stands in for evaluation where this is empty."""
     repeat: int = inert(1, "runner_config.epochs says how often the data is read")
     eod_reset: bool = unsupported(False, "attention sees the whole record")
     eod_token_id: int | None = inert(None, "model_config.eos_token_id says it")

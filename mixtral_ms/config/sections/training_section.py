@@ -17,11 +17,11 @@ class RunnerConfig:
 
     epochs: int = 1
     batch_size: int | None = None
-    """Rows of a micro batch of one rank; empty means train_dataset.batch_size."""
+    """Sequences of a micro batch of one rank; empty means train_dataset.batch_size."""
     gradient_accumulation_steps: int = 1
-    """Micro batches whose gradients are averaged before one optimizer step."""
+    """Gradient accumulation: micro batches averaged before one optimizer step."""
     global_batch_size: int | None = None
-    """Rows of one optimizer step over all ranks; sets gradient_accumulation_steps when given."""
+    """Sequences of one optimizer step over all ranks; sets gradient_accumulation_steps if given."""
     max_steps: int | None = None
     """End training (and the learning-rate schedule) after this many steps, whatever `epochs`."""
     stop_at_step: int | None = None

@@ -1,4 +1,4 @@
-"""The cache of a beam search: hypotheses that continue the same one share its full blocks."""
+"""The KV cache of a beam search: hypotheses that continue the same one share its full blocks."""
 
 from collections.abc import Sequence as Ids
 

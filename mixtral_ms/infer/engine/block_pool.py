@@ -1,4 +1,4 @@
-"""Blocks of the cache: who holds which, and sharing them between hypotheses."""
+"""Paged KV cache: who holds which of its blocks, and sharing them between hypotheses."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Continuous batching: many requests through one runner, each answered as if it were alone."""
+"""Continuous batching over a KV cache: many requests, each answered as if it were alone."""
 
 import weakref
 from collections import deque

@@ -1,4 +1,4 @@
-"""Which request computes what next, and where its cache lies."""
+"""Continuous batching: which request computes what next, and where its KV cache lies."""
 
 from collections import deque
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The CPU's fast path: every step is one call of the C++ decoder.
+"""The CPU's fast path: every step is one call of the C++ decoder, KV cache included.
 
 Legend: N sequences, T tokens of a step, R tokens with logits, M blocks of a table, V vocabulary,
 L layers, K kv heads, E experts.

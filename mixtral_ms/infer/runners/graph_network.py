@@ -279,7 +279,7 @@ class CachedNetwork(nn.Cell):
 
         Args:
             token_ids_T: int32; 0 for padding.
-            valid_T: which tokens are no padding.
+            valid_T: the padding mask: which tokens are no padding.
             cos_T1d, sin_T1d: rotary tables at the tokens' positions.
             cache_slots_T: int32, where each token's key and value are written.
             seen_NS: int32, cache slots of the keys of each sequence.

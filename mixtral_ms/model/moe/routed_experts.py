@@ -59,7 +59,7 @@ class ExpertWeights(nn.Cell):
 
 
 class RoutedExperts(nn.Cell):
-    """Router, dispatch, experts, combine.
+    """Router, token dispatch, experts, combine.
 
     Args:
         config: the network's sizes and its moe_config.

@@ -76,7 +76,7 @@ class Router(nn.Cell):
 
 
 class RouterLosses(nn.Cell):
-    """Balance loss and z loss of each layer, over valid tokens only, and figures for the log.
+    """Auxiliary (load balancing) and z loss of each layer, over valid tokens only, and figures.
 
     All layers together: a graph with these operators once compiles sooner than with them in each.
 

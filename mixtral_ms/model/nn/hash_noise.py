@@ -1,4 +1,4 @@
-"""Noise that is a pure function of a key.
+"""Noise of router jitter and LoRA dropout, a pure function of a key.
 
 Legend: T tokens, D columns.
 """

@@ -1,4 +1,4 @@
-"""Collectives of the network with their gradients.
+"""Collectives of tensor, sequence and expert parallel (all-to-all), with their gradients.
 
 A rank differentiates its own copy of the loss. What all ranks of a group hold alike has the same
 gradient on each; a gradient is "partial" where each rank has only its own share of it, and the sum
@@ -111,7 +111,7 @@ class EnterSplit(nn.Cell):
     """Megatron's f: copy to the tensor-parallel region, where ranks compute different things.
 
     Gives x twice: for those things, whose gradients are partial, and for what all ranks compute
-    alike. With a split sequence x is each rank's part of axis 1, and both are the whole sequence.
+    alike. With sequence parallel x is each rank's part of axis 1, and both are the whole sequence.
     """
 
     def __init__(self, group: ProcessGroup, *, sequence: bool) -> None:
@@ -142,7 +142,7 @@ class LeaveSplit(nn.Cell):
         self.leave = SumScatter(group, 1) if sequence else SumOverRanks(group)
 
     def construct(self, x: Tensor) -> Tensor:
-        """The sum, or with a split sequence the own part of it."""
+        """The sum, or with sequence parallel the own part of it."""
         return self.leave(x)
 
 

@@ -35,7 +35,7 @@ class Hosts:
         return self.leader == self.world.index
 
     @property
-    def here(self) -> tuple[int, ...]:
+    def local_ranks(self) -> tuple[int, ...]:
         """The ranks on this host."""
         return tuple(rank for rank, leader in enumerate(self.leaders) if leader == self.leader)
 

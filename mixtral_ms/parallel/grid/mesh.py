@@ -1,4 +1,4 @@
-"""This process among the ranks, and the groups of ranks that it shares work with.
+"""Process groups: this process among the ranks, and those that it shares work with.
 
 Rank order is MindFormers': rank = ((stage * data_parallel + data) * context_parallel + context)
 * model_parallel + tensor.

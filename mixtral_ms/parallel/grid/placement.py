@@ -172,6 +172,6 @@ def _unravel(index: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major coordinate of an index."""
     coordinate = []
     for size in reversed(sizes):
-        index, here = divmod(index, size)
-        coordinate.append(here)
+        index, along_axis = divmod(index, size)
+        coordinate.append(along_axis)
     return tuple(reversed(coordinate))

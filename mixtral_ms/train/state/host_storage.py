@@ -53,7 +53,7 @@ def open_on_all_hosts(root: Path, name: str | None, hosts: Hosts, strategy: str)
     path = root / _common_name(root, name, hosts)
     manifest = _same_manifest(path, hosts)
     held = held_files(path, manifest)
-    ranks = hosts.here
+    ranks = hosts.local_ranks
     share = held[ranks.index(hosts.world.index) :: len(ranks)]
     problems = verify_files(path, manifest, share)
     if hosts.leads:

@@ -1,4 +1,4 @@
-"""Gradients of the micro batches of one step, as compiled graphs.
+"""Gradient accumulation over the micro batches of one step, as compiled graphs.
 
 Legend: B batch, S sequence, L layers, E experts.
 """
@@ -119,7 +119,7 @@ class _Gradients(nn.Cell):
 
 
 class GradientSums(nn.Cell):
-    """For each parameter the sum of its gradients, to be added to inside a graph."""
+    """Gradient accumulation: of each parameter the sum so far, added to inside a graph."""
 
     def __init__(self, weights: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)

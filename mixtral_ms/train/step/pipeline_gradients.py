@@ -1,4 +1,4 @@
-"""Micro batches through the stages of a pipeline, with their gradients accumulated.
+"""Gradient accumulation over the micro batches that go through the pipeline stages.
 
 A stage is compiled twice: forwards, and backwards with the forward in it, so that of a micro batch
 under way only the stage's input is kept. The last stage needs the second graph alone.
@@ -31,11 +31,11 @@ class Neighbours:
 
     def __init__(self, network: MixtralForCausalLM, batch: Batch) -> None:
         self.mesh, config = network.mesh, network.config
-        rows, columns = batch.input_ids.shape
+        sequences, length = batch.input_ids.shape
         if self.mesh.grid.use_seq_parallel:
-            columns //= self.mesh.grid.model_parallel
+            length //= self.mesh.grid.model_parallel
         dtype = compute_type(config.residual_dtype or config.compute_dtype)
-        self._shape, self._dtype = (rows, columns, config.hidden_size), dtype
+        self._shape, self._dtype = (sequences, length, config.hidden_size), dtype
 
     def empty(self) -> Tensor:
         """Zeros, as large as what goes from stage to stage."""

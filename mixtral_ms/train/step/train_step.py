@@ -1,4 +1,4 @@
-"""One training step: gradients of micro batches, their sums over ranks, their norm, the update.
+"""One training step: gradient accumulation, sums over ranks, the norm, the update.
 
 The host stands between the graphs: it sees the norm, and so decides on clipping, on skipping a
 step that overflowed, and on the loss scale, without a second copy of the gradients. The norm is
