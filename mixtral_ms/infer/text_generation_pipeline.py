@@ -15,6 +15,7 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.infer.engine.sampling_params import SamplingParams
 from mixtral_ms.infer.load_model import LoadedModel, load_model
 from mixtral_ms.infer.predict import predict
+from mixtral_ms.infer.runners.infer_weights import WeightDtype
 
 TASK = "text_generation"
 _YAML = (".yaml", ".yml")
@@ -45,10 +46,10 @@ class TextGenerationPipeline:
             if not isinstance(one, str):
                 raise UserError(f"prompt {one!r}: must be a text")
         answers = predict(self.model, prompts, self._params(options))
-        for number, one in enumerate(answers, 1):
-            if one.error is not None:
-                raise UserError(f"prompt {number} of {len(answers)}: {one.error}")
-        return [{f"{TASK}_text": [one.prompt + one.text]} for one in answers]
+        for number, answer in enumerate(answers, 1):
+            if answer.error is not None:
+                raise UserError(f"prompt {number} of {len(answers)}: {answer.error}")
+        return [{f"{TASK}_text": [answer.prompt + answer.text]} for answer in answers]
 
     def _params(self, options: dict[str, Any]) -> SamplingParams:
         known = SamplingParams.__dataclass_fields__
@@ -68,7 +69,7 @@ def pipeline(
     *,
     load_checkpoint: str | os.PathLike[str] | None = None,
     vocab_file: str | os.PathLike[str] | None = None,
-    weight_dtype: str | None = None,
+    weight_dtype: WeightDtype | None = None,
     batch_size: int | None = None,
 ) -> TextGenerationPipeline:
     """Load a model for text generation.
@@ -88,16 +89,16 @@ def pipeline(
     if task != TASK:
         raise UserError(f"task {task!r}: there is only {TASK!r}")
     config = model if isinstance(model, RunConfig) else _config_of(Path(model))
-    given = {
-        "load_checkpoint": load_checkpoint and os.fspath(load_checkpoint),
-        "weight_dtype": weight_dtype,
-        "predict_batch_size": batch_size,
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
+    config = replace(config, run_mode="predict")
+    if load_checkpoint is not None:
+        config.load_checkpoint = os.fspath(load_checkpoint)
+    if weight_dtype is not None:
+        config.weight_dtype = weight_dtype
+    if batch_size is not None:
+        config.predict_batch_size = batch_size
     if vocab_file is not None:
         tokenizer = replace(config.processor.tokenizer, vocab_file=os.fspath(vocab_file))
-        changes["processor"] = replace(config.processor, tokenizer=tokenizer)
-    config = replace(config, run_mode="predict", **changes)
+        config.processor = replace(config.processor, tokenizer=tokenizer)
     check_config(config, needs_paths=False)
     return TextGenerationPipeline(load_model(config))
 

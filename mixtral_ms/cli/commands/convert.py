@@ -122,15 +122,17 @@ def _positive(text: str) -> int:
 
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+) *([KMGT]?B?)", text.upper())
-    unit = match and match[2].removesuffix("B") + "B" * (match[2] not in ("", "B"))
     if not match or not int(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    unit = match[2].removesuffix("B") + "B" * (match[2] not in ("", "B"))
     return int(match[1]) * _UNITS[unit]
 
 
 def _options(arguments: argparse.Namespace) -> ConvertOptions:
-    input_flag = _one_of(arguments, ("--input_path", "--torch_ckpt_dir", "--pre_ckpt_path"))
-    output_flag = _one_of(arguments, ("--output_path", "--mindspore_ckpt_path"))
+    input_flag, input_path = _one_of(
+        arguments, ("--input_path", "--torch_ckpt_dir", "--pre_ckpt_path")
+    )
+    output_flag, output_path = _one_of(arguments, ("--output_path", "--mindspore_ckpt_path"))
     older = output_flag == "--mindspore_ckpt_path"
     if older == (input_flag == "--input_path"):
         raise UserError(
@@ -139,8 +141,8 @@ def _options(arguments: argparse.Namespace) -> ConvertOptions:
         )
     dtype = arguments.dtype or ("fp16" if older else None)
     return ConvertOptions(
-        input_path=_value(arguments, input_flag),
-        output_path=_value(arguments, output_flag),
+        input_path=input_path,
+        output_path=output_path,
         to=_target_format(arguments, output_flag),
         input_flag=input_flag,
         output_flag=output_flag,
@@ -156,17 +158,15 @@ def _options(arguments: argparse.Namespace) -> ConvertOptions:
     )
 
 
-def _value(arguments: argparse.Namespace, flag: str) -> Path | None:
-    return getattr(arguments, flag.removeprefix("--"))
-
-
-def _one_of(arguments: argparse.Namespace, flags: Sequence[str]) -> str:
-    given = [flag for flag in flags if _value(arguments, flag) is not None]
+def _one_of(arguments: argparse.Namespace, flags: Sequence[str]) -> tuple[str, Path]:
+    """The one flag of several that is given, and its path."""
+    values = {flag: getattr(arguments, flag.removeprefix("--")) for flag in flags}
+    given = {flag: value for flag, value in values.items() if value is not None}
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} were both given: give one of them")
     if not given:
         raise UserError(f"one of {', '.join(flags)} must be given; see --help")
-    return given[0]
+    return next(iter(given.items()))
 
 
 def _target_format(arguments: argparse.Namespace, output_flag: str) -> str:

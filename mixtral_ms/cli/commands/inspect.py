@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mixtral_ms.checkpoint.formats.tensor_source import TensorInfo
+from mixtral_ms.checkpoint.formats.tensor_source import TensorInfo, TensorSource
 from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, EXIT_FAILURE, EXIT_OK, run_command
 from mixtral_ms.cli.support.inspection import Inspection, inspect_checkpoint, tensor_sha256
 from mixtral_ms.progress import progress_bar
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     found = inspect_checkpoint(
         args.checkpoint, strategy=args.strategy, grid=args.grid, verify=args.verify
     )
-    hashes = _hashes(found) if args.hash and found.source is not None else {}
+    hashes = _hashes(found, found.source) if args.hash and found.source is not None else {}
     if args.json:
         print(json.dumps(_as_json(found, hashes), indent=1))
     else:
@@ -66,12 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _hashes(found: Inspection) -> dict[str, str]:
+def _hashes(found: Inspection, source: TensorSource) -> dict[str, str]:
     total = sum(info.nbytes for info in found.tensors.values())
     with progress_bar(total, "hashing", "B", scale=True) as bar:
         hashes = {}
         for name, info in found.tensors.items():
-            hashes[name] = tensor_sha256(found.source, name)
+            hashes[name] = tensor_sha256(source, name)
             bar.update(info.nbytes)
     return hashes
 
@@ -142,7 +142,7 @@ def _folded(names: list[str]) -> str:
     """`model.layers.0-31.attention.wq.weight (32)`."""
     if len(names) == 1:
         return names[0]
-    layers = sorted(int(_LAYER.search(name)[2]) for name in names)
+    layers = sorted(int(match[2]) for name in names if (match := _LAYER.search(name)))
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:

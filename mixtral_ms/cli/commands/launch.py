@@ -11,10 +11,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from mixtral_ms.cli.support.exit_status import run_command
 from mixtral_ms.cli.support.worker_processes import Worker, watch
 from mixtral_ms.errors import UserError
+
+T = TypeVar("T")
 
 _LOWEST_PORT, _HIGHEST_PORT = 1024, 65535
 _DEFAULT_GRACE = 30.0
@@ -120,7 +123,7 @@ def _number(name: str, text: str, lowest: int, highest: int | None = None) -> in
     raise UserError(f"{name} {text!r} must be a whole number of at least {lowest}{most}")
 
 
-def _seconds(name: str, default: float | None) -> float | None:
+def _seconds(name: str, default: T) -> float | T:
     """A duration of the environment."""
     text = os.environ.get(name, "")
     if not text:

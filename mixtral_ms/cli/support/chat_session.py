@@ -40,7 +40,8 @@ class ChatSession:
         # The same words asked again get another answer, the same session the same ones.
         params = replace(self.params, seed=self.params.seed + self._asked)
         self._asked += 1
-        engine, pieces = self._model.engine, []
+        engine = self._model.engine
+        pieces: list[str] = []
         answer: Generation | None = None
         number = engine.submit(ids, params)
         try:

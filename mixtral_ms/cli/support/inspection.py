@@ -130,13 +130,13 @@ def _open_ranks(found: Inspection, strategy: Path | None, grid: str | None) -> N
     if len(ranks) == 1 and strategy is None and grid is None:
         found.source, found.layout = ranks[0], "whole"
         return
-    if strategy is None and grid is None:
-        found.layout = "unknown: give --strategy or --grid to have the parts checked"
-        return
     if grid is not None:
         strategies = source_strategies(found.path, ranks, grid, "--grid")
-    else:
+    elif strategy is not None:
         strategies = read_strategies(strategy)
+    else:
+        found.layout = "unknown: give --strategy or --grid to have the parts checked"
+        return
     found.layout = layout_text(strategies)
     found.source = source = assemble(found.path, ranks, strategies)
     found.tensors = dict(source.infos)

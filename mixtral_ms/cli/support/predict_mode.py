@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mixtral_ms.cli.support.exit_status import EXIT_FAILURE, EXIT_OK
@@ -12,7 +12,7 @@ from mixtral_ms.config import RunConfig
 from mixtral_ms.config.checks.check_config import check_config
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
-from mixtral_ms.infer.engine.sampling_params import Generation
+from mixtral_ms.infer.engine.sampling_params import Generation, TokenEvent, whole_answer
 from mixtral_ms.infer.load_model import LoadedModel, load_model
 from mixtral_ms.infer.predict import answer_record, predict
 from mixtral_ms.infer.text.prompts import read_prompts
@@ -77,10 +77,15 @@ def stream_answer(model: LoadedModel, prompt: str) -> Generation:
     except UserError as error:
         return Generation(prompt, "", (), "error", error=str(error))
     show(prompt)
+    answer = whole_answer(_shown(events))
+    show("\n")
+    return answer
+
+
+def _shown(events: Iterable[TokenEvent]) -> Iterator[TokenEvent]:
     for event in events:
         show(event.text)
-    show("\n")
-    return event.generation
+        yield event
 
 
 def _print_logprobs(answer: Generation) -> None:
@@ -118,13 +123,14 @@ def _write(path: Path, answers: Sequence[Generation]) -> None:
 def _log_speed(answers: Sequence[Generation]) -> None:
     """One line: how many tokens, how soon and how fast, over all answers together."""
     done = [one for one in answers if one.first_token_seconds is not None]
-    if not done:
+    firsts = [one.first_token_seconds for one in done if one.first_token_seconds is not None]
+    if not firsts:
         return
     tokens = sum(len(one.token_ids) for one in done)
     seconds = max(one.seconds for one in done)
     get_logger().info(
         "first token after %.3f s; %d tokens in %.2f s, %.1f tokens/s",
-        min(one.first_token_seconds for one in done),
+        min(firsts),
         tokens,
         seconds,
         tokens / seconds,

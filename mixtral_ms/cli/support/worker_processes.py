@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from mixtral_ms.cli.support.exit_status import EXIT_BAD_INPUT
+from mixtral_ms.cli.support.exit_status import EXIT_BAD_INPUT, EXIT_FAILURE
 
 EXIT_TIME_LIMIT = 124
 """As `timeout` gives it."""
@@ -77,13 +77,13 @@ class Worker:
             code = self._process.poll()
             if code is not None:
                 self.status = code if code >= 0 else 128 - code
-                self._signal_group(signal.SIGKILL)
+                _signal_group(self._process, signal.SIGKILL)
         return self.status
 
     def signal(self, number: int) -> None:
         """Send a signal to it and to what it has started, if it still runs."""
         if self._process is not None and self.poll() is None:
-            self._signal_group(number)
+            _signal_group(self._process, number)
 
     def kill(self) -> None:
         """End it now and wait until it is gone."""
@@ -126,9 +126,10 @@ class Worker:
             log.seek(offset)
             return log.read()
 
-    def _signal_group(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+
+def _signal_group(process: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def watch(
@@ -221,7 +222,7 @@ class _Watch:
             lines.append(f"ending the other {len(running)} here")
         print("\n".join(lines), file=sys.stderr, flush=True)
         self._end_workers(_AFTER_FAILURE_SECONDS)
-        return first.status
+        return first.status or EXIT_FAILURE
 
     def _stopped(self, why: str, status: int) -> int:
         seconds = f"{self.grace:g} s to end (again: at once)"
@@ -230,8 +231,8 @@ class _Watch:
         return status
 
     def _success(self) -> int:
-        if self.scheduler is not None:
-            self._wait(_SCHEDULER_SECONDS, lambda: self.scheduler.poll() is not None)
+        if (scheduler := self.scheduler) is not None:
+            self._wait(_SCHEDULER_SECONDS, lambda: scheduler.poll() is not None)
         return 0
 
     def _end_workers(self, seconds: float) -> None:

@@ -5,6 +5,7 @@ import time
 import numpy as np
 
 from mixtral_ms.infer.engine.beam_cache import continue_from
+from mixtral_ms.infer.engine.beam_search import BeamSearch
 from mixtral_ms.infer.engine.request import Request
 from mixtral_ms.infer.engine.sampler import log_softmax, pick
 from mixtral_ms.infer.engine.sampling_params import FinishReason, TokenEvent
@@ -31,7 +32,7 @@ def advance(
     if request.limit == len(request.prompt_ids):
         return _event(request, None, "", "length"), []
     if request.beams is not None:
-        return _advance_beams(request, logits, end_ids, block_size)
+        return _advance_beams(request, request.beams, logits, end_ids, block_size)
     return _advance_one(request, logits[-1], end_ids), []
 
 
@@ -64,13 +65,16 @@ def _advance_one(request: Request, logits_V: np.ndarray, end_ids: frozenset[int]
 
 
 def _advance_beams(
-    request: Request, logits_WV: np.ndarray, end_ids: frozenset[int], block_size: int
+    request: Request,
+    beams: BeamSearch,
+    logits_WV: np.ndarray,
+    end_ids: frozenset[int],
+    block_size: int,
 ) -> tuple[TokenEvent | None, Copies]:
-    beams = request.beams
     parents = beams.advance(logits_WV[-len(request.sequences) :])
     if not beams.done:
         request.sequences, copies = continue_from(
-            request.sequences, parents, beams.open, request.prompt_ids, request.pool, block_size
+            request.sequences, parents, beams.open, request.prompt_ids, request.own_pool, block_size
         )
         return None, copies
     ids = beams.finished[0].token_ids

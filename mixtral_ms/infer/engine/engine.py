@@ -14,7 +14,12 @@ from mixtral_ms.infer.engine.block_pool import blocks_for, check_fits
 from mixtral_ms.infer.engine.decode_step import advance
 from mixtral_ms.infer.engine.request import Request
 from mixtral_ms.infer.engine.request import Sequence as CachedSequence
-from mixtral_ms.infer.engine.sampling_params import Generation, SamplingParams, TokenEvent
+from mixtral_ms.infer.engine.sampling_params import (
+    Generation,
+    SamplingParams,
+    TokenEvent,
+    whole_answer,
+)
 from mixtral_ms.infer.engine.scheduler import Chunk, Scheduler
 from mixtral_ms.infer.engine.step_batch import step_input, wants_logits
 from mixtral_ms.infer.runners.base import Runner
@@ -193,15 +198,16 @@ class Engine:
             self._leave(number)
 
     def _last(self, number: int) -> Generation:
-        *_, last = self._follow(number)
-        return last.generation
+        return whole_answer(self._follow(number))
 
     def _compute(self, chunks: list[Chunk]) -> list[TokenEvent]:
         """Run one step and hand every request its tokens' logits."""
         scored = [wants_logits(chunk) for chunk in chunks]
         logits = self._runner.step(step_input(chunks, scored))
         finite = np.isfinite(logits).all(-1)
-        events, offset, requests = [], 0, {}
+        events: list[TokenEvent] = []
+        requests: dict[int, tuple[Chunk, list[slice]]] = {}
+        offset = 0
         for chunk, wanted in zip(chunks, scored, strict=True):
             chunk.sequence.computed = chunk.end
             span = slice(offset, offset + len(wanted))
@@ -215,6 +221,7 @@ class Engine:
 
     def _advance(self, chunk: Chunk, logits: np.ndarray, finite: np.ndarray) -> TokenEvent | None:
         request = chunk.request
+        event: TokenEvent | None
         if not finite.all():
             wrong = "the network's logits are not finite (NaN or infinity): its weights are damaged"
             event = TokenEvent(request.number, None, "", None, request.result("error", wrong))

@@ -45,13 +45,20 @@ class Request:
     first_token: float | None = None
 
     @property
+    def own_pool(self) -> BlockPool:
+        """`pool`, of a request that runs."""
+        if self.pool is None:
+            raise RuntimeError(f"request {self.number} does not run: it has no blocks")
+        return self.pool
+
+    @property
     def answer_ids(self) -> Ids[int]:
         """What was generated so far, of the only sequence there is without beams."""
         return self.sequences[0].ids[len(self.prompt_ids) :]
 
     def result(self, reason: FinishReason, error: str | None = None) -> Generation:
         """The answer as it stands."""
-        ids, logprobs = tuple(self.answer_ids), self.logprobs
+        ids, logprobs = tuple(self.answer_ids), tuple(self.logprobs)
         if self.beams is not None and self.beams.finished:
             best = self.beams.finished[0]
             ids, logprobs = best.token_ids, best.logprobs
@@ -62,7 +69,7 @@ class Request:
             token_ids=ids,
             finish_reason=reason,
             prompt_token_ids=tuple(self.prompt_ids),
-            logprobs=tuple(logprobs) if self.params.logprobs else None,
+            logprobs=logprobs if self.params.logprobs else None,
             prompt_logprobs=tuple(self.prompt_logprobs) if self.params.prompt_logprobs else None,
             error=error,
             first_token_seconds=None if first is None else first - self.submitted,

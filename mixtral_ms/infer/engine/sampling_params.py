@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -73,7 +74,7 @@ class SamplingParams:
     @classmethod
     def from_model_config(cls, config: MixtralConfig, **overrides: Any) -> "SamplingParams":
         """The generation keys of a YAML's model_config, then `overrides` that are not None."""
-        values = {
+        values: dict[str, Any] = {
             "do_sample": config.do_sample,
             "top_k": config.top_k,
             "top_p": config.top_p,
@@ -172,3 +173,14 @@ class TokenEvent:
     logprob: float | None = None
     generation: Generation | None = field(default=None, repr=False)
     """The whole answer, with the request's last event."""
+
+
+def whole_answer(events: Iterable[TokenEvent]) -> Generation:
+    """The answer that the last event of a request holds.
+
+    Raises RuntimeError when the events end without it: the request was cancelled.
+    """
+    for event in events:
+        if event.generation is not None:
+            return event.generation
+    raise RuntimeError("the request was cancelled before its answer was whole")

@@ -130,7 +130,7 @@ class Scheduler:
         for sequence in request.sequences:
             missing = blocks_for(positions, self._block_size) - len(sequence.table)
             if missing > 0:
-                sequence.table += request.pool.allocate(missing)
+                sequence.table += request.own_pool.allocate(missing)
 
     def _grow(self, request: Request, positions: int) -> bool:
         """Make room for so many positions; False when the request itself had to give way."""
@@ -149,8 +149,8 @@ class Scheduler:
     def _stop(self, request: Request) -> None:
         self.running.remove(request)
         for sequence in request.sequences:
-            request.pool.release(sequence.table)
+            request.own_pool.release(sequence.table)
             sequence.table, sequence.computed = [], 0
         if request.blocks:
-            self.pool.release(request.pool.blocks)
+            self.pool.release(request.own_pool.blocks)
         request.pool = None

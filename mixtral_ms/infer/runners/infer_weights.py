@@ -148,8 +148,8 @@ def _as_float32(source: TensorSource, name: str, rows: slice) -> np.ndarray:
 
 
 def _store(values: np.ndarray, tensor: np.ndarray, scales: np.ndarray | None) -> int:
-    """Cast `values` into `tensor`; returns how many of them are not finite then."""
-    if tensor.dtype != np.int8:
+    """Cast into `tensor`, int8 where it has scales; returns how many values are not finite then."""
+    if scales is None:
         with np.errstate(over="ignore"):
             tensor[...] = values
         return _not_finite(tensor)

@@ -97,11 +97,17 @@ def _taken_apart(messages: object, path: Path) -> tuple[str, list[tuple[str, str
     )
     if not isinstance(messages, list):
         raise wrong
-    pairs = [(m.get("role"), m.get("content")) if isinstance(m, dict) else () for m in messages]
-    if any(len(pair) != 2 or not isinstance(pair[1], str) or not pair[1] for pair in pairs):
-        raise wrong
-    system = pairs.pop(0)[1] if pairs and pairs[0][0] == "system" else ""
-    roles, texts = [role for role, _ in pairs], [text for _, text in pairs]
+    roles: list[object] = []
+    texts: list[str] = []
+    for message in messages:
+        text = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(text, str) or not text:
+            raise wrong
+        roles.append(message.get("role"))
+        texts.append(text)
+    system = ""
+    if roles and roles[0] == "system":
+        roles, system, texts = roles[1:], texts[0], texts[1:]
     if roles != ["user", "assistant"] * (len(roles) // 2):
         raise wrong
     return system, list(zip(texts[::2], texts[1::2], strict=True))

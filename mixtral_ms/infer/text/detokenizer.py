@@ -11,9 +11,17 @@ _WINDOW = 16
 class TokenizerLike(Protocol):
     """What the engine asks of a tokenizer; `data.tokenizer.Tokenizer` is one."""
 
-    bos_id: int
-    eos_id: int
-    vocab_size: int
+    @property
+    def bos_id(self) -> int:
+        """Id that begins a document, -1 when there is none."""
+
+    @property
+    def eos_id(self) -> int:
+        """Id that ends a document, -1 when there is none."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces; every id is below it."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos and eos."""
