@@ -42,7 +42,9 @@ prepare_venv() {
     return
   fi
   echo "== installing mixtral-ms[$extra] and MindSpore $mindspore into $folder: a few minutes, once"
-  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
+  # pip before 23.1, which Python 3.10 brings, builds old packages (fschat leads to one) in a way
+  # that fails by now, unless told otherwise.
+  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --use-pep517 \
     -e "${ROOT}[$extra]" "mindspore==$mindspore" || return
   echo "$wanted" >"$stamp"
 }

@@ -82,6 +82,26 @@ def graph(device):
     mindspore.set_context(mode=before)
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, device):
+    """A folder with helpers.runs' data and run.yaml, and what its run left in `output`.
+
+    Several files read it: nobody writes into it.
+    """
+    import mindspore  # noqa: PLC0415
+    from helpers.runs import make_run  # noqa: PLC0415 - after pytest has set sys.path
+
+    from mixtral_ms import Trainer, load_config  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("tiny_run")
+    before = mindspore.get_context("mode")
+    mindspore.set_context(mode=mindspore.GRAPH_MODE)
+    result = Trainer(load_config(make_run(folder))).train()
+    mindspore.set_context(mode=before)
+    assert result.signal_number is None
+    return folder
+
+
 _errors = {}
 
 

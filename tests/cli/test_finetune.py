@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from helpers.runs import (
     VOCAB,
     assert_same_run,
     final_tensors,
-    make_run,
     metrics_of,
     tiny_config,
 )
@@ -43,15 +43,13 @@ def write_instructions(path, rows, seed):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, device):
-    """Weights of a short run in pretrained/, instructions, and finetune.yaml."""
+def folder(tiny_run, tmp_path_factory):
+    """Weights of a run in pretrained/, instructions, and finetune.yaml."""
     import mindspore  # noqa: PLC0415
 
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
     folder = tmp_path_factory.mktemp("finetune")
-    make_run(folder)
-    more = ("--do_eval", "False", "--runner_config.max_steps", "2")
-    main(["--config", f"{folder / 'run.yaml'}", "--output_dir", f"{folder / 'pretrained'}", *more])
+    shutil.copytree(tiny_run / "output", folder / "pretrained")
     write_instructions(folder / "train.qa.mindrecord", 22, seed=0)
     write_instructions(folder / "eval.qa.mindrecord", 7, seed=1)
     config = tiny_config(folder)
@@ -74,13 +72,23 @@ def finetune(folder):
     return run
 
 
+def in_one_go(folder, name, *arguments):
+    where = ("--output_dir", f"{folder / name}")
+    weights = ("--load_checkpoint", f"{folder / 'pretrained' / 'checkpoint'}")
+    main(["--config", f"{folder / 'finetune.yaml'}", *where, *weights, *arguments])
+    return folder / name
+
+
 @pytest.fixture(scope="module")
 def adapted(folder):
     """A LoRA run in one go; its output folder."""
-    where = ("--output_dir", f"{folder / 'lora'}")
-    weights = ("--load_checkpoint", f"{folder / 'pretrained' / 'checkpoint'}")
-    main(["--config", f"{folder / 'finetune.yaml'}", *where, *weights, *LORA])
-    return folder / "lora"
+    return in_one_go(folder, "lora", *LORA)
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run on all weights in one go; its output folder."""
+    return in_one_go(folder, "whole")
 
 
 def test_it_starts_from_weights(finetune):
@@ -90,12 +98,11 @@ def test_it_starts_from_weights(finetune):
         finetune("nothing", "--run_mode", "train", *LORA, load=None)
 
 
-def test_full_finetuning_resumes_bit_for_bit(finetune, folder):
-    finetune("whole")
+def test_full_finetuning_resumes_bit_for_bit(finetune, folder, whole):
     finetune("parts", "--runner_config.stop_at_step", "3")
     finetune("parts", "--resume_training", "True")
-    assert_same_run(folder / "parts", folder / "whole")
-    tokens = {record["tokens"] for record in metrics_of(folder / "whole") if "lm_loss" in record}
+    assert_same_run(folder / "parts", whole)
+    tokens = {record["tokens"] for record in metrics_of(whole) if "lm_loss" in record}
     assert tokens == {2 * 4 * (SEQ_LENGTH + 1 - ANSWER)}  # the supervised ones of a step alone
 
 
@@ -150,9 +157,8 @@ def test_a_resume_with_another_adapter_is_refused(finetune, adapted, arguments, 
         finetune(adapted.name, *LORA, "--resume_training", "True", *arguments)
 
 
-def test_other_weights_beneath_an_adapter_are_refused(finetune, folder, adapted):
-    finetune("other", "--runner_config.max_steps", "2", "--do_eval", "False")
-    other = "other/checkpoint"
+def test_other_weights_beneath_an_adapter_are_refused(finetune, whole, adapted):
+    other = f"{whole.name}/checkpoint"
     with pytest.raises(UserError, match="made for the weights of .*pretrained.* are others"):
         finetune(adapted.name, *LORA, "--resume_training", "True", load=other)
     key = ("--set", f"adapter={adapted / 'checkpoint'}")
@@ -181,7 +187,7 @@ def test_a_wrong_pet_config_is_refused(finetune, change, message):
         finetune("wrong", *LORA, "--set", f"model.model_config.pet_config.{change}")
 
 
-def test_the_report_shows_answers_before_and_after(finetune, folder):
+def test_the_report_shows_answers_before_and_after(finetune, folder, whole):
     tokenizer = find_example_tokenizer()
     finetune(
         "samples",
@@ -195,8 +201,7 @@ def test_the_report_shows_answers_before_and_after(finetune, folder):
         assert [one[key] for one in samples] == [Tokenizer(tokenizer).decode(a) for a in answers]
     page = (folder / "samples" / "report.html").read_text()
     assert "Answers before and after" in page and page.count('class="sample"') == 2
-    finetune("no_samples", "--do_eval", "False", "--runner_config.stop_at_step", "1")
-    assert not (folder / "no_samples" / "samples.json").exists()
+    assert not (whole / "samples.json").exists()  # nobody asked for any
 
 
 def rows_of(folder):

@@ -1,7 +1,6 @@
 """--load_checkpoint takes whatever convert_weight.py and transform_ckpt.py write, as it is."""
 
 import pytest
-from helpers.runs import make_run, run_command
 
 from mixtral_ms import Trainer, load_config
 from mixtral_ms.cli.commands.convert import main as convert
@@ -12,13 +11,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of two steps, and its weights in every form."""
+def trained(tiny_run, tmp_path_factory):
+    """A run, and its weights in every form."""
     folder = tmp_path_factory.mktemp("formats")
-    yaml = make_run(folder)
-    done = run_command("--config", yaml, "--runner_config.max_steps", 2)
-    assert done.returncode == 0, done.stderr
-    ours = folder / "output" / "checkpoint"
+    yaml, ours = tiny_run / "run.yaml", tiny_run / "output" / "checkpoint"
     hf, ckpt, gmm, cut = (folder / name for name in ("hf", "whole.ckpt", "gmm.ckpt", "cut"))
     convert(["--reversed", "--input_path", str(ours), "--output_path", str(hf)])
     convert(["--input_path", str(ours), "--output_path", str(ckpt)])
