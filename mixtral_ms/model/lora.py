@@ -3,6 +3,18 @@
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from mixtral_ms.config.derived.parameter_row import is_lora_name
+from mixtral_ms.config.derived.parameter_table import (
+    EXPERT_DOWN,
+    EXPERT_GATE,
+    EXPERT_UP,
+    KEY,
+    OUTPUT,
+    QUERY,
+    ROUTER,
+    VALUE,
+    adapted_rows,
+)
 from mixtral_ms.config.sections.lora_section import PetSection
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.kernels.kernel_choice import KernelChoice
@@ -10,9 +22,11 @@ from mixtral_ms.model.moe.routed_experts import ExpertWeight, RoutedExperts
 from mixtral_ms.model.nn.hash_noise import hash_uniform
 from mixtral_ms.model.nn.linear import Linear, empty_parameter
 from mixtral_ms.parallel.comm.graph_primitives import zeros_like
-from mixtral_ms.parallel.grid.sharding_rules import LORA_A, LORA_B
 
 _KEY = ".lora_key"
+_PROJECTIONS = {"wq": QUERY, "wk": KEY, "wv": VALUE, "wo": OUTPUT}
+_EXPERTS = {"w1": EXPERT_GATE, "w3": EXPERT_UP, "w2": EXPERT_DOWN}
+"""Attributes of the cells, in the order of the experts' arguments."""
 _SALTS_PER_LAYER = 8  # one for each module that drops values
 
 
@@ -55,18 +69,16 @@ def add_adapters(
 ) -> None:
     """Give the modules that pet_config means their adapters, before the network is filled."""
     pet = config.pet_config
-    adapted = set(pet.modules(config.num_layers))
+    adapted = set(adapted_rows(pet, config.num_layers))
     for number, layer in enumerate(layers, first_layer):
-        prefix, salt = f"model.layers.{number}.", number * _SALTS_PER_LAYER
-        for index, name in enumerate(("wq", "wk", "wv", "wo")):
-            if f"{prefix}attention.{name}" in adapted:
+        salt, routed = number * _SALTS_PER_LAYER, layer.feed_forward.routed_experts
+        for index, (name, row) in enumerate(_PROJECTIONS.items()):
+            if (number, row) in adapted:
                 linear = LoraLinear(getattr(layer.attention, name), pet, salt + index)
                 setattr(layer.attention, name, linear)
-        routed = layer.feed_forward.routed_experts
-        prefix += "feed_forward.routed_experts."
-        if f"{prefix}router.dense" in adapted:
+        if (number, ROUTER) in adapted:
             routed.router.dense = LoraLinear(routed.router.dense, pet, salt + 4)
-        names = [name for name in ("w1", "w3", "w2") if f"{prefix}ffn.{name}" in adapted]
+        names = [name for name, row in _EXPERTS.items() if (number, row) in adapted]
         _adapt_experts(routed, names, pet, salt + 5, kernels)
 
 
@@ -74,7 +86,7 @@ def _adapt_experts(
     routed: RoutedExperts, names: list[str], pet: PetSection, salt: int, kernels: KernelChoice
 ) -> None:
     """Experts that compute no gradient of their weights, and have these adapters."""
-    for name in ("w1", "w3", "w2"):
+    for name in _EXPERTS:
         weight: ExpertWeight = getattr(routed.ffn, name)
         experts, outputs, inputs = weight.weight.shape
         if name in names:
@@ -88,7 +100,7 @@ def _adapt_experts(
 
 def is_lora_parameter(parameter: Parameter) -> bool:
     """Whether a parameter is an adapter's A or B."""
-    return parameter.name.endswith((LORA_A, LORA_B))
+    return is_lora_name(parameter.name)
 
 
 def freeze_weights(network: nn.Cell) -> None:

@@ -9,6 +9,7 @@ V vocabulary, L layers of the stage, E experts.
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from mixtral_ms.config.derived.parameter_table import LAYER, layer_of
 from mixtral_ms.config.derived.pipeline_stages import stage_layers
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.kernels.cells.elementwise import rotary_tables
@@ -323,8 +324,8 @@ class MixtralForCausalLM(nn.Cell):
 
 def _global_name(path: str, first_layer: int) -> str:
     """A parameter's name by its path, in which the layers of a stage are counted from 0."""
-    prefix, dot, rest = path.partition("model.layers.")
-    if not dot or not first_layer:
+    layer = layer_of(path)
+    if layer is None:
         return path
-    number, _, name = rest.partition(".")
-    return f"{prefix}model.layers.{int(number) + first_layer}.{name}"
+    inside = path.removeprefix(LAYER.format(layer=layer))
+    return LAYER.format(layer=layer + first_layer) + inside

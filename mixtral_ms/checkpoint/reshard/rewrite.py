@@ -32,8 +32,8 @@ from mixtral_ms.checkpoint.shards.assemble import (
 )
 from mixtral_ms.checkpoint.shards.rank_files import ADAPTER_STEM, MODEL_STEM, OPTIMIZER_STEM
 from mixtral_ms.checkpoint.store.store import CheckpointError
+from mixtral_ms.config.derived.parameter_row import is_lora_name
 from mixtral_ms.errors import UserError
-from mixtral_ms.parallel.grid.sharding_rules import LORA_A, LORA_B
 
 RESHARD_PIECE_BYTES = 8 << 20
 RankRegions = dict[str, Region]
@@ -63,7 +63,7 @@ class RankNaming:
         if is_optimizer_state(name):
             stem = OPTIMIZER_STEM
         else:
-            stem = ADAPTER_STEM if name.endswith((LORA_A, LORA_B)) else MODEL_STEM
+            stem = ADAPTER_STEM if is_lora_name(name) else MODEL_STEM
         return f"rank_{rank}/{stem}{self.format.suffix}"
 
 

@@ -1,7 +1,6 @@
 """The network that a checkpoint's tensors are of, and where a rank grid puts them."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,21 +8,27 @@ from typing import Any
 from mixtral_ms.checkpoint.formats.tensor_source import TensorInfo, TensorSource
 from mixtral_ms.checkpoint.shards.assemble import Strategies
 from mixtral_ms.config.derived.expert_grid import expert_matrix
+from mixtral_ms.config.derived.parameter_table import (
+    EMBEDDING,
+    EXPERT_GATE,
+    KEY,
+    LM_HEAD,
+    OUTPUT_BIAS,
+    QUERY,
+    QUERY_BIAS,
+    layer_of,
+)
 from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid.grid_text import parse_grid
 from mixtral_ms.parallel.grid.sharding_rules import (
-    EMBEDDING,
-    LAYER,
-    LM_HEAD,
     parameter_of,
     parameter_shapes,
     placement_on_stage,
     placements,
 )
 
-_LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 Shape = tuple[int, ...]
 
 
@@ -74,12 +79,11 @@ def _says(shape: Shape | None) -> str:
 
 
 def _inferred(shapes: Mapping[str, Shape]) -> MixtralConfig:
-    layers = {int(match[1]) for name in shapes if (match := _LAYER_NUMBER.match(name))}
-    first = LAYER.format(layer=0)
+    layers = {layer for name in shapes if (layer := layer_of(name)) is not None}
     try:
-        vocabulary, hidden = shapes[EMBEDDING]
-        query, key_value = (shapes[first + f"attention.w{which}.weight"][0] for which in "qk")
-        experts, width, _ = shapes[first + "feed_forward.routed_experts.ffn.w1.weight"]
+        vocabulary, hidden = shapes[EMBEDDING.name]
+        query, key_value = (shapes[row.at(0)][0] for row in (QUERY, KEY))
+        experts, width, _ = shapes[EXPERT_GATE.at(0)]
     except (KeyError, ValueError) as error:
         raise UserError(
             f"a rank grid is for checkpoints of this network under its own names, but {error} is "
@@ -93,9 +97,9 @@ def _inferred(shapes: Mapping[str, Shape]) -> MixtralConfig:
         n_kv_heads=key_value,
         head_dim=1,
         intermediate_size=width,
-        qkv_has_bias=first + "attention.wq.bias" in shapes,
-        attn_proj_has_bias=first + "attention.wo.bias" in shapes,
-        tie_word_embeddings=LM_HEAD not in shapes,
+        qkv_has_bias=QUERY_BIAS.at(0) in shapes,
+        attn_proj_has_bias=OUTPUT_BIAS.at(0) in shapes,
+        tie_word_embeddings=LM_HEAD.name not in shapes,
         moe_config=MoEConfig(expert_num=experts),
     )
 

@@ -20,13 +20,14 @@ from mixtral_ms.checkpoint.shards.network_from_shapes import (
 )
 from mixtral_ms.checkpoint.shards.rank_files import find_rank_files
 from mixtral_ms.checkpoint.store.manifest import STATE
+from mixtral_ms.config.derived.parameter_table import row_of
 from mixtral_ms.convert.formats.detect_format import detect_format
 from mixtral_ms.convert.formats.foreign_config import read_json
 from mixtral_ms.convert.formats.found_weights import Flags, FoundWeights, find_weights
 from mixtral_ms.convert.formats.open_weight_files import open_found
 from mixtral_ms.convert.formats.weight_names import OURS
 from mixtral_ms.errors import UserError
-from mixtral_ms.parallel.grid.sharding_rules import MOMENTS, parameter_of, rule_of
+from mixtral_ms.parallel.grid.sharding_rules import MOMENTS, parameter_of
 
 _PIECE_VALUES = 2 << 20
 
@@ -155,13 +156,13 @@ def layout_text(strategies: Strategies) -> str:
     for name, by_stage in strategies.items():
         placement = next(iter(by_stage.values()))
         try:
-            rule = rule_of(parameter_of(name))
+            row = row_of(parameter_of(name))
         except UserError:
             continue
-        if rule.expert_axis is not None:
-            expert = max(expert, placement.cuts[rule.expert_axis])
-        elif rule.tensor_axis is not None:
-            tensor = max(tensor, placement.cuts[rule.tensor_axis])
+        if row.expert_axis is not None:
+            expert = max(expert, placement.cuts[row.expert_axis])
+        elif row.tensor_axis is not None:
+            tensor = max(tensor, placement.cuts[row.tensor_axis])
         zero = zero or (name.startswith(MOMENTS) and placement.shards > 1)
     text = f"dp={ranks // tensor},mp={tensor},ep={expert},pp={len(stages)}"
     return text + (",zero=1" if zero else "") + f" ({len(stages) * ranks} ranks)"

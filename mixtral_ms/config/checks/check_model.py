@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 
 from mixtral_ms.config.derived.expert_grid import expert_matrix
+from mixtral_ms.config.derived.parameter_table import LAYER, adaptable_rows, adapted_rows
 from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
 from mixtral_ms.config.loading.resolve import effective_parallel
-from mixtral_ms.config.sections.lora_section import ADAPTABLE
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.errors import UserError
@@ -81,14 +81,16 @@ def _check_adapters(model: MixtralConfig) -> Iterator[str]:
         return
     given = f"model_config.pet_config.target_modules {pet.target_modules!r}"
     try:
-        found = pet.modules(model.num_layers)
+        found = list(adapted_rows(pet, model.num_layers))
     except re.error as error:
         yield f"{given} is not a regular expression: {error}"
         return
     if not found:
+        first, *others = (row.module.removeprefix(LAYER) for row in adaptable_rows())
         yield (
-            f"{given} means no module: it must match a whole name such as model.layers.0."
-            f"{ADAPTABLE[0]}; the modules of a layer are {', '.join(ADAPTABLE)}"
+            f"{given} means no module: it must match a whole name such as "
+            f"{LAYER.format(layer=0)}{first}; the modules of a layer are "
+            f"{', '.join([first, *others])}"
         )
 
 

@@ -1,18 +1,10 @@
 """`pet_config`: parameter-efficient tuning, of which there is one way, LoRA (arXiv 2106.09685)."""
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from mixtral_ms.config.sections.fields import inert, unsupported
 
-_ROUTER = "feed_forward.routed_experts.router.dense"
-ADAPTABLE = (
-    *(f"attention.{name}" for name in ("wq", "wk", "wv", "wo")),
-    _ROUTER,
-    *(f"feed_forward.routed_experts.ffn.{name}" for name in ("w1", "w2", "w3")),
-)
-"""The modules of a layer that can be adapted."""
 _NAMES = "target_modules says which modules are adapted"
 
 
@@ -46,17 +38,3 @@ class PetSection:
     def scale(self) -> float:
         """What the product of B and A is multiplied by."""
         return self.lora_alpha / self.lora_rank
-
-    def modules(self, num_layers: int) -> list[str]:
-        """Names of the modules that target_modules means.
-
-        Raises:
-            re.error: it is no regular expression.
-        """
-        return [
-            f"model.layers.{layer}.{module}"
-            for layer in range(num_layers)
-            for module in ADAPTABLE
-            if module != _ROUTER or "router" in self.target_modules
-            if re.fullmatch(self.target_modules, f"model.layers.{layer}.{module}")
-        ]

@@ -14,12 +14,13 @@ from mixtral_ms.checkpoint.formats.regions import whole_region
 from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorInfo, TensorSource
 from mixtral_ms.checkpoint.reshard.open_checkpoint import open_source
 from mixtral_ms.checkpoint.store.store import resolve_checkpoint
+from mixtral_ms.config.derived.parameter_row import LORA_A, LORA_B, is_lora_name
 from mixtral_ms.config.sections.lora_section import PetSection
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.convert.adapters.peft_export import CONFIG_FILE
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
-from mixtral_ms.parallel.grid.sharding_rules import LORA_A, LORA_B, adapter_shapes, parameter_of
+from mixtral_ms.parallel.grid.sharding_rules import adapter_shapes, parameter_of
 
 ADAPTER_KEY = "adapter"
 _PROBLEMS_SHOWN = 10
@@ -77,7 +78,7 @@ class _AdapterTensors(TensorSource):
         self.infos = {
             name: info
             for name, info in source.infos.items()
-            if name.endswith((LORA_A, LORA_B)) and parameter_of(name) == name
+            if is_lora_name(name) and parameter_of(name) == name
         }
 
     def read(self, name: str, region: Region | None = None) -> np.ndarray:

@@ -17,13 +17,22 @@ import numpy as np
 
 from mixtral_ms.checkpoint.formats.safetensors_format import write_safetensors
 from mixtral_ms.checkpoint.formats.tensor_source import outgoing
+from mixtral_ms.config.derived.parameter_row import LORA_A, LORA_B, ParameterRow
+from mixtral_ms.config.derived.parameter_table import (
+    EXPERT_DOWN,
+    EXPERT_GATE,
+    EXPERT_UP,
+    PARAMETERS,
+    layer_of,
+)
 from mixtral_ms.config.sections.lora_section import PetSection
+from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
-from mixtral_ms.parallel.grid.sharding_rules import LAYER, LORA_A, LORA_B
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
+_TRANSFORMERS = ("hf_fused", "hf")
+"""The formats whose names transformers' modules and parameters have."""
 
 Pair = tuple[np.ndarray, np.ndarray]
 """A and B."""
@@ -42,10 +51,8 @@ def write_peft(
         pet: rank and scale.
         base: what PEFT is told of the weights that they are for.
     """
-    modules = {name.removesuffix(LORA_A) for name in adapters if name.endswith(LORA_A)}
-    layers = sorted({int(module.split(".")[2]) for module in modules})
     export = _Export(adapters)
-    for layer in layers:
+    for layer in sorted({layer for name in adapters if (layer := layer_of(name)) is not None}):
         export.add_layer(layer)
     tensors = [outgoing(name, np.ascontiguousarray(a)) for name, a in export.tensors.items()]
     with write_aside(folder / TENSORS_FILE) as aside:
@@ -68,30 +75,33 @@ class _Export:
 
     def add_layer(self, layer: int) -> None:
         """Take over the adapters of one layer."""
-        ours, theirs = LAYER.format(layer=layer), f"model.layers.{layer}."
-        for name, their_name in _ATTENTION.items():
-            if pair := self._pair(f"{ours}attention.{name}"):
-                self._put(f"{theirs}self_attn.{their_name}", pair)
-                self.modules.append(f"{theirs}self_attn.{their_name}")
-        routed = f"{ours}feed_forward.routed_experts."
-        if pair := self._pair(f"{routed}router.dense"):
-            self._put(f"{theirs}mlp.gate", pair)
-            self.parameters.append(f"{theirs}mlp.gate.weight")
-        self._add_experts(routed + "ffn.", f"{theirs}mlp.experts")
+        for row in PARAMETERS:
+            if row.lora is None or row.expert_axis is not None:
+                continue
+            if pair := self._pair(row, layer):
+                module, parameter = _theirs(row, layer)
+                self._put(module, pair)
+                if row.lora.peft == "module":
+                    self.modules.append(module)
+                else:
+                    self.parameters.append(parameter)
+        self._add_experts(layer)
 
-    def _add_experts(self, ours: str, theirs: str) -> None:
+    def _add_experts(self, layer: int) -> None:
         """One wrapper lies in the other: gate_up_proj's in down_proj's, where both are there."""
-        gate, down, up = (self._pair(ours + name) for name in ("w1", "w2", "w3"))
+        gate, down, up = (self._pair(row, layer) for row in (EXPERT_GATE, EXPERT_DOWN, EXPERT_UP))
+        module, gate_up = _theirs(EXPERT_GATE, layer)
         if gate or up:
-            inner = f"{theirs}.base_layer" if down else theirs
+            inner = f"{module}.base_layer" if down else module
             self._put(inner, _flat(_joined(gate, up)))
-            self.parameters.append(f"{theirs}.gate_up_proj")
-            self.doubled.append(f"{theirs}.gate_up_proj")
+            self.parameters.append(gate_up)
+            self.doubled.append(gate_up)
         if down:
-            self._put(theirs, _flat(down))
-            self.parameters.append(f"{theirs}.down_proj")
+            self._put(module, _flat(down))
+            self.parameters.append(_theirs(EXPERT_DOWN, layer)[1])
 
-    def _pair(self, module: str) -> Pair | None:
+    def _pair(self, row: ParameterRow, layer: int) -> Pair | None:
+        module = row.module.format(layer=layer)
         if module + LORA_A not in self._adapters:
             return None
         return self._adapters[module + LORA_A], self._adapters[module + LORA_B]
@@ -99,6 +109,15 @@ class _Export:
     def _put(self, module: str, pair: Pair) -> None:
         for letter, array in zip("AB", pair, strict=True):
             self.tensors[f"{_PREFIX}{module}.lora_{letter}.weight"] = array
+
+
+def _theirs(row: ParameterRow, layer: int) -> tuple[str, str]:
+    """transformers' module that has a parameter, and the parameter."""
+    stored = row.stored(*_TRANSFORMERS)
+    if stored is None:
+        raise UserError(f"transformers has no name for {row.at(layer)}, so PEFT's format has none")
+    name = stored.name.format(layer=layer)
+    return name.rpartition(".")[0], name
 
 
 def _joined(gate: Pair | None, up: Pair | None) -> Pair:

@@ -6,21 +6,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mixtral_ms.checkpoint.formats.tensor_source import TensorInfo
+from mixtral_ms.config.derived.parameter_row import ParameterRow, Stored
+from mixtral_ms.config.derived.parameter_table import (
+    EMBEDDING,
+    EXPERT_DOWN,
+    KEY,
+    LM_HEAD,
+    OUTPUT_BIAS,
+    QUERY,
+    QUERY_BIAS,
+    ROUTER,
+)
 from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
 from mixtral_ms.convert.formats.weight_names import (
-    EXPERT_DOWN,
     FORMATS,
     GMM,
     GMM_OLD,
-    KEY,
     MINDFORMERS_OLD,
     OURS,
-    QUERY,
-    ROUTER,
     Format,
 )
 from mixtral_ms.errors import UserError
-from mixtral_ms.parallel.grid.sharding_rules import EMBEDDING, LM_HEAD
 
 _SAME_NAMES = {OURS.name: GMM, MINDFORMERS_OLD.name: GMM_OLD}
 _NAMES_SHOWN = 3
@@ -68,12 +74,13 @@ def detect_format(infos: Mapping[str, TensorInfo], where: object, named: str | N
 
 def _matches(format_: Format, infos: Mapping[str, TensorInfo]) -> int:
     """How many tensors have a name of the format."""
-    patterns = [
-        re.escape(entry.theirs).replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"\d+")
-        for entry in format_.entries
-    ]
-    names = re.compile("|".join(patterns))
+    names = re.compile("|".join(_pattern(entry.stored, r"\d+") for entry in format_.entries))
     return sum(names.fullmatch(name) is not None for name in infos)
+
+
+def _pattern(stored: Stored, layer: str) -> str:
+    """A regular expression for the tensors of all layers and experts."""
+    return re.escape(stored.name).replace(r"\{layer\}", layer).replace(r"\{expert\}", r"\d+")
 
 
 def _by_shape(stacked: Format, infos: Mapping[str, TensorInfo], where: object) -> Format:
@@ -95,14 +102,19 @@ def _by_shape(stacked: Format, infos: Mapping[str, TensorInfo], where: object) -
 
 
 def _tensor(
-    infos: Mapping[str, TensorInfo], format_: Format, ours: str, where: object
+    infos: Mapping[str, TensorInfo], format_: Format, row: ParameterRow, where: object
 ) -> tuple[str, tuple[int, ...]]:
     """Name and shape of the tensor that holds one of our parameters, in layer 0 and expert 0."""
-    theirs = next(entry.theirs for entry in format_.entries if ours in entry.ours)
-    name = theirs.format(layer=0, expert=0)
+    name = _template(format_, row).format(layer=0, expert=0)
     if name not in infos:
         raise UserError(f"{where}: lacks the tensor {name} of format {format_.name}")
     return name, infos[name].shape
+
+
+def _template(format_: Format, row: ParameterRow) -> str:
+    """Name, with {layer} and {expert}, of what holds a parameter; empty where nothing does."""
+    stored = format_.stored(row)
+    return "" if stored is None else stored.name
 
 
 def measure(infos: Mapping[str, TensorInfo], format_: Format, where: object) -> dict[str, Measured]:
@@ -116,19 +128,18 @@ def measure(infos: Mapping[str, TensorInfo], format_: Format, where: object) -> 
         UserError: a tensor that shows one of them is missing or has another number of axes.
     """
     sizes = {}
-    for ours, axes in (
+    for row, axes in (
         (EMBEDDING, {"vocab_size": 0, "hidden_size": 1}),
         (QUERY, {"query_width": 0}),
         (KEY, {"key_value_width": 0}),
         (ROUTER, {"expert_num": 0}),
     ):
-        name, shape = _tensor(infos, format_, ours, where)
+        name, shape = _tensor(infos, format_, row, where)
         if len(shape) != 2:  # noqa: PLR2004
             raise UserError(f"{where}: {name} has shape {shape}; it must have two axes")
         sizes |= {size: Measured(shape[axis], name, shape) for size, axis in axes.items()}
     down, shape = _tensor(infos, format_, EXPERT_DOWN, where)
-    theirs = next(entry.theirs for entry in format_.entries if EXPERT_DOWN in entry.ours)
-    experts = 1 if "{expert}" in theirs else sizes["expert_num"].value
+    experts = 1 if "{expert}" in _template(format_, EXPERT_DOWN) else sizes["expert_num"].value
     one = max(1, experts * sizes["hidden_size"].value)
     sizes["intermediate_size"] = Measured(math.prod(shape) // one, down, shape)
     sizes["num_layers"] = _last_layer(infos, format_)
@@ -136,11 +147,8 @@ def measure(infos: Mapping[str, TensorInfo], format_: Format, where: object) -> 
 
 
 def _last_layer(infos: Mapping[str, TensorInfo], format_: Format) -> Measured:
-    templates = [entry.theirs for entry in format_.entries if "{layer}" in entry.theirs]
-    patterns = [
-        re.escape(one).replace(r"\{layer\}", r"(\d+)").replace(r"\{expert\}", r"\d+")
-        for one in templates
-    ]
+    inside = [entry for entry in format_.entries if entry.rows[0].stage == "layer"]
+    patterns = [_pattern(entry.stored, r"(\d+)") for entry in inside]
     layers = {
         int(match[1]): name
         for pattern in patterns
@@ -161,10 +169,9 @@ def measured_config(
     """
     query, key_value = sizes["query_width"].value, sizes["key_value_width"].value
     head = max(1, math.gcd(query, key_value))
-    names = {entry.ours[0]: entry.theirs.format(layer=0, expert=0) for entry in format_.entries}
 
-    def holds(ours: str) -> bool:
-        return names.get(ours) in infos
+    def holds(row: ParameterRow) -> bool:
+        return _template(format_, row).format(layer=0) in infos
 
     return MixtralConfig(
         vocab_size=sizes["vocab_size"].value,
@@ -174,8 +181,8 @@ def measured_config(
         n_kv_heads=key_value // head,
         head_dim=head,
         intermediate_size=sizes["intermediate_size"].value,
-        qkv_has_bias=holds(QUERY.replace("weight", "bias")),
-        attn_proj_has_bias=holds(QUERY.replace("wq.weight", "wo.bias")),
+        qkv_has_bias=holds(QUERY_BIAS),
+        attn_proj_has_bias=holds(OUTPUT_BIAS),
         tie_word_embeddings=not holds(LM_HEAD),
         moe_config=MoEConfig(expert_num=sizes["expert_num"].value),
     )

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from mixtral_ms.checkpoint.formats.regions import whole_region
 from mixtral_ms.checkpoint.formats.tensor_source import Region
+from mixtral_ms.config.derived.parameter_row import Operation, Stored
 from mixtral_ms.config.sections.model_section import MixtralConfig
-from mixtral_ms.convert.formats.weight_names import Entry, Format, Op
+from mixtral_ms.convert.formats.weight_names import Entry, Format
 from mixtral_ms.errors import UserError
-from mixtral_ms.parallel.grid.sharding_rules import parameter_shapes, rule_of
+from mixtral_ms.parallel.grid.sharding_rules import parameter_shapes
 
 Atom = tuple[str, int | None]
 """Our parameter's name, and the expert where the parameter holds several."""
@@ -26,7 +27,7 @@ class Slot:
     region: Region
     shape: tuple[int, ...]
     """Of the atom as stored: of the region, without the axis of experts."""
-    op: Op
+    op: Operation
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,13 @@ def layout_of(format_: Format, config: MixtralConfig) -> list[TensorLayout]:
     Raises:
         UserError: the network has parameters that the format has no name for.
     """
-    shapes = parameter_shapes(config)
     layouts = [
         layout
         for entry, layer in _entries_in_order(format_, config.num_layers)
-        for layout in _tensors(entry, layer, shapes)
+        for layout in _tensors(entry, layer, config)
     ]
     held = {slot.atom[0] for layout in layouts for slot in layout.slots}
-    if homeless := [name for name in shapes if name not in held]:
+    if homeless := [name for name in parameter_shapes(config) if name not in held]:
         raise UserError(
             f"the format {format_.name} ({format_.text}) has no place for {homeless[0]}"
             + (f" and {len(homeless) - 1} more" if len(homeless) > 1 else "")
@@ -61,59 +61,56 @@ def layout_of(format_: Format, config: MixtralConfig) -> list[TensorLayout]:
 
 def _entries_in_order(format_: Format, num_layers: int) -> Iterator[tuple[Entry, int]]:
     """Entries as the network meets them: embedding, layers, final norm and head."""
-    outside = [entry for entry in format_.entries if "{layer}" not in entry.theirs]
-    inside = [entry for entry in format_.entries if "{layer}" in entry.theirs]
-    yield outside[0], 0
-    yield from ((entry, layer) for layer in range(num_layers) for entry in inside)
-    yield from ((entry, 0) for entry in outside[1:])
+    stages: dict[str, list[Entry]] = {"first_stage": [], "layer": [], "last_stage": []}
+    for entry in format_.entries:
+        stages[entry.rows[0].stage].append(entry)
+    yield from ((entry, 0) for entry in stages["first_stage"])
+    yield from ((entry, layer) for layer in range(num_layers) for entry in stages["layer"])
+    yield from ((entry, 0) for entry in stages["last_stage"])
 
 
-def _tensors(
-    entry: Entry, layer: int, shapes: dict[str, tuple[int, ...]]
-) -> Iterator[TensorLayout]:
-    names = [name.format(layer=layer) for name in entry.ours]
-    if names[0] not in shapes:
-        if not entry.optional:
-            raise KeyError(names[0])
+def _tensors(entry: Entry, layer: int, config: MixtralConfig) -> Iterator[TensorLayout]:
+    row, stored = entry.rows[0], entry.stored
+    if not row.present(config):
         return
-    shape = shapes[names[0]]
-    if rule_of(names[0]).expert_axis is None:
-        slot = Slot((names[0], None), whole_region(shape), shape, entry.op)
-        yield TensorLayout(entry.theirs.format(layer=layer), shape, (slot,))
-    elif "{expert}" in entry.theirs:
+    names, shape = [one.at(layer) for one in entry.rows], row.shape(config)
+    if row.expert_axis is None:
+        slot = Slot((names[0], None), whole_region(shape), shape, stored.operation)
+        yield TensorLayout(stored.name.format(layer=layer), shape, (slot,))
+    elif "{expert}" in stored.name:
         for expert in range(shape[0]):
-            name = entry.theirs.format(layer=layer, expert=expert)
-            yield _matrix_of_experts(name, entry, names, shape[1:], [expert])
-    elif entry.rows:
-        name, experts = entry.theirs.format(layer=layer), range(shape[0])
-        yield _matrix_of_experts(name, entry, names, shape[1:], experts)
+            name = stored.name.format(layer=layer, expert=expert)
+            yield _matrix_of_experts(name, stored, names, shape[1:], [expert])
+    elif stored.flat:
+        name, experts = stored.name.format(layer=layer), range(shape[0])
+        yield _matrix_of_experts(name, stored, names, shape[1:], experts)
     else:
-        yield _stack_of_experts(entry.theirs.format(layer=layer), entry, names, shape)
+        yield _stack_of_experts(stored.name.format(layer=layer), stored, names, shape)
 
 
-def _stored(shape: tuple[int, ...], op: Op) -> tuple[int, ...]:
+def _turned(shape: tuple[int, ...], op: Operation) -> tuple[int, ...]:
     return shape[::-1] if op == "transposed" else shape
 
 
 def _matrix_of_experts(
-    name: str, entry: Entry, names: list[str], shape: tuple[int, ...], experts: Sequence[int]
+    name: str, stored: Stored, names: list[str], shape: tuple[int, ...], experts: Sequence[int]
 ) -> TensorLayout:
     """(experts * rows, columns)."""
-    rows, columns = stored = _stored(shape, entry.op)
+    rows, columns = turned = _turned(shape, stored.operation)
     atoms = [(parameter, expert) for expert in experts for parameter in names]
     slots = tuple(
-        Slot(atom, (slice(at * rows, (at + 1) * rows), slice(0, columns)), stored, entry.op)
+        Slot(atom, (slice(at * rows, (at + 1) * rows), slice(0, columns)), turned, stored.operation)
         for at, atom in enumerate(atoms)
     )
     return TensorLayout(name, (len(atoms) * rows, columns), slots)
 
 
 def _stack_of_experts(
-    name: str, entry: Entry, names: list[str], shape: tuple[int, ...]
+    name: str, stored: Stored, names: list[str], shape: tuple[int, ...]
 ) -> TensorLayout:
     """(experts, parts * rows, columns)."""
     experts = shape[0]
-    rows, columns = stored = _stored(shape[1:], entry.op)
+    rows, columns = turned = _turned(shape[1:], stored.operation)
     slots = tuple(
         Slot(
             (parameter, expert),
@@ -122,8 +119,8 @@ def _stack_of_experts(
                 slice(part * rows, (part + 1) * rows),
                 slice(0, columns),
             ),
-            stored,
-            entry.op,
+            turned,
+            stored.operation,
         )
         for expert in range(experts)
         for part, parameter in enumerate(names)

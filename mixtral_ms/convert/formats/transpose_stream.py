@@ -6,8 +6,8 @@ import numpy as np
 
 from mixtral_ms.checkpoint.formats.regions import region_size, row_major_blocks
 from mixtral_ms.checkpoint.formats.tensor_source import Region
+from mixtral_ms.config.derived.parameter_row import Operation
 from mixtral_ms.convert.formats.tensor_layouts import Slot
-from mixtral_ms.convert.formats.weight_names import Op
 
 _TILE_ROWS = 32  # transposed 32 rows at a time: two to three times as fast as at once
 
@@ -15,7 +15,7 @@ Read = Callable[[Region], np.ndarray]
 
 
 def stored_pieces(
-    read: Read, source: Slot, op: Op, *, head_dim: int, most: int
+    read: Read, source: Slot, op: Operation, *, head_dim: int, most: int
 ) -> Iterator[np.ndarray]:
     """An atom's values, piece by piece, in row-major order of how `op` stores it.
 

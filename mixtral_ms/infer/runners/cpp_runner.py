@@ -8,26 +8,13 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from mixtral_ms.config.derived.parameter_row import ParameterRow
+from mixtral_ms.config.derived.parameter_table import EMBEDDING, LM_HEAD, parameters_of
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.infer.runners.base import Runner, RunnerUnavailableError, StepInput
 from mixtral_ms.infer.runners.cpp import decoder_library
 from mixtral_ms.infer.runners.infer_weights import InferWeights
-from mixtral_ms.parallel.grid.sharding_rules import (
-    EMBEDDING,
-    FINAL_NORM,
-    LAYER,
-    LM_HEAD,
-    parameter_shapes,
-)
-
-_ROUTED = "feed_forward.routed_experts."
-_LINEAR = {
-    **{name: f"attention.{name}" for name in ("wq", "wk", "wv", "wo")},
-    "router": _ROUTED + "router.dense",
-    **{name: f"{_ROUTED}ffn.{name}" for name in ("w1", "w3", "w2")},
-}
-_ALWAYS_FLOAT32 = ("norm.weight", "norm_out.weight", ".bias", "router.dense.weight", EMBEDDING)
 
 
 class NativeRunner(Runner):
@@ -165,15 +152,17 @@ def _check_range(what: str, values: np.ndarray, limit: int, of: str) -> None:
 
 
 def _check_weights(config: MixtralConfig, weights: InferWeights) -> None:
-    for name, shape in parameter_shapes(config).items():
-        tensor = weights.tensors.get(name)
+    for name, row in parameters_of(config):
+        if not row.decoder:
+            raise RunnerUnavailableError(f"the C++ decoder knows no {name}")
+        tensor, shape = weights.tensors.get(name), row.shape(config)
         if tensor is None:
             raise UserError(f"the weights have no {name!r}, which the configuration asks for")
         if tensor.shape != shape:
             raise UserError(
                 f"{name!r} has shape {tensor.shape}; the configuration asks for {shape}"
             )
-        kind = "float32" if name.endswith(_ALWAYS_FLOAT32) else weights.dtype
+        kind = "float32" if row.always_float32 else weights.dtype
         if tensor.dtype != kind or not tensor.flags.c_contiguous:
             raise UserError(f"{name!r} is {tensor.dtype}; it must be row-major {kind}")
         scale = weights.scales.get(name)
@@ -186,33 +175,31 @@ def _check_weights(config: MixtralConfig, weights: InferWeights) -> None:
             )
 
 
-def _matrix(weights: InferWeights, name: str) -> decoder_library.Matrix:
-    weight = f"{name}.weight"
-    bias = weights.tensors.get(f"{name}.bias")
-    return decoder_library.matrix(weights.tensors[weight], weights.scales.get(weight), bias)
+def _pointer(
+    weights: InferWeights, row: ParameterRow, layer: int = 0
+) -> decoder_library.Matrix | int | None:
+    """What the decoder's field for a parameter holds."""
+    tensor, scale, bias = weights.of(row, layer)
+    if tensor.ndim == 1:
+        return decoder_library.address(tensor)
+    return decoder_library.matrix(tensor, scale, bias)
 
 
 def _layer(weights: InferWeights, index: int) -> decoder_library.Layer:
-    prefix = LAYER.format(layer=index)
-    norms = [
-        decoder_library.address(weights.tensors[f"{prefix}{name}.weight"])
-        for name in ("attention_norm", "ffn_norm")
-    ]
-    linear = {name: _matrix(weights, prefix + path) for name, path in _LINEAR.items()}
-    return decoder_library.Layer(*norms, **linear)
+    rows = decoder_library.LAYER_WEIGHTS
+    return decoder_library.Layer(**{row.decoder: _pointer(weights, row, index) for row in rows})
 
 
 def _model(
     config: MixtralConfig, weights: InferWeights, layers: object, cache: np.ndarray
 ) -> decoder_library.Model:
     moe = config.moe_config
-    embedding = weights.tensors[EMBEDDING]
-    tied = config.tie_word_embeddings
-    head = (
-        decoder_library.matrix(embedding)
-        if tied
-        else _matrix(weights, LM_HEAD.removesuffix(".weight"))
-    )
+    outside = {
+        row.decoder: _pointer(weights, row)
+        for row in decoder_library.MODEL_WEIGHTS
+        if row.present(config)
+    }
+    outside.setdefault(LM_HEAD.decoder, outside[EMBEDDING.decoder])  # of tied embeddings
     return decoder_library.Model(
         hidden=config.hidden_size,
         heads=config.num_heads,
@@ -230,9 +217,7 @@ def _model(
         block_size=cache.shape[4],
         theta=config.theta,
         eps=config.rms_norm_eps,
-        embedding=decoder_library.address(embedding),
-        final_norm=decoder_library.address(weights.tensors[FINAL_NORM]),
-        head=head,
         layer=layers,
         cache=decoder_library.address(cache),
+        **outside,
     )

@@ -22,13 +22,29 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from mixtral_ms.config.derived.parameter_row import ParameterRow
+from mixtral_ms.config.derived.parameter_table import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    EXPERT_DOWN,
+    EXPERT_GATE,
+    EXPERT_UP,
+    FFN_NORM,
+    FINAL_NORM,
+    KEY,
+    LM_HEAD,
+    OUTPUT,
+    QUERY,
+    ROUTER,
+    VALUE,
+    bias_of,
+)
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.kernels.cells.elementwise import apply_rotary, swiglu
 from mixtral_ms.kernels.kernel_choice import KernelChoice
 from mixtral_ms.model.moe.token_dispatch import CombineTokens, Dispatch, PermuteTokens
 from mixtral_ms.parallel.comm import transports
 from mixtral_ms.parallel.grid.mesh import ALONE, Mesh, ProcessGroup
-from mixtral_ms.parallel.grid.sharding_rules import EMBEDDING, FINAL_NORM, LAYER, LM_HEAD
 
 DECODE_TOKENS = 8
 """Tokens of a decoding step, and of a product with the head."""
@@ -59,20 +75,28 @@ class SharedParameters:
     values: tuple[Parameter, ...]
     mesh: Mesh = field(default_factory=Mesh)
 
-    def weight(self, name: str) -> Weight:
+    def weight(self, row: ParameterRow, layer: int = 0) -> Weight:
         """The cell of one tensor."""
+        name = row.at(layer)
         return Weight(self.tensors[name], self.scales.get(name))
 
 
 class Projection(nn.Cell):
     """y = x W^T + b, computed as W x^T; `terms` are the ranks whose products are summed."""
 
-    def __init__(self, shared: SharedParameters, name: str, terms: ProcessGroup = ALONE) -> None:
+    def __init__(
+        self,
+        shared: SharedParameters,
+        row: ParameterRow,
+        layer: int,
+        terms: ProcessGroup = ALONE,
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.sum = transports.all_reduce(terms) if terms.size > 1 else None
-        self.weight = shared.weight(f"{name}.weight")
-        bias = f"{name}.bias"
-        self.bias = shared.weight(bias) if bias in shared.tensors else None
+        self.weight, bias = shared.weight(row, layer), bias_of(row)
+        self.bias = None
+        if bias is not None and bias.at(layer) in shared.tensors:
+            self.bias = shared.weight(bias, layer)
         self.product = ops.MatMul(transpose_b=True)
 
     def construct(self, x_TD: Tensor) -> Tensor:
@@ -90,12 +114,9 @@ class CachedAttention(nn.Cell):
         self, config: MixtralConfig, shared: SharedParameters, layer: int, sequences: int
     ) -> None:
         super().__init__(auto_prefix=False)
-        prefix = LAYER.format(layer=layer) + "attention."
         ranks = shared.mesh.tensor
-        self.wq, self.wk, self.wv = (
-            Projection(shared, prefix + name) for name in ("wq", "wk", "wv")
-        )
-        self.wo = Projection(shared, prefix + "wo", ranks)
+        self.wq, self.wk, self.wv = (Projection(shared, row, layer) for row in (QUERY, KEY, VALUE))
+        self.wo = Projection(shared, OUTPUT, layer, ranks)
         self.keys, self.values = shared.keys[layer], shared.values[layer]
         self.sequences, self.head_dim = sequences, config.head_dim
         self.kv_heads = config.n_kv_heads // ranks.size
@@ -142,9 +163,9 @@ class CachedAttention(nn.Cell):
 class Routing(nn.Cell):
     """`model.router.Router` for inference, with the product of this file."""
 
-    def __init__(self, config: MixtralConfig, shared: SharedParameters, prefix: str) -> None:
+    def __init__(self, config: MixtralConfig, shared: SharedParameters, layer: int) -> None:
         super().__init__(auto_prefix=False)
-        self.dense = Projection(shared, prefix + "router.dense")
+        self.dense = Projection(shared, ROUTER, layer)
         self.top_k = config.moe_config.num_experts_chosen
         self.normalise = config.moe_config.norm_topk_prob
         self.softmax = ops.Softmax(-1)
@@ -163,10 +184,9 @@ class _Experts(nn.Cell):
 
     def __init__(self, config: MixtralConfig, shared: SharedParameters, layer: int) -> None:
         super().__init__(auto_prefix=False)
-        prefix = LAYER.format(layer=layer) + "feed_forward.routed_experts."
-        self.routing = Routing(config, shared, prefix)
+        self.routing = Routing(config, shared, layer)
         self.w1, self.w2, self.w3 = (
-            shared.weight(f"{prefix}ffn.{name}.weight") for name in ("w1", "w2", "w3")
+            shared.weight(row, layer) for row in (EXPERT_GATE, EXPERT_DOWN, EXPERT_UP)
         )
         self.experts = config.moe_config.expert_num
         mesh = shared.mesh
@@ -248,7 +268,7 @@ class CachedNetwork(nn.Cell):
         self, config: MixtralConfig, shared: SharedParameters, kernels: KernelChoice, sequences: int
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.embedding = shared.tensors[EMBEDDING]
+        self.embedding = shared.tensors[EMBEDDING.name]
         self.norm = kernels.rms_norm(config.rms_norm_eps)
         attention, experts, norms = [], [], []
         for layer in range(config.num_layers):
@@ -257,10 +277,7 @@ class CachedNetwork(nn.Cell):
                 experts.append(SparseExperts(config, shared, layer, kernels))
             else:
                 experts.append(DenseExperts(config, shared, layer))
-            prefix = LAYER.format(layer=layer)
-            norms += [
-                shared.weight(f"{prefix}{name}.weight") for name in ("attention_norm", "ffn_norm")
-            ]
+            norms += [shared.weight(row, layer) for row in (ATTENTION_NORM, FFN_NORM)]
         self.attention = nn.CellList(attention, auto_prefix=False)
         self.experts = nn.CellList(experts, auto_prefix=False)
         self.norms = nn.CellList([*norms, shared.weight(FINAL_NORM)], auto_prefix=False)

@@ -13,6 +13,8 @@ from mixtral_ms.checkpoint.formats.dtype_casts import cast
 from mixtral_ms.checkpoint.formats.regions import Region
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.checkpoint.shards.part_source import PartSource
+from mixtral_ms.config.derived.parameter_row import ParameterRow
+from mixtral_ms.config.derived.parameter_table import bias_of, row_of
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid.mesh import Mesh
@@ -22,7 +24,6 @@ WeightDtype = Literal["float32", "float16", "int8"]
 WEIGHT_DTYPES: tuple[WeightDtype, ...] = get_args(WeightDtype)
 
 _PIECE_BYTES = 64 << 20
-_ALWAYS_FLOAT32 = ("embedding_weight", "norm.weight", "norm_out.weight", "dense.weight", ".bias")
 _FLOATS = ("float32", "float16", "bfloat16")
 _MOST_NAMED = 8
 
@@ -41,6 +42,14 @@ class InferWeights:
     scales: dict[str, np.ndarray]
     """float32, one per output row, (out,) or (E, out), of int8 tensors only:
     weight = tensor * scale[..., None]."""
+
+    def of(
+        self, row: ParameterRow, layer: int = 0
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """A parameter's tensor, scales and the bias of its product."""
+        name, bias = row.at(layer), bias_of(row)
+        bias_tensor = None if bias is None else self.tensors.get(bias.at(layer))
+        return self.tensors[name], self.scales.get(name), bias_tensor
 
 
 def load_weights(
@@ -70,7 +79,7 @@ def load_weights(
     scales: dict[str, np.ndarray] = {}
     problems: list[str] = []
     for name, shape in shapes.items():
-        wanted = "float32" if name.endswith(_ALWAYS_FLOAT32) else weight_dtype
+        wanted = "float32" if row_of(name).always_float32 else weight_dtype
         bad = 0
         if source.infos[name].dtype == wanted:
             # A view of a file is copied only where its values do not lie at whole addresses.

@@ -8,11 +8,10 @@ import zlib
 import numpy as np
 from mindspore import Tensor, nn
 
+from mixtral_ms.config.derived.parameter_table import row_of
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.parallel.grid.sharding_rules import (
-    LORA_A,
-    LORA_B,
     adapter_shapes,
     parameter_shapes,
     placement_on_stage,
@@ -37,12 +36,13 @@ def initialize(network: nn.Cell, config: MixtralConfig, seed: int, mesh: Mesh) -
 
 def initial_value(name: str, shape: tuple[int, ...], std: float, seed: int) -> np.ndarray:
     """The float32 initial value of one parameter."""
-    if name.endswith(("norm.weight", "norm_out.weight")):
+    kind = row_of(name).initial
+    if kind == "ones":
         return np.ones(shape, np.float32)
-    if name.endswith((".bias", LORA_B)):
+    if kind == "zeros":
         return np.zeros(shape, np.float32)
     generator = np.random.default_rng((seed, zlib.crc32(name.encode())))
-    if name.endswith(LORA_A):
+    if kind == "uniform":
         # kaiming uniform with a = sqrt(5), as peft draws it: bound = 1 / sqrt(inputs)
         return (2 * generator.random(shape, np.float32) - 1) / np.float32(shape[-1] ** 0.5)
     return generator.standard_normal(shape, dtype=np.float32) * np.float32(std)

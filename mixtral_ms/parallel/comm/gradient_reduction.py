@@ -6,21 +6,17 @@ them met the parameter with a part of the work: of the sequence, or of a LoRA pr
 """
 
 import functools
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mindspore import Tensor
 
+from mixtral_ms.config.derived.parameter_table import row_of
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.parallel.comm.process_groups import own_part, sum_and_scatter, sum_tensor
 from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
 from mixtral_ms.parallel.grid.placement import Placement
-from mixtral_ms.parallel.grid.sharding_rules import LORA_A, LORA_B, MOMENTS, placements, rule_of
-
-_SEQUENCE_PART = re.compile(r".*norm(_out)?\.weight|.*\.attention\.wo\.bias")
-"""What use_seq_parallel applies to a part of the sequence on each rank."""
-_ADAPTER = re.compile(rf".*\.attention\..*({LORA_A}|{LORA_B})")
+from mixtral_ms.parallel.grid.sharding_rules import MOMENTS, placements
 
 
 @dataclass(frozen=True)
@@ -90,6 +86,7 @@ def _replicas(placement: Placement, rank: int) -> tuple[int, ...]:
 
 def _partial(name: str, mesh: Mesh) -> bool:
     """Whether every replica has but a part of the gradient, tensor-parallel ones included."""
-    if rule_of(name).expert_axis is not None or _ADAPTER.fullmatch(name):
+    row = row_of(name)
+    if row.expert_axis is not None or row.gradient_in_parts == "always":
         return True
-    return mesh.grid.use_seq_parallel and _SEQUENCE_PART.fullmatch(name) is not None
+    return mesh.grid.use_seq_parallel and row.gradient_in_parts == "of sequence"

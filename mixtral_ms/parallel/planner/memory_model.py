@@ -8,12 +8,12 @@ E experts, V vocabulary, S sequence.
 """
 
 import math
-import re
 from collections import Counter
 from dataclasses import astuple, dataclass, replace
 from typing import NamedTuple
 
 from mixtral_ms.config.derived.expert_grid import exchange_ranks, expert_matrix
+from mixtral_ms.config.derived.parameter_table import row_of
 from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
 from mixtral_ms.config.loading.resolve import effective_parallel, is_zero, micro_batches
 from mixtral_ms.config.sections.model_section import MixtralConfig
@@ -25,13 +25,11 @@ from mixtral_ms.parallel.grid.sharding_rules import (
     local_shape,
     parameter_shapes,
     placements,
-    rule_of,
     stages_of,
 )
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 PARAMETER_BYTES = 4
-_ANY_LAYER = re.compile(r"layers\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class NetworkTensors:
         self._shapes = parameter_shapes(model) | adapters
         self._trained = set(adapters or self._shapes)
         kinds: dict[str, str] = {}
-        self._alike = {name: kinds.setdefault(_kind(name), name) for name in self._shapes}
+        self._alike = {name: kinds.setdefault(row_of(name).name, name) for name in self._shapes}
         self._counted: dict[int, list[Counter[str]]] = {}
         self._sized: dict[tuple, dict[str, _Sizes]] = {}
 
@@ -139,7 +137,7 @@ class NetworkTensors:
                 continue
             moments += 2 * count * one.moment
             cut += count * one.cut
-            if rule_of(name).expert_axis is None:
+            if row_of(name).expert_axis is None:
                 trained += count * one.values
                 gathered += count * one.gathered
             else:
@@ -154,11 +152,6 @@ class _Sizes(NamedTuple):
     moment: int
     cut: int
     gathered: int
-
-
-def _kind(name: str) -> str:
-    """The name without its layer's number."""
-    return _ANY_LAYER.sub("layers.", name)
 
 
 def dtype_bytes(dtype: str, device_target: str) -> int:

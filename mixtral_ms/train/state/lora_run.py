@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mixtral_ms.config import MixtralConfig, RunConfig
+from mixtral_ms.config.derived.parameter_table import adapted_rows
 from mixtral_ms.convert.adapters.lora_weights import (
     base_record,
     fingerprint,
@@ -45,7 +46,7 @@ def trained_text(config: MixtralConfig) -> str:
     pet, weights = config.pet_config, _count(parameter_shapes(config))
     if pet is None:
         return f"{weights:,} parameters"
-    modules = pet.modules(config.num_layers)
+    modules = [row.module for _, row in adapted_rows(pet, config.num_layers)]
     kinds = sorted({module.rpartition(".")[2] for module in modules})
     text = ", ".join(kinds).replace("dense", "router")
     adapters = _count(adapter_shapes(config))

@@ -11,6 +11,7 @@ from mixtral_ms.checkpoint.store.folders import list_checkpoints
 from mixtral_ms.checkpoint.store.manifest import verify_checkpoint
 from mixtral_ms.checkpoint.store.store import find_checkpoint
 from mixtral_ms.config import RunConfig
+from mixtral_ms.config.derived.parameter_row import is_lora_name
 from mixtral_ms.config.loading.resolve import is_zero
 from mixtral_ms.convert.adapters.lora_weights import require_base
 from mixtral_ms.convert.formats.found_weights import FoundWeights, Kind, find_weights
@@ -21,7 +22,7 @@ from mixtral_ms.parallel.comm.hosts import Hosts
 from mixtral_ms.parallel.comm.process_groups import gather_objects
 from mixtral_ms.parallel.grid.grid_text import format_grid
 from mixtral_ms.parallel.grid.mesh import Mesh
-from mixtral_ms.parallel.grid.sharding_rules import LORA_A, LORA_B, MOMENTS
+from mixtral_ms.parallel.grid.sharding_rules import MOMENTS
 from mixtral_ms.train.state.host_storage import open_on_all_hosts, require_undamaged_everywhere
 from mixtral_ms.train.state.parameter_loading import OwnTensors, load_parameters
 from mixtral_ms.train.state.rank_agreement import Storage
@@ -155,7 +156,7 @@ def restore(
 
 
 def _holds_adapters(source: TensorSource) -> bool:
-    return any(name.endswith((LORA_A, LORA_B)) for name in source.infos)
+    return any(is_lora_name(name) for name in source.infos)
 
 
 def _require_same_adapters(checkpoint: OpenedSource, network: MixtralForCausalLM) -> None:

@@ -9,8 +9,7 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.kernels.select import select_update
 from mixtral_ms.parallel.comm.process_groups import gather_tensors, own_part
 from mixtral_ms.parallel.grid.mesh import ProcessGroup
-
-FIRST_MOMENT, SECOND_MOMENT = "adam_m.", "adam_v."
+from mixtral_ms.parallel.grid.sharding_rules import MOMENTS
 
 
 class AdamW:
@@ -38,8 +37,9 @@ class AdamW:
         self.shards = dict(shards or {})
         self._parts: dict[tuple[int, ...], Parameter] = {}
         self._parameters = parameters
-        self._first = [self._zeros_like(p, FIRST_MOMENT) for p in parameters]
-        self._second = [self._zeros_like(p, SECOND_MOMENT) for p in parameters]
+        self._first, self._second = (
+            [self._zeros_like(p, prefix) for p in parameters] for prefix in MOMENTS
+        )
         self.kernels = select_update()
 
     def update(self, gradients: tuple[Tensor, ...], learning_rate: float, scale: float) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtral_ms.config import MixtralConfig, load_config
+from mixtral_ms.config.derived.parameter_table import EMBEDDING, row_of
 from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.errors import UserError
@@ -71,7 +72,7 @@ def test_head_dim_of_its_own():
 
 def test_an_unknown_parameter_has_no_rule():
     with pytest.raises(UserError, match=r"model\.layers\.0\.attention\.wz"):
-        layout.rule_of("model.layers.0.attention.wz.weight")
+        row_of("model.layers.0.attention.wz.weight")
 
 
 def test_local_shapes_of_each_kind():
@@ -86,7 +87,7 @@ def test_local_shapes_of_each_kind():
     assert local[layer + "feed_forward.routed_experts.ffn.w2.weight"] == (2, 16, 12)
     assert local[layer + "attention_norm.weight"] == (16,)
     grid.vocab_emb_dp = False
-    assert layout.local_parameter_shapes(small(), grid, 0)[layout.EMBEDDING] == (16, 16)
+    assert layout.local_parameter_shapes(small(), grid, 0)[EMBEDDING.name] == (16, 16)
     grid.model_parallel = 3
     with pytest.raises(UserError, match="model_parallel 3"):
         layout.local_parameter_shapes(small(), grid, 0)
@@ -106,12 +107,12 @@ def test_parts_add_up_to_the_whole(tensor, experts, stages, tied):
     seen: dict[str, int] = {}
     for stage in range(stages):
         for name, shape in layout.local_parameter_shapes(model, grid, stage).items():
-            rule = layout.rule_of(name)
-            copies = (tensor if rule.tensor_axis is not None else 1) * (
-                experts if rule.expert_axis is not None else 1
+            row = row_of(name)
+            copies = (tensor if row.tensor_axis is not None else 1) * (
+                experts if row.expert_axis is not None else 1
             )
             seen[name] = seen.get(name, 0) + math.prod(shape) * copies
-    twice = layout.EMBEDDING if tied and stages > 1 else None
+    twice = EMBEDDING.name if tied and stages > 1 else None
     for name, shape in layout.parameter_shapes(model).items():
         assert seen.pop(name) == math.prod(shape) * (2 if name == twice else 1)
     assert not seen

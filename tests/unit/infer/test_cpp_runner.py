@@ -6,12 +6,13 @@ from helpers.compare import relative_error
 from helpers.tiny import tiny_config
 from mindspore import Tensor
 
+from mixtral_ms.config.derived.parameter_table import EMBEDDING
 from mixtral_ms.errors import UserError
 from mixtral_ms.infer.runners.base import NO_BLOCK, StepInput
 from mixtral_ms.infer.runners.cpp_runner import NativeRunner
 from mixtral_ms.infer.runners.infer_weights import InferWeights
 from mixtral_ms.model.mixtral import MixtralForCausalLM
-from mixtral_ms.parallel.grid.sharding_rules import EMBEDDING, parameter_shapes
+from mixtral_ms.parallel.grid.sharding_rules import parameter_shapes
 
 TOLERANCE = 1e-4
 LENGTH = 150  # longer than a piece of the prefill's context
@@ -50,7 +51,7 @@ def random_weights(config, seed=0, dtype="float32"):
         if "norm" in name:
             value += 1
         tensors[name] = exact[name] = value
-        if "norm" in name or "router" in name or name.endswith("bias") or name == EMBEDDING:
+        if "norm" in name or "router" in name or name.endswith("bias") or name == EMBEDDING.name:
             continue
         if dtype == "float16":
             tensors[name] = value.astype(np.float16)
@@ -342,7 +343,7 @@ def test_a_wrong_step_is_refused(changes, message):
     [
         (lambda t: t.pop("lm_head.weight"), "have no 'lm_head.weight'"),
         (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T}), r"has shape \(24, 61\)"),
-        (lambda t: t.update({EMBEDDING: t[EMBEDDING].astype(np.float16)}), "is float16"),
+        (lambda t: t.update({EMBEDDING.name: t[EMBEDDING.name].astype(np.float16)}), "is float16"),
         (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].astype(int)}), "is int64"),
         (
             lambda t: t.update({"lm_head.weight": np.asfortranarray(t["lm_head.weight"])}),

@@ -10,6 +10,7 @@ from helpers.tiny import random_ids, shifted, tiny_config
 from mindspore import Tensor
 
 from mixtral_ms.checkpoint.formats.tensor_source import TensorInfo
+from mixtral_ms.config.derived.parameter_table import adapted_rows
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.convert.adapters import lora_weights as lora
 from mixtral_ms.data.loader.batch import Batch
@@ -24,6 +25,10 @@ from mixtral_ms.train.step.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("pynative")
 ROUTER = "feed_forward.routed_experts.router.dense"
+
+
+def modules_of(pattern):
+    return [row.module.format(layer=layer) for layer, row in adapted_rows(pet(pattern), 2)]
 
 
 def batch_of(config):
@@ -64,14 +69,14 @@ def loss_of(network, batch):
     ],
 )
 def test_the_pattern_means_whole_names(pattern, kinds):
-    modules = pet(pattern).modules(2)
+    modules = modules_of(pattern)
     assert modules and {module.split(".", 3)[3] for module in modules} == kinds
     assert {int(module.split(".")[2]) for module in modules} == {0, 1}
 
 
 @pytest.mark.parametrize("pattern", [".*", ".*dense", ".*dense|.*w1"])
 def test_the_router_is_not_adapted_by_chance(pattern):
-    assert not any(module.endswith(ROUTER) for module in pet(pattern).modules(2))
+    assert not any(module.endswith(ROUTER) for module in modules_of(pattern))
 
 
 def test_a_fresh_adapter_changes_nothing_and_is_drawn_as_peft_draws_it():

@@ -8,12 +8,12 @@ import pytest
 from helpers.tiny import tiny_config
 from mindspore import Parameter, Tensor
 
+from mixtral_ms.config.derived.parameter_table import EMBEDDING
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.parallel.comm.gradient_reduction import gradient_rules, shard_groups
 from mixtral_ms.parallel.grid.grid_text import parse_grid
 from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.parallel.grid.sharding_rules import (
-    EMBEDDING,
     adapter_shapes,
     local_shape,
     parameter_shapes,
@@ -118,8 +118,8 @@ def test_experts_are_added_over_their_copies():
 
 def test_a_tied_embedding_is_added_over_both_ends_of_the_pipeline():
     grid = {"data_parallel": 2, "pipeline_stage": 2}
-    assert summed(EMBEDDING, 1, **grid) == [(0, 1), (1, 3)]
-    assert summed(EMBEDDING, 2, **grid) == [(2, 3), (0, 2)]
+    assert summed(EMBEDDING.name, 1, **grid) == [(0, 1), (1, 3)]
+    assert summed(EMBEDDING.name, 2, **grid) == [(2, 3), (0, 2)]
 
 
 def test_zero_leaves_each_replica_its_share_of_the_moments():

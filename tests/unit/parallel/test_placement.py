@@ -9,6 +9,7 @@ from helpers.tiny import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixtral_ms.config.derived.parameter_table import EMBEDDING
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid import sharding_rules as layout
@@ -124,7 +125,7 @@ def placement_of(name, *, zero=False, **grid):
 
 def test_the_table_in_ranks():
     grid = {"data_parallel": 2, "model_parallel": 2, "pipeline_stage": 2, "expert_parallel": 2}
-    assert {s: p.first_rank for s, p in placement_of(layout.EMBEDDING, **grid).items()} == {
+    assert {s: p.first_rank for s, p in placement_of(EMBEDDING.name, **grid).items()} == {
         0: 0,
         1: 4,
     }

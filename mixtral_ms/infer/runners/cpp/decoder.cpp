@@ -170,8 +170,9 @@ void head(const Model& model, const Step& step, Activations& own) {
 
 void run_step(const Model& model, const Step& step) {
   Activations own(model, std::max(step.tokens, step.logit_tokens));
+  const auto* embedding = static_cast<const float*>(model.embedding.data);
   for (int64_t t = 0; t < step.tokens; ++t)
-    std::copy_n(model.embedding + step.token_ids[t] * model.hidden, model.hidden,
+    std::copy_n(embedding + step.token_ids[t] * model.hidden, model.hidden,
                 own.x.get() + t * model.hidden);
   rotary_angles(model, step, own);
   for (int64_t l = 0; l < model.layers; ++l) {

@@ -43,11 +43,13 @@ struct Matrix {
   }
 };
 
+// In the order of the parameters' table.
 struct Layer {
-  const float *attention_norm, *ffn_norm;  // (D)
+  const float* attention_norm;  // (D)
   Matrix wq, wk, wv, wo;
-  Matrix router;      // (E, D) float32
-  Matrix w1, w3, w2;  // of E experts: (F, D), (F, D), (D, F)
+  const float* ffn_norm;  // (D)
+  Matrix router;          // (E, D) float32
+  Matrix w1, w2, w3;      // of E experts: (F, D), (D, F), (F, D)
 };
 
 struct Model {
@@ -56,7 +58,7 @@ struct Model {
   int64_t normalise_gates, uniform_routing;
   int64_t num_blocks, block_size;
   double theta, eps;
-  const float* embedding;   // (V, D)
+  Matrix embedding;         // (V, D) float32
   const float* final_norm;  // (D)
   Matrix head;              // (V, D)
   const Layer* layer;       // one each

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
+from mixtral_ms.config.derived.parameter_table import PARAMETERS
 from mixtral_ms.kernels.native.build import built_library
 
 TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int8): 2}
 """dtypes that a weight may have, with their number in decoder.hpp."""
+_FIELDS = [row for row in PARAMETERS if row.decoder and "." not in row.decoder]
+LAYER_WEIGHTS = [row for row in _FIELDS if row.stage == "layer"]
+MODEL_WEIGHTS = [row for row in _FIELDS if row.stage != "layer"]
+"""Parameters with a field of their own in `Layer` and in `Model`, in its order."""
 HEAD_UNIT = 16
 """A cached head takes a multiple of this many floats (`Model::head_stride`)."""
 
@@ -35,10 +40,7 @@ class Matrix(Structure):
 class Layer(Structure):
     """Weights of a decoder layer."""
 
-    _fields_ = [
-        *[(name, c_void_p) for name in ("attention_norm", "ffn_norm")],
-        *[(name, Matrix) for name in ("wq", "wk", "wv", "wo", "router", "w1", "w3", "w2")],
-    ]
+    _fields_ = [(row.decoder, Matrix if len(row.axes) > 1 else c_void_p) for row in LAYER_WEIGHTS]
 
 
 class Model(Structure):
@@ -54,8 +56,7 @@ class Model(Structure):
             )
         ],
         *[(name, c_double) for name in ("theta", "eps")],
-        *[(name, c_void_p) for name in ("embedding", "final_norm")],
-        ("head", Matrix),
+        *[(row.decoder, Matrix if len(row.axes) > 1 else c_void_p) for row in MODEL_WEIGHTS],
         ("layer", POINTER(Layer)),
         ("cache", c_void_p),
     ]
