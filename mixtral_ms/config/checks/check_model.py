@@ -86,7 +86,7 @@ def _check_adapters(model: MixtralConfig) -> Iterator[str]:
         yield f"{given} is not a regular expression: {error}"
         return
     if not found:
-        first, *others = (row.module.removeprefix(LAYER) for row in adaptable_rows())
+        first, *others = (row.module.removeprefix(LAYER) for row, _ in adaptable_rows())
         yield (
             f"{given} means no module: it must match a whole name such as "
             f"{LAYER.format(layer=0)}{first}; the modules of a layer are "

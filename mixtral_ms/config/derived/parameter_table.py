@@ -259,9 +259,9 @@ def parameters_of(config: MixtralConfig) -> Iterator[tuple[str, ParameterRow]]:
     yield from ((row.name, row) for row in present if row.stage == "last_stage")
 
 
-def adaptable_rows() -> list[ParameterRow]:
+def adaptable_rows() -> list[tuple[ParameterRow, Lora]]:
     """The matrices of a layer that may have an adapter."""
-    return [row for row in PARAMETERS if row.lora is not None]
+    return [(row, row.lora) for row in PARAMETERS if row.lora is not None]
 
 
 def adapted_rows(pet: PetSection | None, num_layers: int) -> Iterator[tuple[int, ParameterRow]]:
@@ -273,9 +273,7 @@ def adapted_rows(pet: PetSection | None, num_layers: int) -> Iterator[tuple[int,
     if pet is None:
         return
     pattern = re.compile(pet.target_modules)
-    rows = [
-        row for row in PARAMETERS if row.lora is not None and row.lora.word in pet.target_modules
-    ]
+    rows = [row for row, lora in adaptable_rows() if lora.word in pet.target_modules]
     for layer in range(num_layers):
         for row in rows:
             if pattern.fullmatch(row.module.format(layer=layer)):

@@ -22,7 +22,7 @@ from mixtral_ms.config.derived.parameter_table import (
     EXPERT_DOWN,
     EXPERT_GATE,
     EXPERT_UP,
-    PARAMETERS,
+    adaptable_rows,
     layer_of,
 )
 from mixtral_ms.config.sections.lora_section import PetSection
@@ -75,13 +75,11 @@ class _Export:
 
     def add_layer(self, layer: int) -> None:
         """Take over the adapters of one layer."""
-        for row in PARAMETERS:
-            if row.lora is None or row.expert_axis is not None:
-                continue
-            if pair := self._pair(row, layer):
+        for row, lora in adaptable_rows():
+            if row.expert_axis is None and (pair := self._pair(row, layer)):
                 module, parameter = _theirs(row, layer)
                 self._put(module, pair)
-                if row.lora.peft == "module":
+                if lora.peft == "module":
                     self.modules.append(module)
                 else:
                     self.parameters.append(parameter)

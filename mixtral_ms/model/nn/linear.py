@@ -6,7 +6,7 @@ from mindspore import dtype as mstype
 
 
 def empty_parameter(name: str, *shape: int) -> Parameter:
-    """A float32 parameter of zeros, filled later by model/initialize.py or a checkpoint.
+    """A float32 parameter of zeros, filled later by weight_init.py or a checkpoint.
 
     `Tensor(array)` would keep a copy on the host beside the one the graph uses.
     """

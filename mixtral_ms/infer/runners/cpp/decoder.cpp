@@ -195,7 +195,7 @@ void run_step(const Model& model, const Step& step) {
 
 extern "C" {
 
-// Sizes of the structures, for decoder.py to compare with its own.
+// Sizes of the structures, for decoder_library.py to compare with its own.
 void decoder_layout(int64_t* sizes) {
   sizes[0] = sizeof(decoder::Matrix);
   sizes[1] = sizeof(decoder::Layer);

@@ -1,4 +1,4 @@
-// What decoder.py hands over: the network's sizes and weights, its cache, and one step.
+// What decoder_library.py hands over: the network's sizes and weights, its cache, and one step.
 //
 // Legend: D hidden, H heads, K kv heads, d head_dim, E experts, F intermediate, V vocabulary,
 // N sequences, T tokens of the step, M blocks of a table, R tokens with logits.
@@ -43,7 +43,7 @@ struct Matrix {
   }
 };
 
-// In the order of the parameters' table.
+// Weights in the order of config/derived/parameter_table.py, here and in Model.
 struct Layer {
   const float* attention_norm;  // (D)
   Matrix wq, wk, wv, wo;
