@@ -24,7 +24,7 @@ from mixtral_ms.checkpoint.formats.mindspore_ckpt_format import CkptSource
 from mixtral_ms.checkpoint.formats.open_file import open_tensors
 from mixtral_ms.checkpoint.formats.tensor_source import DamagedFileError
 from mixtral_ms.checkpoint.reshard import rewrite as reshard
-from mixtral_ms.checkpoint.reshard.open_checkpoint import open_sharded
+from mixtral_ms.checkpoint.reshard.open_checkpoint import open_source
 from mixtral_ms.checkpoint.reshard.transform_checkpoint import TransformOptions, transform
 from mixtral_ms.checkpoint.store.manifest import verify_checkpoint
 from mixtral_ms.errors import UserError
@@ -127,7 +127,7 @@ def test_every_flipped_bit_is_found_with_a_manifest(cut, name):
         data[random_bytes.randrange(len(data))] ^= 1 << random_bytes.randrange(8)
         file.write_bytes(data)
         with pytest.raises(UserError, match=f"damaged.*{file.name}"):
-            open_sharded(cut, cut / "strategy")
+            open_source(cut, strategy=cut / "strategy")
     file.write_bytes(before)
     assert verify_checkpoint(cut) == []
 
@@ -167,9 +167,9 @@ def test_a_bit_between_the_samples_needs_every_replica(tmp_path):
     data = bytearray(file.read_bytes())
     data[data.find(values.tobytes()) + values.nbytes // 2] ^= 1
     file.write_bytes(data)
-    open_sharded(tmp_path / "cut", tmp_path / "cut" / "strategy")
+    open_source(tmp_path / "cut", strategy=tmp_path / "cut" / "strategy")
     with pytest.raises(UserError, match=f"{name} differs between rank 0 and rank 1"):
-        open_sharded(tmp_path / "cut", tmp_path / "cut" / "strategy", every_replica=True)
+        open_source(tmp_path / "cut", strategy=tmp_path / "cut" / "strategy", every_replica=True)
 
 
 def test_ranks_of_two_checkpoints_mixed(cut, tmp_path):

@@ -9,12 +9,26 @@ from mixtral_ms.checkpoint.formats.mindspore_ckpt_format import write_ckpt
 from mixtral_ms.checkpoint.formats.open_file import open_tensors
 from mixtral_ms.checkpoint.formats.safetensors_format import write_safetensors
 from mixtral_ms.checkpoint.formats.tensor_source import outgoing
-from mixtral_ms.parallel.grid.sharding_rules import MOMENTS, parameter_shapes
+from mixtral_ms.parallel.grid.sharding_rules import (
+    MOMENTS,
+    local_shape,
+    parameter_shapes,
+    stages_of,
+)
 
 
 def network(**changes):
     """Divides by 8 ranks in every way."""
     return tiny_config(**{"vocab_size": 64, **changes})
+
+
+def local_parameter_shapes(config, grid, stage):
+    """Shapes of the parameters (or their parts) on a rank of pipeline stage `stage`."""
+    return {
+        name: local_shape(name, shape, grid)
+        for name, shape in parameter_shapes(config).items()
+        if stage in stages_of(name, config, grid.pipeline_stage)
+    }
 
 
 def whole_tensors(dtype="float32", moments=True, config=None):

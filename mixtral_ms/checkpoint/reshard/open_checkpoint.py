@@ -67,38 +67,6 @@ class OpenedSource:
     state: Mapping[str, Any] = field(default_factory=dict)
 
 
-def open_sharded(
-    ckpt_dir: str | Path,
-    strategy: str | Path,
-    *,
-    prefix: str | None = None,
-    verify: bool = True,
-    every_replica: bool = False,
-) -> TensorSource:
-    """The global tensors of a sharded checkpoint.
-
-    Args:
-        ckpt_dir: holds `rank_0/`, `rank_1/`, …
-        strategy: MindSpore's strategy file, or the folder of those of all ranks or stages.
-        prefix: take only files whose names begin so.
-        verify: compare everything with the manifest first, where there is one.
-        every_replica: compare all values of parts that must be equal, not only samples.
-
-    Raises:
-        UserError: a rank or tensor is missing, the checkpoint is damaged, or the strategy is not
-            its own; rank, file and tensor are named.
-        DamagedFileError: a file is not what its format says.
-    """
-    opened = open_source(
-        Path(ckpt_dir),
-        strategy=Path(strategy),
-        prefix=prefix,
-        verify=verify,
-        every_replica=every_replica,
-    )
-    return opened.tensors
-
-
 def open_source(
     path: Path,
     *,
@@ -122,7 +90,8 @@ def open_source(
         every_replica: compare all values of parts that must be equal, not only samples.
 
     Raises:
-        UserError: see `open_sharded`.
+        UserError: a rank or tensor is missing, the checkpoint is damaged, or the strategy is not
+            its own; rank, file and tensor are named.
         DamagedFileError: a file is not what its format says.
     """
     path = checkpoint_folder(path)

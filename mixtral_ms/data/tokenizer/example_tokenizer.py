@@ -5,7 +5,6 @@ from pathlib import Path
 
 from mixtral_ms.errors import UserError
 
-EXAMPLE_TOKENIZER_MD5 = "37974873eb68a7ab30c4912fc36264ae"
 _PACKAGE = "mistral_common"
 _FILE = "tokenizer.model.v1"
 

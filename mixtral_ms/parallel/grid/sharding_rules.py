@@ -88,17 +88,6 @@ def local_shape(name: str, shape: tuple[int, ...], grid: ParallelConfig) -> tupl
     return _local_shape(name, shape, placement_on_stage(name, len(shape), grid), grid)
 
 
-def local_parameter_shapes(
-    config: MixtralConfig, grid: ParallelConfig, stage: int
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters (or their parts) on a rank of pipeline stage `stage`."""
-    return {
-        name: local_shape(name, shape, grid)
-        for name, shape in parameter_shapes(config).items()
-        if stage in stages_of(name, config, grid.pipeline_stage)
-    }
-
-
 def placements(
     config: MixtralConfig, grid: ParallelConfig, names: Iterable[str], *, zero: bool
 ) -> dict[str, dict[int, Placement]]:

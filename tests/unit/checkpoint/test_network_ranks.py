@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers.sharded import local_parameter_shapes
 from helpers.tiny import tiny_config
 
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
@@ -9,7 +10,6 @@ from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.grid.grid_text import format_grid
 from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.parallel.grid.sharding_rules import (
-    local_parameter_shapes,
     parameter_shapes,
     placement_on_stage,
 )

@@ -18,7 +18,7 @@ from mixtral_ms.checkpoint.formats.regions import (
     whole_region,
 )
 from mixtral_ms.checkpoint.formats.tensor_source import TensorInfo, TensorSource
-from mixtral_ms.checkpoint.reshard.open_checkpoint import open_sharded, open_source
+from mixtral_ms.checkpoint.reshard.open_checkpoint import open_source
 from mixtral_ms.checkpoint.reshard.rewrite import outgoing_region
 from mixtral_ms.checkpoint.reshard.transform_checkpoint import TransformOptions, transform
 from mixtral_ms.checkpoint.shards.assemble import assemble, layout_sha256
@@ -196,7 +196,7 @@ def test_cut_and_merged_is_the_same(whole, tmp_path, grid, format_):
 def test_the_strategy_beside_the_ranks_says_the_same_as_the_grid(whole, tmp_path, grid):
     cut_ = tmp_path / "cut"
     transform(TransformOptions(whole, cut_, dst_strategy=grid))
-    by_file = open_sharded(cut_, cut_ / "strategy", every_replica=True)
+    by_file = open_source(cut_, strategy=cut_ / "strategy", every_replica=True).tensors
     by_grid = open_source(cut_, grid=grid).tensors
     assert by_file.regions_of_ranks() == by_grid.regions_of_ranks()
 
@@ -238,7 +238,7 @@ def test_moments_that_a_strategy_does_not_name_are_where_their_parameters_are(tm
     transform(TransformOptions(whole, tmp_path / "cut", dst_ckpt_strategy=strategy))
     (tmp_path / "cut" / "strategy").rename(tmp_path / "aside")
     (tmp_path / "cut" / "manifest.json").unlink()
-    source = open_sharded(tmp_path / "cut", strategy)
+    source = open_source(tmp_path / "cut", strategy=strategy).tensors
     assert {n: (i.shape, i.dtype, source.read(n).tobytes()) for n, i in source.infos.items()} == (
         contents(whole)
     )

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+from helpers.sharded import local_parameter_shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,7 +78,7 @@ def test_an_unknown_parameter_has_no_rule():
 
 def test_local_shapes_of_each_kind():
     grid = ParallelConfig(data_parallel=2, model_parallel=2, expert_parallel=2)
-    local = layout.local_parameter_shapes(small(), grid, 0)
+    local = local_parameter_shapes(small(), grid, 0)
     layer = "model.layers.0."
     assert local["model.tok_embeddings.embedding_weight"] == (32, 16)  # vocab_emb_dp
     assert local["lm_head.weight"] == (16, 16)
@@ -87,10 +88,10 @@ def test_local_shapes_of_each_kind():
     assert local[layer + "feed_forward.routed_experts.ffn.w2.weight"] == (2, 16, 12)
     assert local[layer + "attention_norm.weight"] == (16,)
     grid.vocab_emb_dp = False
-    assert layout.local_parameter_shapes(small(), grid, 0)[EMBEDDING.name] == (16, 16)
+    assert local_parameter_shapes(small(), grid, 0)[EMBEDDING.name] == (16, 16)
     grid.model_parallel = 3
     with pytest.raises(UserError, match="model_parallel 3"):
-        layout.local_parameter_shapes(small(), grid, 0)
+        local_parameter_shapes(small(), grid, 0)
 
 
 @settings(max_examples=50, deadline=None)
@@ -106,7 +107,7 @@ def test_parts_add_up_to_the_whole(tensor, experts, stages, tied):
     grid = ParallelConfig(experts, tensor, experts, stages, vocab_emb_dp=False)
     seen: dict[str, int] = {}
     for stage in range(stages):
-        for name, shape in layout.local_parameter_shapes(model, grid, stage).items():
+        for name, shape in local_parameter_shapes(model, grid, stage).items():
             row = row_of(name)
             copies = (tensor if row.tensor_axis is not None else 1) * (
                 experts if row.expert_axis is not None else 1

@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers.sharded import local_parameter_shapes
 from helpers.tiny import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
@@ -181,7 +182,7 @@ def test_every_placement_of_a_grid_has_its_ranks_and_local_shape(dp, mp, ep, pp,
     names = [prefix + name for prefix in ("", *layout.MOMENTS) for name in shapes]
     placed = layout.placements(MODEL, grid, names, zero=zero)
     for stage in range(pp):
-        local = layout.local_parameter_shapes(MODEL, grid, stage)
+        local = local_parameter_shapes(MODEL, grid, stage)
         for name, stages in placed.items():
             parameter = layout.parameter_of(name)
             assert (stage in stages) == (parameter in local)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.sharded import local_parameter_shapes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -69,7 +70,7 @@ def test_values_are_those_of_the_layout_table(dp, mp, ep, pp, cp, tied, split_em
     moments = [prefix + name for name in shapes for prefix in layout.MOMENTS]
     placed = layout.placements(model, grid, moments, zero=zero)
     for stage, values in enumerate(NetworkTensors(model).on_stages(grid, zero=zero)):
-        local = layout.local_parameter_shapes(model, grid, stage)
+        local = local_parameter_shapes(model, grid, stage)
         assert values.parameters == sum(map(math.prod, local.values()))
         assert values.trained + values.trained_experts == values.parameters
         assert values.trained_experts == sum(
