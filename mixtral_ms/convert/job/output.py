@@ -26,7 +26,7 @@ from mixtral_ms.convert.job.output_record import file_hashes
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import fsync_path
 
-Kind = Literal["huggingface", "checkpoint", "file"]
+OutputKind = Literal["huggingface", "checkpoint", "file"]
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
     "tokenizer.json",
@@ -63,7 +63,7 @@ class Destination:
     """
 
     path: Path
-    kind: Kind
+    kind: OutputKind
 
     @property
     def file_pattern(self) -> str:
