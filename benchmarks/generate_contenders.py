@@ -96,7 +96,7 @@ class Ours:
 
     def __init__(self, weight_dtype: str) -> None:
         from mixtral_ms.config import MixtralConfig
-        from mixtral_ms.infer.runners.cpp_runner import NativeRunner
+        from mixtral_ms.infer.runners.cpp_runner import CppRunner
         from mixtral_ms.infer.runners.infer_weights import InferWeights
 
         skip = ("experts", "top_k", "max_length")
@@ -116,9 +116,7 @@ class Ours:
                 scaled = tensors[name] / scales[name][..., None]
                 tensors[name] = np.rint(scaled).astype(np.int8)
         weights = InferWeights(weight_dtype, tensors, scales)
-        self.runner = NativeRunner(
-            config, weights, 2 * SIZES["max_length"] // self.block, self.block
-        )
+        self.runner = CppRunner(config, weights, 2 * SIZES["max_length"] // self.block, self.block)
 
     @staticmethod
     def _tensors() -> dict[str, np.ndarray]:

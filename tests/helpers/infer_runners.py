@@ -3,7 +3,7 @@
 from mixtral_ms.infer.runners.infer_weights import InferWeights
 from mixtral_ms.infer.runners.select_runner import select_runner
 
-RUNNERS = ("native", "graph")
+RUNNERS = ("C++", "graph")
 """Names that `select_runner` takes as its backend."""
 
 

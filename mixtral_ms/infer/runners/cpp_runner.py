@@ -17,7 +17,7 @@ from mixtral_ms.infer.runners.cpp import decoder_library
 from mixtral_ms.infer.runners.infer_weights import InferWeights
 
 
-class NativeRunner(Runner):
+class CppRunner(Runner):
     """Embedding, layers and head in C++, float32 arithmetic on weights of any dtype.
 
     Every token of a step is a real one: `pad_token_id` means nothing here, and no expert drops

@@ -7,7 +7,7 @@ from mixtral_ms.infer.runners.infer_weights import InferWeights
 from mixtral_ms.log import get_logger
 from mixtral_ms.parallel.grid.mesh import Mesh
 
-RUNNERS = ("auto", "native", "graph")
+RUNNERS = ("auto", "C++", "graph")
 
 
 def select_runner(
@@ -28,24 +28,26 @@ def select_runner(
         weights: its tensors.
         num_blocks: blocks of the cache; None takes `num_blocks` of the configuration.
         block_size: positions in a block; None takes `block_size` of the configuration.
-        backend: "auto", or "native" or "graph" for that one and no other.
+        backend: "auto", or "C++" or "graph" for that one and no other.
         mesh: the ranks; None for one process.
 
     Raises:
         UserError: another backend.
-        RunnerUnavailableError: "native" was asked for by name and cannot be had.
+        RunnerUnavailableError: "C++" was asked for by name and cannot be had.
     """
     if backend not in RUNNERS:
         raise UserError(f"runner {backend!r}: allowed are {', '.join(RUNNERS)}")
     num_blocks, block_size = num_blocks or config.num_blocks, block_size or config.block_size
     over_ranks = mesh is not None and mesh.world_size > 1
-    if backend in ("auto", "native") and not over_ranks:
-        from mixtral_ms.infer.runners.cpp_runner import NativeRunner  # noqa: PLC0415 - it compiles
+    if backend == "C++" and over_ranks:
+        raise RunnerUnavailableError("the C++ runner is for one process")
+    if backend in ("auto", "C++") and not over_ranks:
+        from mixtral_ms.infer.runners.cpp_runner import CppRunner  # noqa: PLC0415 - it compiles
 
         try:
-            return NativeRunner(config, weights, num_blocks, block_size)
+            return CppRunner(config, weights, num_blocks, block_size)
         except RunnerUnavailableError as error:
-            if backend == "native":
+            if backend == "C++":
                 raise
             get_logger().info("the C++ runner cannot be used: %s", error)
     from mixtral_ms.infer.runners.graph_runner import GraphRunner  # noqa: PLC0415 - imports MindSpore

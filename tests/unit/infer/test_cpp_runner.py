@@ -9,7 +9,7 @@ from mindspore import Tensor
 from mixtral_ms.config.derived.parameter_table import EMBEDDING
 from mixtral_ms.errors import UserError
 from mixtral_ms.infer.runners.base import NO_BLOCK, StepInput
-from mixtral_ms.infer.runners.cpp_runner import NativeRunner
+from mixtral_ms.infer.runners.cpp_runner import CppRunner
 from mixtral_ms.infer.runners.infer_weights import InferWeights
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.grid.sharding_rules import parameter_shapes
@@ -65,7 +65,7 @@ def random_weights(config, seed=0, dtype="float32"):
 
 
 def runner_of(config, weights, blocks=400, block_size=BLOCK):
-    return NativeRunner(config, weights, blocks, block_size)
+    return CppRunner(config, weights, blocks, block_size)
 
 
 class Sequence:

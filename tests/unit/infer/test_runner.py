@@ -7,11 +7,13 @@ from helpers.infer_runners import RUNNERS, build_runner
 from helpers.numpy_runner import NumpyRunner, random_tensors
 from helpers.tiny import tiny_config
 
+from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.errors import UserError
-from mixtral_ms.infer.runners import cpp_runner as native_runner
+from mixtral_ms.infer.runners import cpp_runner
 from mixtral_ms.infer.runners.base import NO_BLOCK, RunnerUnavailableError, StepInput
 from mixtral_ms.infer.runners.infer_weights import InferWeights
 from mixtral_ms.infer.runners.select_runner import select_runner
+from mixtral_ms.parallel.grid.mesh import Mesh
 
 BLOCK = 4
 CONFIG = tiny_config(seq_length=96, qkv_has_bias=False, head_dim=6, moe_config={"expert_num": 5})
@@ -198,13 +200,16 @@ def test_narrow_weights(name, dtype, device):
     close(one.step(tokens(ids[11:], [11], [table])), wanted[11:])
 
 
-def test_the_native_runner_is_taken_where_it_can_be_had(device, monkeypatch):
+def test_the_cpp_runner_is_taken_where_it_can_be_had(device, monkeypatch):
     weights = InferWeights("float32", TENSORS, {})
     assert select_runner(CONFIG, weights).name == "C++"
     assert select_runner(CONFIG, weights).num_blocks == CONFIG.num_blocks
-    monkeypatch.setattr(native_runner.decoder_library, "build", lambda: None)
+    monkeypatch.setattr(cpp_runner.decoder_library, "build", lambda: None)
     assert select_runner(CONFIG, weights, 8, 4).name == "graph"
     with pytest.raises(RunnerUnavailableError):
-        select_runner(CONFIG, weights, backend="native")
-    with pytest.raises(UserError, match="'cuda': allowed are auto, native, graph"):
+        select_runner(CONFIG, weights, backend="C++")
+    ranks = Mesh(ParallelConfig(model_parallel=2))
+    with pytest.raises(RunnerUnavailableError, match="one process"):
+        select_runner(CONFIG, weights, backend="C++", mesh=ranks)
+    with pytest.raises(UserError, match=r"'cuda': allowed are auto, C\+\+, graph"):
         select_runner(CONFIG, weights, backend="cuda")
