@@ -71,10 +71,14 @@ def public_names(source):
             names = [node.name]
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [one.id for one in targets if isinstance(one, ast.Name)]
+            names = [one.id for top in targets for one in ast.walk(top) if _is_new(one)]
         else:
             continue
         yield from (name for name in names if not name.startswith("_"))
+
+
+def _is_new(node):
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
 
 
 def doubles(modules):
@@ -115,7 +119,7 @@ def test_a_public_name_is_defined_once():
 def test_a_name_of_two_things_is_seen():
     modules = {
         "a": "class Plan: pass\n_own = 1\ndef main(): pass\nfrom c import Loader",
-        "b": "Plan: object = None\n_own = 2\ndef main(): pass\nfrom c import Loader",
+        "b": "Plan, (other, _) = None, (1, 2)\n_own = 2\ndef main(): pass\nfrom c import Loader",
     }
     assert doubles(modules) == {"Plan": ["a", "b"]}
 

@@ -8,8 +8,8 @@ from mixtral_ms.config.sections.model_section import MixtralConfig
 
 LORA_A, LORA_B = ".lora_a", ".lora_b"
 """What stands behind a module's name in the names of its adapter."""
-OURS = "ours"
-"""The format that has our names and our layout."""
+OUR_FORMAT = "ours"
+"""Name of the format that has our names and our layout."""
 
 Stage = Literal["first_stage", "layer", "last_stage"]
 GradientParts = Literal["never", "of sequence", "always"]
@@ -115,7 +115,7 @@ class ParameterRow:
 
     def stored(self, *formats: str) -> Stored | None:
         """What holds it in the first of the formats that has an entry for it."""
-        entries = {OURS: Stored(self.name), **self.elsewhere}
+        entries = {OUR_FORMAT: Stored(self.name), **self.elsewhere}
         return next((entries[one] for one in formats if one in entries), None)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mixtral_ms.config.derived import parameter_table
-from mixtral_ms.config.derived.parameter_row import ParameterRow, Stored
+from mixtral_ms.config.derived.parameter_row import OUR_FORMAT, ParameterRow, Stored
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Format:
 
 
 OURS = Format(
-    "ours",
+    OUR_FORMAT,
     "MindSpore, stacked experts: w1 and w3 (E, F, D), w2 (E, D, F)",
     mindspore=True,
 )
