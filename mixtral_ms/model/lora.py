@@ -60,15 +60,16 @@ class LoraLinear(Linear):
         return y + self.scale * self.product(low, ops.cast(self.lora_b, self.compute_dtype))
 
     def _dropped(self, x: Tensor) -> Tensor:
-        kept = hash_uniform(*x.shape, self.lora_key, self.salt) >= self.dropout
+        kept = hash_uniform(x.shape[0], x.shape[1], self.lora_key, self.salt) >= self.dropout
         return ops.where(kept, x / (1.0 - self.dropout), zeros_like(x))
 
 
 def add_adapters(
     layers: nn.CellList, config: MixtralConfig, kernels: KernelChoice, first_layer: int = 0
 ) -> None:
-    """Give the modules that pet_config means their adapters, before the network is filled."""
-    pet = config.pet_config
+    """Give the modules that pet_config means, if any, their adapters; for an unfilled network."""
+    if (pet := config.pet_config) is None:
+        return
     adapted = set(adapted_rows(pet, config.num_layers))
     for number, layer in enumerate(layers, first_layer):
         salt, routed = number * _SALTS_PER_LAYER, layer.feed_forward.routed_experts

@@ -84,7 +84,7 @@ class MixtralModel(nn.Cell):
         dtype = compute_type(config.compute_dtype)
         self.pad_token_id = config.pad_token_id
         self.is_first_stage, is_last_stage = mesh.is_first_stage, mesh.is_last_stage
-        self.tok_embeddings = None
+        self.tok_embeddings: nn.Cell = None  # on other stages nobody asks for it
         if self.is_first_stage or (is_last_stage and config.tie_word_embeddings):
             residual_dtype = compute_type(config.residual_dtype or config.compute_dtype)
             self.tok_embeddings = TokenEmbedding(
@@ -119,7 +119,7 @@ class MixtralModel(nn.Cell):
         x, valid_T = hidden_BSD, self.valid_tokens(input_ids_BS)
         if self.is_first_stage:
             x = self.tok_embeddings(input_ids_BS)
-        routings = ()
+        routings: tuple[tuple, ...] = ()
         for layer in self.layers:
             x, routing = layer(x, valid_T, self.cos, self.sin, positions_BS, segment_ids_BS)
             routings += (routing,)
@@ -168,7 +168,8 @@ class MixtralForCausalLM(nn.Cell):
     ) -> None:
         super().__init__()
         self.config = config
-        self.mesh = mesh = mesh or (share.mesh if share else Mesh())
+        self.mesh: Mesh = mesh or (share.mesh if share else Mesh())
+        mesh = self.mesh
         self.ignore_token_id = config.ignore_token_id
         self.dtype = compute_type(config.compute_dtype)
         # experts that have tokens of several ranks have any number of them
@@ -181,8 +182,7 @@ class MixtralForCausalLM(nn.Cell):
         self.kernel_name = kernels.name
         self._add_head(kernels)
         layers = stage_layers(config, mesh.grid.pipeline_stage, mesh.stage)
-        if config.pet_config is not None:
-            add_adapters(self.model.layers, config, kernels, layers.start)
+        add_adapters(self.model.layers, config, kernels, layers.start)
         # MindSpore numbers cells by attribute path only when a graph is built: do it now, so that
         # names are right for checkpoints before the first step.
         for path, parameter in self.parameters_and_names():

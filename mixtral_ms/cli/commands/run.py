@@ -2,13 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from mixtral_ms.cli.support.exit_status import run_command
 from mixtral_ms.cli.support.run_flags import load_from_args, looked_at, parse_args
-
-if TYPE_CHECKING:
-    from mixtral_ms.train.evaluation import Evaluation
 
 _SIGNAL_STATUS = 128  # a shell's status of a process that a signal ended
 
@@ -32,19 +28,16 @@ def main(argv: Sequence[str]) -> int:
         if trainer.mesh.rank:
             return 0  # the first rank prints for all
         print(f"loss {result.loss:.6f} perplexity {result.perplexity:.6f} tokens {result.tokens}")
-        if result.exact_perplexity is not None:
-            print(_rounding_text(result, config.weight_dtype))
+        if (exact := result.exact_perplexity) is not None:
+            print(_rounding_text(exact, result.perplexity, config.weight_dtype))
         return 0
     outcome = trainer.train()
     return 0 if outcome.signal_number is None else _SIGNAL_STATUS + outcome.signal_number
 
 
-def _rounding_text(result: "Evaluation", dtype: str) -> str:
-    change = 100 * (result.perplexity / result.exact_perplexity - 1)
-    return (
-        f"perplexity {result.exact_perplexity:.4f} -> {result.perplexity:.4f} "
-        f"({change:+.3f} %) with {dtype}"
-    )
+def _rounding_text(exact: float, rounded: float, dtype: str) -> str:
+    change = 100 * (rounded / exact - 1)
+    return f"perplexity {exact:.4f} -> {rounded:.4f} ({change:+.3f} %) with {dtype}"
 
 
 def command() -> int:

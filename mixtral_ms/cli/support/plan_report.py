@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from mixtral_ms.config.loading.resolve import rank_count
+from mixtral_ms.config.loading.resolve import micro_batch_size, rank_count, sequences_per_step
 from mixtral_ms.parallel.grid.grid_text import format_grid
 from mixtral_ms.parallel.planner.layout_search import Layout, LayoutPlan, sections
 from mixtral_ms.parallel.planner.memory_model import format_bytes
@@ -95,11 +95,11 @@ def _grid(layout: Layout) -> str:
 
 
 def _batch(layout: Layout) -> str:
-    runner = layout.config.runner_config
-    tokens = runner.global_batch_size * layout.config.model.model_config.seq_length
+    sequences, size = sequences_per_step(layout.config), micro_batch_size(layout.config)
+    tokens = sequences * layout.config.model.model_config.seq_length
     return (
-        f"a step of {runner.global_batch_size:,} sequences, {tokens:,} tokens; micro batches of "
-        f"{runner.batch_size} sequence{'s' * (runner.batch_size > 1)}"
+        f"a step of {sequences:,} sequences, {tokens:,} tokens; micro batches of "
+        f"{size} sequence{'s' * (size > 1)}"
     )
 
 

@@ -55,14 +55,19 @@ def micro_batches(config: RunConfig) -> int:
     return in_pipeline * config.runner_config.gradient_accumulation_steps
 
 
+def micro_batch_size(config: RunConfig) -> int:
+    """Sequences of a micro batch of one rank."""
+    size = config.runner_config.batch_size
+    return 1 if size is None else size
+
+
 def sequences_per_micro_step(config: RunConfig) -> int:
     """Sequences of all ranks whose gradients one accumulation step takes.
 
     In a pipeline that is all its micro batches.
     """
     grid = effective_parallel(config)
-    sequences = (config.runner_config.batch_size or 0) * grid.data_parallel
-    return sequences * pipeline_micro_batches(grid)
+    return micro_batch_size(config) * grid.data_parallel * pipeline_micro_batches(grid)
 
 
 def sequences_per_step(config: RunConfig) -> int:

@@ -96,13 +96,14 @@ class CausalAttention(nn.Cell):
         key_segment_ids are those of the keys, where these are others than the queries'.
         """
         batch = q_BHSd.shape[0]
+        key_ids: Tensor = key_segment_ids
         if key_segment_ids is None:
-            key_segment_ids = segment_ids_BS
+            key_ids = segment_ids_BS
         q = ops.reshape(
             q_BHSd * self.scale,
             (batch, self.n_kv_heads, self.groups, self.seq_length, self.head_dim),
         )
-        outputs = ()
+        outputs: tuple[Tensor, ...] = ()
         for i in range(len(self.spans)):
             begin, end, low = self.spans[i]
             rows, high = end - begin, self.first + end
@@ -116,7 +117,7 @@ class CausalAttention(nn.Cell):
             if segment_ids_BS is not None:
                 same = ops.equal(
                     ops.expand_dims(segment_ids_BS[:, begin:end], 2),
-                    ops.expand_dims(key_segment_ids[:, low:high], 1),
+                    ops.expand_dims(key_ids[:, low:high], 1),
                 )
                 hidden = ops.cast(ops.logical_not(same), self.softmax_dtype) * _MASKED
                 scores = scores + ops.expand_dims(hidden, 1)

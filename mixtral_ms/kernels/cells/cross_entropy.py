@@ -134,7 +134,8 @@ class _LossAndGradients(nn.Cell):
         # Chunks of equal size: one shape compiles once, and no small rest is left over.
         count = -(-tokens // chunk)
         loss = Tensor(0.0, mstype.float32)
-        d_hidden, d_weight = (), None
+        d_hidden: tuple[Tensor, ...] = ()
+        d_weight = None
         for i in range(count):
             begin, end = tokens * i // count, tokens * (i + 1) // count
             hidden = hidden_TD[begin:end]

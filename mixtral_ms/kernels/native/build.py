@@ -37,7 +37,8 @@ def native_library() -> Path | None:
     library = built_library("kernels", _FOLDER)
     if library is None or ctypes.CDLL(str(library)).native_ready():
         return library
-    return _unusable("MindSpore's oneDNN does not export the matrix product they call")
+    _unusable("MindSpore's oneDNN does not export the matrix product they call")
+    return None
 
 
 @functools.cache
@@ -60,7 +61,8 @@ def built_library(name: str, folder: Path) -> Path | None:
         return None
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        return _unusable("no g++ on this machine")
+        _unusable("no g++ on this machine")
+        return None
     sources = sorted(folder.glob("*.cpp"))
     headers = sorted({*folder.glob("*.hpp"), *_FOLDER.glob("*.hpp")})
     path = _cache_folder() / f"{name}-{_fingerprint(compiler, [*sources, *headers])}.so"
@@ -70,7 +72,8 @@ def built_library(name: str, folder: Path) -> Path | None:
                 _compile(compiler, sources, path)
         ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        return _unusable(f"building them failed: {error}")
+        _unusable(f"building them failed: {error}")
+        return None
     return path
 
 

@@ -6,7 +6,7 @@ go of a function that it has made an operator of: what holds weights is behind a
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal, ParamSpec, TypeVar
 from weakref import WeakMethod
 
 from mindspore import dtype as mstype
@@ -19,7 +19,10 @@ from mixtral_ms.kernels.threaded import (
     numpy_experts,
 )
 
-NUMPY = "numpy"
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NUMPY: Final = "numpy"
 Library = Path | Literal["numpy"]
 
 _NUMPY = {
@@ -37,6 +40,18 @@ def _operator(library: Library, name: str, shapes: Callable, dtypes: Callable) -
     if library == NUMPY:
         return ops.Custom(_NUMPY[name], shapes, dtypes, "pyfunc")
     return ops.Custom(f"{library}:{name}", shapes, dtypes, "aot")
+
+
+def _weak(method: Callable[P, R]) -> Callable[P, R]:
+    """The method, of whatever has it as long as that lives."""
+    reference = WeakMethod(method)
+
+    def run(*inputs: P.args, **options: P.kwargs) -> R:
+        if (alive := reference()) is None:
+            raise ReferenceError("the kernel of this operator is gone")
+        return alive(*inputs, **options)
+
+    return run
 
 
 def expert_ffn_forward(library: Library) -> ops.Custom:
@@ -71,13 +86,13 @@ def expert_ffn_in_place(
     The backward has x, sizes, ticket, dy -> dx, dw1, dw3, dw2; `weights` are the shapes of w1, w3
     and w2.
     """
-    run_forward, run_backward = WeakMethod(kernel.forward), WeakMethod(kernel.backward)
+    run_forward, run_backward = _weak(kernel.forward), _weak(kernel.backward)
 
     def forward(x, sizes):  # noqa: ANN001, ANN202 - MindSpore counts the parameters
-        return run_forward()(x, sizes)
+        return run_forward(x, sizes)
 
     def backward(x, sizes, ticket, dy):  # noqa: ANN001, ANN202
-        return run_backward()(x, sizes, ticket, dy)
+        return run_backward(x, sizes, ticket, dy)
 
     def x_and_weights(x: list, *_: list) -> tuple:
         return x, *weights
@@ -162,13 +177,13 @@ def cross_entropy_in_place(
 
     The backward has hidden, labels, ticket, factor (1) -> d_hidden, d_weight of shape `weight`.
     """
-    run_forward, run_backward = WeakMethod(kernel.forward), WeakMethod(kernel.backward)
+    run_forward, run_backward = _weak(kernel.forward), _weak(kernel.backward)
 
     def forward(hidden, labels):  # noqa: ANN001, ANN202
-        return run_forward()(hidden, labels)
+        return run_forward(hidden, labels)
 
     def backward(hidden, labels, ticket, factor):  # noqa: ANN001, ANN202
-        return run_backward()(hidden, labels, ticket, factor)
+        return run_backward(hidden, labels, ticket, factor)
 
     def hidden_and_weight(hidden: list, *_: list) -> tuple:
         return hidden, weight

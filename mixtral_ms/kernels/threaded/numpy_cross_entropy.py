@@ -38,8 +38,8 @@ class InPlaceCrossEntropy:
         self.kept.drop()
         if not self.keeping():
             return loss(hidden_TD, self.read(), labels_T), NO_TICKET
-        total, *gradients = loss_and_gradients(hidden_TD, self.read(), labels_T)
-        return total, self.kept.keep(*gradients)
+        total, d_hidden_TD, d_weight_VD = loss_and_gradients(hidden_TD, self.read(), labels_T)
+        return total, self.kept.keep(d_hidden_TD, d_weight_VD)
 
     def backward(
         self, hidden_TD: np.ndarray, labels_T: np.ndarray, ticket: np.ndarray, factor: np.ndarray
@@ -47,10 +47,10 @@ class InPlaceCrossEntropy:
         """Returns the gradients of hidden (T, D) and of the weight (V, D), times factor (1)."""
         gradients = self.kept.take(ticket)
         if gradients is None:
-            _, *gradients = loss_and_gradients(hidden_TD, self.read(), labels_T)
+            gradients = loss_and_gradients(hidden_TD, self.read(), labels_T)[1:]
         for gradient in gradients:
             _scale(gradient, factor)
-        return tuple(gradients)
+        return gradients
 
 
 @np.errstate(all="ignore")  # what overflows is infinite, and the overflow check sees it
@@ -65,7 +65,7 @@ def loss(hidden_TD: np.ndarray, weight_VD: np.ndarray, labels_T: np.ndarray) -> 
 @np.errstate(all="ignore")
 def loss_and_gradients(
     hidden_TD: np.ndarray, weight_VD: np.ndarray, labels_T: np.ndarray
-) -> tuple[np.ndarray, ...]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As `loss`, with the gradients of hidden and of the weight."""
     d_hidden_TD, d_weight_VD = np.zeros_like(hidden_TD), empty(*weight_VD.shape)
     total, chunks = 0.0, _chunks(labels_T, len(weight_VD))

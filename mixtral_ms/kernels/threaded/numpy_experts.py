@@ -16,6 +16,8 @@ from mixtral_ms.kernels.threaded.saved_activations import NO_TICKET, Kept
 _TOKEN_BLOCK = 128  # tokens whose activations stay in the cache between two products
 _WEIGHT_BLOCK = 1024  # columns of F per task: narrower products are a third slower
 
+_Three = tuple[np.ndarray, np.ndarray, np.ndarray]
+
 
 class InPlaceExperts:
     """`forward` and `backward` on weights where they lie, in float32; gate and up stay here.
@@ -25,9 +27,7 @@ class InPlaceExperts:
         keeping: whether a forward is to keep gate and up; a backward computes what was not kept.
     """
 
-    def __init__(
-        self, read: Callable[[], tuple[np.ndarray, ...]], keeping: Callable[[], bool]
-    ) -> None:
+    def __init__(self, read: Callable[[], _Three], keeping: Callable[[], bool]) -> None:
         self.read, self.keeping, self.kept = read, keeping, Kept()
 
     def forward(
@@ -35,8 +35,8 @@ class InPlaceExperts:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns y (R, D) and the backward's ticket (1)."""
         self.kept.drop()
-        y_RD, *inner = numpy_experts_forward(x_RD, *self.read(), tokens_per_expert_E)
-        return y_RD, self.kept.keep(*inner) if self.keeping() else NO_TICKET
+        y_RD, gate_RF, up_RF = numpy_experts_forward(x_RD, *self.read(), tokens_per_expert_E)
+        return y_RD, self.kept.keep(gate_RF, up_RF) if self.keeping() else NO_TICKET
 
     def backward(
         self,
@@ -48,7 +48,7 @@ class InPlaceExperts:
         """Returns dx, dw1, dw3, dw2, shaped as x and the weights."""
         weights, inner = self.read(), self.kept.take(ticket)
         if inner is None:
-            _, *inner = numpy_experts_forward(x_RD, *weights, tokens_per_expert_E)
+            inner = numpy_experts_forward(x_RD, *weights, tokens_per_expert_E)[1:]
         return numpy_experts_backward(x_RD, *weights, tokens_per_expert_E, *inner, dy_RD)
 
 
@@ -58,7 +58,7 @@ def numpy_experts_forward(
     w3_EFD: np.ndarray,
     w2_EDF: np.ndarray,
     tokens_per_expert_E: np.ndarray,
-) -> tuple[np.ndarray, ...]:
+) -> _Three:
     """Returns y (R, D), gate (R, F), up (R, F) in x's dtype; slots past the groups are 0 in y."""
     dtype = x_RD.dtype
     x_RD, w1_EFD, w3_EFD, w2_EDF = (as_float32(value) for value in (x_RD, w1_EFD, w3_EFD, w2_EDF))
@@ -81,7 +81,11 @@ def numpy_experts_forward(
     used = int(tokens_per_expert_E.sum())
     for value in (y_RD, gate_RF, up_RF):
         value[used:] = 0.0
-    return tuple(value.astype(dtype, copy=False) for value in (y_RD, gate_RF, up_RF))
+    return (
+        y_RD.astype(dtype, copy=False),
+        gate_RF.astype(dtype, copy=False),
+        up_RF.astype(dtype, copy=False),
+    )
 
 
 def numpy_experts_backward(  # noqa: PLR0913, PLR0917 - the operator's inputs

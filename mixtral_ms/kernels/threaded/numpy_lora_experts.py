@@ -49,12 +49,11 @@ class Kernel:
             x_RD: tokens, in the slots of their experts.
             inputs: those of the forward, its gate and up, dy (R, D).
         """
-        *inputs, gate_RF, up_RF, dy_RD = inputs
+        *given, gate_RF, up_RF, dy_RD = inputs
         dx_RD = np.zeros_like(x_RD)
-        gradients = [np.zeros_like(one) for one in inputs[5:]]
+        gradients = [np.zeros_like(one) for one in given[5:]]
         with np.errstate(all="ignore"):
-            for own, *weights in self._experts(*inputs):
-                gate_w, up_w, down_w = weights
+            for own, gate_w, up_w, down_w in self._experts(*given):
                 x, dy = as_float32(x_RD[own]), as_float32(dy_RD[own])
                 gate, up = as_float32(gate_RF[own]), as_float32(up_RF[own])
                 slope = sigmoid(gate)
@@ -78,7 +77,7 @@ class Kernel:
             found = [
                 _Weight(
                     as_float32(weight[expert]),
-                    adapters[2 * which : 2 * which + 2],
+                    (adapters[2 * which], adapters[2 * which + 1]),
                     (expert, which),
                     self.scale,
                     self._mask(key, expert, which, (end - begin, weight.shape[2])),

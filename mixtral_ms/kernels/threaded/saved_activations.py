@@ -14,22 +14,22 @@ NO_TICKET = np.zeros(1, np.int32)
 
 
 class Kept:
-    """The arrays of the last forward, until its backward takes them."""
+    """Two arrays of the last forward, until its backward takes them."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
-        self._arrays: dict[int, tuple[np.ndarray, ...]] = {}
+        self._arrays: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def drop(self) -> None:
         """Forget what an earlier forward kept, so that its memory serves the next one."""
         self._arrays = {}
 
-    def keep(self, *arrays: np.ndarray) -> np.ndarray:
+    def keep(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Keep these instead; returns their ticket (1)."""
         number = next(self._numbers)
-        self._arrays = {number: arrays}
+        self._arrays = {number: (first, second)}
         return np.array([number], np.int32)
 
-    def take(self, ticket: np.ndarray) -> tuple[np.ndarray, ...] | None:
+    def take(self, ticket: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """What was kept under a ticket, once; None where another forward has come since."""
         return self._arrays.pop(int(ticket[0]), None)

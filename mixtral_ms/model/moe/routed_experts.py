@@ -110,7 +110,7 @@ class RoutedExperts(nn.Cell):
             self.dispatch = DispatchOverRanks(mesh.context, shape, whole, self.local_dispatch)
         self.permute = PermuteTokens(moe.num_experts_chosen)
         self.exchange = None
-        if mesh.exchange.size > 1:
+        if local_experts is not None and mesh.exchange.size > 1:
             slots = tokens * moe.num_experts_chosen
             self.exchange = ExpertExchange(mesh.exchange, len(local_experts), slots, capacity)
         self.combine = CombineTokens(moe.num_experts_chosen)
@@ -180,7 +180,8 @@ class MoEFeedForward(nn.Cell):
     ) -> None:
         super().__init__()
         self.routed_experts = RoutedExperts(config, layer, shape, kernels, compute_dtype, mesh)
-        self.enter = self.leave = None
+        self.enter = None
+        self.leave: nn.Cell = None  # nobody asks for it without `enter`
         if mesh.tensor.size > 1:
             self.enter = EnterSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
             self.leave = LeaveSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)

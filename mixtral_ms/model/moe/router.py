@@ -71,7 +71,9 @@ class Router(nn.Cell):
 
     def _noise(self, x_TD: Tensor) -> Tensor:
         """uniform(1 - jitter, 1 + jitter), a pure function of `jitter_key`, a whole number."""
-        uniform_TD = hash_uniform(*x_TD.shape, self.jitter_key, self.layer, self.numbers_T)
+        uniform_TD = hash_uniform(
+            x_TD.shape[0], x_TD.shape[1], self.jitter_key, self.layer, self.numbers_T
+        )
         return 1.0 - self.jitter + 2.0 * self.jitter * uniform_TD
 
 

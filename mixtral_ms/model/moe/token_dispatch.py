@@ -55,7 +55,7 @@ class Dispatch(nn.Cell):
     ) -> None:
         super().__init__()
         self.experts, self.capacity = experts, capacity
-        self.layout = layout
+        self.layout, self.padded_slots = layout, experts * (capacity or 0)
         # kdrop goes through all first choices, then all second ones; both orders undo themselves
         self.order, self.turn = (0, 1) if token_first else (1, 0), ops.Transpose()
         self.ids_E = Tensor(np.arange(experts, dtype=np.int32))
@@ -68,7 +68,7 @@ class Dispatch(nn.Cell):
     def slots(self, assignments: int) -> int:
         """R, the static number of slots that this many assignments may need."""
         if self.layout == "padded":
-            return self.experts * self.capacity
+            return self.padded_slots
         return assignments
 
     def construct(self, expert_Tk: Tensor, valid_Tk: Tensor) -> tuple:

@@ -178,7 +178,7 @@ def sum_values(group: ProcessGroup, values: np.ndarray) -> np.ndarray:
     slots = np.zeros((group.size, 4, values.size), np.float32)
     slots[group.index] = float32_parts(values.reshape(-1))
     parts = sum_tensor(group, Tensor(slots)).asnumpy()
-    return sum(map(float64_of, parts)).reshape(values.shape)
+    return sum(map(float64_of, parts), np.zeros(values.size)).reshape(values.shape)
 
 
 def float64_of(parts: np.ndarray) -> np.ndarray:

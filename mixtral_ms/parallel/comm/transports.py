@@ -91,7 +91,7 @@ class _GatherBySum(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         x = ops.expand_dims(x, 0)
         zeros = zeros_like(x)
-        parts = ()
+        parts: tuple[Tensor, ...] = ()
         for rank in range(self.size):
             parts += (x if rank == self.index else zeros,)
         return self.sum(self.concat(parts))
@@ -140,7 +140,7 @@ class _ExchangeByScatter(nn.Cell):
         mine_P = sent_PP[self.index]
         begin_P = sum_before(mine_P, 0)
         earlier_P = sum_before(sent_PP, 0)[self.index]
-        results = ()
+        results: tuple[Tensor, ...] = ()
         for target in range(self.size):
             offset = self.rows_N - earlier_P[target]
             held = ops.logical_and(offset >= 0, offset < mine_P[target])

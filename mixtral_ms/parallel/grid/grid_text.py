@@ -40,9 +40,10 @@ def parse_grid(text: str, flag: str = "grid") -> tuple[ParallelConfig, bool]:
             raise UserError(f"{flag} {text!r}: {key} is given twice")
         values[key] = _number(value, f"{flag} {text!r}: {name}", switch=key in _SWITCHES)
     zero = bool(values.pop("zero", 0))
-    whole_embedding = bool(values.pop("vocab_emb_dp", 1))
-    sizes = {_SIZES[key]: value for key, value in values.items()}
-    return ParallelConfig(vocab_emb_dp=whole_embedding, **sizes), zero
+    grid = ParallelConfig(vocab_emb_dp=bool(values.pop("vocab_emb_dp", 1)))
+    for key, size in values.items():
+        setattr(grid, _SIZES[key], size)
+    return grid, zero
 
 
 def format_grid(grid: ParallelConfig, *, zero: bool) -> str:

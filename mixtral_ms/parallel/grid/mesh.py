@@ -178,6 +178,6 @@ class Mesh:
     def _group(self, kind: str, ranks: Iterable[int]) -> ProcessGroup:
         ranks = tuple(ranks)
         if ranks not in self._names:
-            alone = len(ranks) == 1 or self.connect is None
-            self._names[ranks] = "" if alone else self.connect(ranks)
+            meets = self.connect if len(ranks) > 1 else None
+            self._names[ranks] = "" if meets is None else meets(ranks)
         return ProcessGroup(ranks, ranks.index(self.rank), self._names[ranks], kind)

@@ -11,7 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mixtral_ms.config.checks.check_config import find_contradictions
-from mixtral_ms.config.loading.resolve import micro_batches, sequences_per_micro_step
+from mixtral_ms.config.loading.resolve import (
+    micro_batch_size,
+    micro_batches,
+    sequences_per_micro_step,
+)
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.parallel.planner.memory_model import NetworkTensors, RankMemory, memory_plan
@@ -91,7 +95,8 @@ def plan_layouts(
     """
     sequences = global_batch_size or _global_batch_size(config)
     tensors = NetworkTensors(config.model.model_config)
-    fitting, too_large, refused = [], [], Counter()
+    fitting, too_large = [], []
+    refused: Counter[str] = Counter()
     for grid in _grids(config, cluster.devices):
         if any(getattr(grid, key) != size for key, size in (fixed or {}).items()):
             continue
@@ -192,7 +197,7 @@ def _grids(config: RunConfig, devices: int) -> Iterator[ParallelConfig]:
 def _on_grid(config: RunConfig, grid: ParallelConfig, sequences: int) -> RunConfig | None:
     """The run on a grid with `sequences` in a step; None where they do not divide."""
     runner = config.runner_config
-    batches, rest = divmod(sequences, runner.batch_size * grid.data_parallel)
+    batches, rest = divmod(sequences, micro_batch_size(config) * grid.data_parallel)
     if rest or not batches:
         return None
     in_pipeline = grid.pipeline_stage > 1

@@ -53,7 +53,7 @@ def computed(monkeypatch):
 
 def test_a_ticket_is_good_for_the_last_forward_and_once():
     kept, arrays = Kept(), [random(i, 3) for i in range(2)]
-    first = kept.keep(arrays[0])
+    first = kept.keep(arrays[1], arrays[0])
     second = kept.keep(*arrays)
     assert kept.take(first) is None
     assert kept.take(NO_TICKET) is None
@@ -64,7 +64,7 @@ def test_a_ticket_is_good_for_the_last_forward_and_once():
 
 def test_what_is_dropped_is_gone():
     kept = Kept()
-    ticket = kept.keep(random(1, 3))
+    ticket = kept.keep(random(1, 3), random(2, 3))
     kept.drop()
     assert kept.take(ticket) is None
 
