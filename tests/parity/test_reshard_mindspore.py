@@ -11,6 +11,8 @@ from helpers.sharded import contents, write_whole
 from mixtral_ms.checkpoint.formats.strategy_file import read_strategies, write_merged_strategy
 from mixtral_ms.checkpoint.reshard.transform_checkpoint import TransformOptions, transform
 
+pytestmark = pytest.mark.slow
+
 EIGHT, FOUR = "dp=2,mp=2,ep=2,pp=2,zero=1", "mp=4,ep=4"
 STEPS = (("whole", "eight"), ("eight", "four"), ("four", "merged"))
 CASES = [(f, d) for f in ("ckpt", "safetensors") for d in ("float32", "bfloat16")]
@@ -20,8 +22,6 @@ MINDSPORE = """
 import glob, json, sys
 import numpy as np
 import mindspore as ms
-
-pytestmark = pytest.mark.slow
 
 def same(a, b):
     a, b = (one.float().asnumpy() if one.dtype == ms.bfloat16 else one.asnumpy() for one in (a, b))

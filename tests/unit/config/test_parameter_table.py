@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.convert_oracle import HIDDEN, LAYERS, WIDTH, tensors_in, write_source
 from helpers.numpy_runner import random_tensors
+from helpers.sharded import local_parameter_shapes
 from helpers.tiny import tiny_config
 from safetensors.numpy import load_file, save_file
 
@@ -21,7 +22,7 @@ from mixtral_ms.convert.job.conversion import ConvertOptions, convert, prepare
 from mixtral_ms.errors import UserError
 from mixtral_ms.infer.runners.base import RunnerUnavailableError
 from mixtral_ms.infer.runners.cpp import decoder_library
-from mixtral_ms.infer.runners.cpp_runner import NativeRunner
+from mixtral_ms.infer.runners.cpp_runner import CppRunner
 from mixtral_ms.infer.runners.infer_weights import InferWeights
 from mixtral_ms.model.nn.weight_init import initial_value
 from mixtral_ms.parallel.grid import sharding_rules as layout
@@ -60,8 +61,8 @@ def test_a_row_is_laid_out(with_shared):
     config = tiny_config(vocab_size=62)
     assert layout.parameter_shapes(config)[NAME] == (40, 24)
     grid = ParallelConfig(data_parallel=2, model_parallel=2, pipeline_stage=2)
-    assert layout.local_parameter_shapes(config, grid, 1)[NAME] == (20, 24)
-    assert NAME not in layout.local_parameter_shapes(config, grid, 0)
+    assert local_parameter_shapes(config, grid, 1)[NAME] == (20, 24)
+    assert NAME not in local_parameter_shapes(config, grid, 0)
     placed = layout.placements(config, grid, [NAME, "adam_m." + NAME], zero=True)
     assert placed[NAME][1].cuts == (2, 1)
     assert placed["adam_m." + NAME][1].shards == 2
@@ -105,7 +106,7 @@ def test_the_cpp_decoder_refuses_what_it_has_no_field_for(with_shared):
     if decoder_library.build() is None:
         pytest.skip("the C++ decoder cannot be built")
     with pytest.raises(RunnerUnavailableError, match=r"knows no .*shared_expert"):
-        NativeRunner(config, weights, 4, 4)
+        CppRunner(config, weights, 4, 4)
 
 
 # the rows
