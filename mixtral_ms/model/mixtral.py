@@ -197,74 +197,41 @@ class MixtralForCausalLM(nn.Cell):
     def construct(
         self,
         input_ids_BS: Tensor,
-        labels_BS: Tensor | None = None,
         segment_ids_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
-    ) -> Tensor | tuple:
-        """Logits, or with labels the loss and its parts.
+    ) -> Tensor:
+        """Logits: float32 scores (B, S, V) of the id that follows each position.
 
         Args:
             input_ids_BS: int32 ids; `pad_token_id` marks padding.
-            labels_BS: the id that follows each position; `ignore_token_id` where there is none.
             segment_ids_BS: packed samples see only positions of their own segment.
             positions_BS: position of each token in its sample; None counts from 0.
-
-        Returns:
-            Without labels, float32 logits (B, S, V). With labels the tuple of `loss_parts`, led
-            by the loss: mean cross entropy over supervised tokens plus aux and z losses.
         """
-        if labels_BS is None:
-            hidden = self.model(input_ids_BS, segment_ids_BS, positions_BS)[0]
-            return ops.cast(self.logits(hidden), mstype.float32)
-        parts = self.loss_parts(input_ids_BS, labels_BS, segment_ids_BS, positions_BS)
-        lm_sum, tokens, aux_L, z_L = parts[:4]
-        mean = lm_sum / ops.maximum(tokens, Tensor(1.0, mstype.float32))
-        return (mean + ops.sum(aux_L) + ops.sum(z_L), *parts)
+        hidden = self.model(input_ids_BS, segment_ids_BS, positions_BS)[0]
+        return ops.cast(self.logits(hidden), mstype.float32)
 
-    def loss_parts(
-        self,
-        input_ids_BS: Tensor,
-        labels_BS: Tensor,
-        segment_ids_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> tuple:
-        """Summed cross entropy, supervised tokens, aux_L, z_L, load_LE, dropped_L, entropy_L."""
-        hidden, *router = self.model(input_ids_BS, segment_ids_BS, positions_BS)
-        return (*self._language_loss(hidden, labels_BS), *router)
+    def summed_cross_entropy(self, hidden_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+        """Cross entropy, summed over supervised tokens, of the last stage's hidden states.
 
-    def stage_parts(
-        self,
-        hidden_BSD: Tensor,
-        input_ids_BS: Tensor,
-        labels_BS: Tensor,
-        segment_ids_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> tuple:
-        """What a pipeline stage makes of the hidden states of the one before it.
-
-        The first stage does not read hidden_BSD. Returns the hidden states for the next stage,
-        then as `loss_parts`; before the last stage the loss and its tokens are 0.
+        Args:
+            hidden_BSD: what `model` gives.
+            labels_BS: the id that follows each position; `ignore_token_id` where there is none.
         """
-        hidden, *router = self.model(input_ids_BS, segment_ids_BS, positions_BS, hidden_BSD)
-        if self.is_last_stage:
-            return (hidden, *self._language_loss(hidden, labels_BS), *router)
-        zero = Tensor(0.0, mstype.float32)
-        return (hidden, zero, zero, *router)
-
-    def _language_loss(self, hidden_BSD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed cross entropy and supervised tokens."""
         if self.enter_head is not None:
             hidden_BSD = self.enter_head(hidden_BSD)[0]
+        hidden_TD = ops.reshape(hidden_BSD, (-1, hidden_BSD.shape[-1]))
+        return self.cross_entropy(
+            ops.cast(hidden_TD, self.dtype),
+            ops.cast(self.head_weight(), self.dtype),
+            self.target_ids(labels_BS),
+        )
+
+    def target_ids(self, labels_BS: Tensor) -> Tensor:
+        """The labels (T), negative where a token is not supervised."""
         labels_T = ops.reshape(labels_BS, (-1,))
-        labels_T = ops.where(
+        return ops.where(
             ops.equal(labels_T, self.ignore_token_id), Tensor(-1, mstype.int32), labels_T
         )
-        tokens = ops.sum(ops.cast(labels_T >= 0, mstype.float32))
-        hidden_TD = ops.reshape(hidden_BSD, (-1, hidden_BSD.shape[-1]))
-        lm_sum = self.cross_entropy(
-            ops.cast(hidden_TD, self.dtype), ops.cast(self.head_weight(), self.dtype), labels_T
-        )
-        return lm_sum, tokens
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """Scores over the whole vocabulary, in the compute dtype."""

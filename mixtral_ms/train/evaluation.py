@@ -14,14 +14,19 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.comm.process_groups import compile_together, sum_values
 from mixtral_ms.progress import progress_bar
-from mixtral_ms.train.step.gradients import segment_tensors
+from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
+from mixtral_ms.train.objectives.objective import MakeObjective, Objective, batch_tensors
 from mixtral_ms.train.step.pipeline_gradients import Neighbours
 from mixtral_ms.train.step_plan import Loader
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross entropy per supervised token, in nats, its exponential, and what it is of."""
+    """The objective's mean over targets, its exponential, and what it is of.
+
+    Of causal language modelling: cross entropy in nats and perplexity, over supervised tokens. The
+    routers' losses are no part of it.
+    """
 
     loss: float
     perplexity: float
@@ -41,13 +46,21 @@ class Evaluator:
         network: whose weights to evaluate.
         loader: the data, its last batch perhaps partial.
         batch_size: sequences of a full batch.
+        objective: what is evaluated.
     """
 
-    def __init__(self, network: MixtralForCausalLM, loader: Loader, batch_size: int) -> None:
+    def __init__(
+        self,
+        network: MixtralForCausalLM,
+        loader: Loader,
+        batch_size: int,
+        objective: MakeObjective = CausalLMObjective,
+    ) -> None:
         self.loader, self.batch_size = loader, batch_size
         config = dropless(network.config)
         self._network = MixtralForCausalLM(config, batch_size=batch_size, share=network)
-        self._loss = _SummedLoss(self._network)
+        self._objective = objective(self._network)
+        self._loss = _SummedLoss(self._objective)
         self._loss.set_train(False)
         self._compiled = False
 
@@ -55,13 +68,13 @@ class Evaluator:
         """Evaluate over the whole set; on several ranks all must call, each over its own records.
 
         Raises:
-            UserError: the set holds no supervised token.
+            UserError: the set holds no target.
         """
         start = time.monotonic()
         sums = np.zeros(2)
         with progress_bar(len(self.loader), "evaluating", "batch") as bar:
             for batch in self.loader.batches(0):
-                sums += self._loss_of(batch), batch.supervised_tokens
+                sums += self._loss_of(batch), self._objective.targets(batch)
                 bar.update()
         mesh = self._network.mesh
         if mesh.tensor_index > 0 or not mesh.is_last_stage:
@@ -74,10 +87,10 @@ class Evaluator:
         return Evaluation(loss, perplexity, int(tokens), time.monotonic() - start)
 
     def _loss_of(self, batch: Batch) -> float:
-        """Summed cross entropy; 0 before the last stage of a pipeline."""
+        """The objective's sum over targets; 0 before the last stage of a pipeline."""
         full = _filled_up(batch, self.batch_size)
         beside = Neighbours(self._network, full)
-        rest = (Tensor(full.input_ids), Tensor(full.labels), *segment_tensors(full))
+        rest = batch_tensors(self._objective, full)
         if not self._compiled:
             compile_together(self._network.mesh, {self._loss: (beside.empty_input(), *rest)})
             self._compiled = True
@@ -93,23 +106,16 @@ def dropless(config: MixtralConfig) -> MixtralConfig:
 
 
 class _SummedLoss(nn.Cell):
-    """The stage's output and the summed cross entropy."""
+    """The stage's output and the objective's sum over targets."""
 
-    def __init__(self, network: MixtralForCausalLM) -> None:
+    def __init__(self, objective: Objective) -> None:
         super().__init__(auto_prefix=False)
-        self.network = network
+        self.objective = objective
 
-    def construct(
-        self,
-        hidden_BSD: Tensor,
-        input_ids_BS: Tensor,
-        labels_BS: Tensor,
-        segment_ids_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> tuple:
-        return self.network.stage_parts(
-            hidden_BSD, input_ids_BS, labels_BS, segment_ids_BS, positions_BS
-        )[:2]
+    def construct(self, *inputs: Tensor | None) -> tuple:
+        """Of what `Objective.stage_parts` takes."""
+        parts = self.objective.stage_parts(*inputs)
+        return parts[0], self.objective.summed(parts[1:])
 
 
 def _filled_up(batch: Batch, sequences: int) -> Batch:
@@ -117,10 +123,9 @@ def _filled_up(batch: Batch, sequences: int) -> Batch:
     missing = sequences - len(batch.input_ids)
     if missing == 0:
         return batch
-    padding = ((0, missing), (0, 0))
-    segments = batch.segment_ids
-    return Batch(
-        np.pad(batch.input_ids, padding),
-        np.pad(batch.labels, padding, constant_values=-100),
-        None if segments is None else np.pad(segments, padding),
-    )
+    filled = {
+        name: np.pad(array, ((0, missing), (0, 0)), constant_values=-100 if name == "labels" else 0)
+        for name, array in batch.arrays().items()
+        if name != "positions"  # made anew of the segments
+    }
+    return dataclasses.replace(batch, positions=None, **filled)

@@ -25,6 +25,8 @@ from mixtral_ms.train.builders import (
     without_adapters,
 )
 from mixtral_ms.train.evaluation import Evaluation, Evaluator
+from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
+from mixtral_ms.train.objectives.objective import MakeObjective
 from mixtral_ms.train.state.rank_agreement import (
     agree_on_storage,
     configuration_facts,
@@ -43,6 +45,7 @@ class Trainer:
 
     Args:
         config: a RunConfig, or the path of a YAML.
+        objective: what training makes smaller and evaluation measures.
 
     Raises:
         UserError: the configuration contradicts itself, names files that do not exist, does not
@@ -50,8 +53,14 @@ class Trainer:
             used.
     """
 
-    def __init__(self, config: RunConfig | str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        config: RunConfig | str | os.PathLike[str],
+        *,
+        objective: MakeObjective = CausalLMObjective,
+    ) -> None:
         self.config = config if isinstance(config, RunConfig) else load_config(Path(config))
+        self.objective = objective
         check_config(self.config, world_size=started_processes())
         set_up_device(self.config)
         facts = configuration_facts(self.config)
@@ -73,7 +82,7 @@ class Trainer:
         if not config.resume_training:
             _require_fresh(config)
         _require_weights(config, checkpoint is not None)
-        return TrainingRun(config, mesh, storage, checkpoint).run()
+        return TrainingRun(config, mesh, storage, checkpoint, self.objective).run()
 
     def evaluate(self) -> Evaluation:
         """Loss and perplexity over the whole of eval_dataset.
@@ -91,7 +100,8 @@ class Trainer:
             )
         loader = build_loader(config, config.eval_dataset, self.mesh, training=False)
         network = build_network(without_adapters(config), self.mesh)
-        evaluator = Evaluator(network, loader, config.eval_dataset.batch_size)
+        rows = config.eval_dataset.batch_size
+        evaluator = Evaluator(network, loader, rows, self.objective)
         result = evaluator()
         if config.weight_dtype != "float32":
             round_weights(network, open_run_weights(config), config.weight_dtype)

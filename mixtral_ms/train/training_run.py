@@ -36,6 +36,8 @@ from mixtral_ms.train.builders import (
     tensorboard_folder,
 )
 from mixtral_ms.train.evaluation import Evaluation, Evaluator
+from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
+from mixtral_ms.train.objectives.objective import MakeObjective
 from mixtral_ms.train.report.metrics import MetricsWriter, NoMetrics
 from mixtral_ms.train.report.report import write_report
 from mixtral_ms.train.report.step_monitor import StepMonitor, step_line
@@ -83,13 +85,19 @@ class TrainingRun:
         config: the run.
         mesh: this rank among those of the run.
         checkpoint: what it goes on from; None starts at step 0.
+        objective: what it makes smaller.
 
     Raises:
         UserError: data, weights or checkpoint do not fit, or are others on another rank.
     """
 
     def __init__(
-        self, config: RunConfig, mesh: Mesh, storage: Storage, checkpoint: OpenedSource | None
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        storage: Storage,
+        checkpoint: OpenedSource | None,
+        objective: MakeObjective = CausalLMObjective,
     ) -> None:
         self.config, self.mesh, self.leads = config, mesh, mesh.rank == 0
         self.storage = storage
@@ -120,10 +128,12 @@ class TrainingRun:
             self.optimizer,
             self.plan.accumulation,
             wrapper.max_grad_norm if wrapper.use_clip_grad else None,
+            objective,
         )
         self.evaluator = None
         if eval_loader:
-            self.evaluator = Evaluator(self.network, eval_loader, config.eval_dataset.batch_size)
+            rows = config.eval_dataset.batch_size
+            self.evaluator = Evaluator(self.network, eval_loader, rows, objective)
         self.samples = build_samples(config, self.network)
         self.step_sync = StepSync(mesh)
         self.evaluation: Evaluation | None = None

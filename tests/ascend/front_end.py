@@ -17,6 +17,7 @@ from mindspore.ops.operations import comm_ops
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.grid.mesh import Mesh
+from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
 from mixtral_ms.train.step.gradients import MicroBatchGradients
 
 
@@ -53,9 +54,13 @@ def main() -> None:
     assert network.kernel_name == "ascend"
     ids = Tensor(np.ones((config.batch_size, config.seq_length), np.int32))
     weight = Tensor(1.0, mstype.float32)
-    graph = MicroBatchGradients(network, accumulation=2).graph
+    graph = MicroBatchGradients(CausalLMObjective(network), accumulation=2).graph
     _cell_graph_executor.compile(
-        graph, ids, ids, weight, weight, phase="export.mindir", do_convert=False, jit_config_dict={}
+        graph,
+        *(weight, weight, ids, None, None, ids),
+        phase="export.mindir",
+        do_convert=False,
+        jit_config_dict={},
     )
     print("built")
 

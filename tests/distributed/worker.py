@@ -146,10 +146,13 @@ def run(
         dataclasses.asdict(step_fn(own_batches(config, mesh, step, accumulation), RATE))
         for step in range(steps)
     ]
-    fields = {"losses": "loss", "lm": "lm_loss", "aux": "aux_loss", "z": "z_loss"}
-    fields |= {"norms": "grad_norm", "tokens": "tokens", "load": "expert_load"}
+    fields = {"losses": "loss", "norms": "grad_norm", "tokens": "tokens", "load": "expert_load"}
     fields |= {"dropped": "drop_percent", "entropy": "router_entropy"}
     arrays |= {key: np.array([one[field] for one in results]) for key, field in fields.items()}
+    parts = {"lm": "lm_loss", "aux": "aux_loss", "z": "z_loss"}
+    arrays |= {
+        key: np.array([one["parts"][part] for one in results]) for key, part in parts.items()
+    }
     batches = own_batches(config, mesh, steps, accumulation)
     if evaluate:
         evaluation = Evaluator(network, Rows(batches), config.batch_size)()

@@ -238,7 +238,7 @@ def steps(_folder):
     """A step whose gradients overflow, and one whose do not; names and refusals."""
     network = built()
     network.set_train()
-    weight = network.networks[0].lm_head.weight
+    weight = network.losses[0].network.lm_head.weight
     optimizer = build_optim(
         {"type": "FP32StateAdamWeightDecay", "beta1": 0.9, "beta2": 0.95, "learning_rate": 1e-3},
         default_args={"params": network.trainable_params()},

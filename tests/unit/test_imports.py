@@ -43,7 +43,7 @@ SHELVES = {
         ("evaluation",),
         ("report", "state"),
         ("step",),
-        ("step_plan", "stop_signals"),
+        ("objectives", "step_plan", "stop_signals"),
     ),
     "infer": (
         ("text_generation_pipeline",),

@@ -1,6 +1,6 @@
 """What the data side hands to the network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -37,12 +37,13 @@ class Batch:
             return self
         length = self.input_ids.shape[1] // parts
         cut = slice(part * length, (part + 1) * length)
-        return Batch(
-            np.ascontiguousarray(self.input_ids[:, cut]),
-            np.ascontiguousarray(self.labels[:, cut]),
-            None if self.segment_ids is None else np.ascontiguousarray(self.segment_ids[:, cut]),
-            None if self.positions is None else np.ascontiguousarray(self.positions[:, cut]),
-        )
+        arrays = self.arrays().items()
+        return replace(self, **{name: np.ascontiguousarray(one[:, cut]) for name, one in arrays})
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its arrays by their names, those of a subclass too."""
+        named = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: array for name, array in named.items() if array is not None}
 
 
 def _positions(segment_ids_BS: np.ndarray) -> np.ndarray:

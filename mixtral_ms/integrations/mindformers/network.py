@@ -17,6 +17,7 @@ from mixtral_ms.integrations.mindformers.cpu import work_around_missing_operator
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.evaluation import dropless
+from mixtral_ms.train.objectives.causal_lm import CausalLMLoss
 
 
 class MindFormersMixtral(PreTrainedModel):
@@ -50,7 +51,7 @@ class MindFormersMixtral(PreTrainedModel):
             config.use_past = False
         self._sizes = network_config(config)
         first = MixtralForCausalLM(self._sizes, seed=mindspore.get_seed() or 0)
-        self.batch_sizes, self.networks = (self._sizes.batch_size,), _cells(first)
+        self.batch_sizes, self.losses = (self._sizes.batch_size,), _cells(CausalLMLoss(first))
         self.answering = MixtralForCausalLM(dropless(self._sizes), share=first)
         self.seq_length, self.input_sliced_sig = config.seq_length, config.input_sliced_sig
         self.pad_token_id, self.ignore_token_id = config.pad_token_id, config.ignore_token_id
@@ -60,12 +61,14 @@ class MindFormersMixtral(PreTrainedModel):
         """Make it take training batches of this size."""
         if batch_size in self.batch_sizes:
             return
-        network = MixtralForCausalLM(self._sizes, batch_size=batch_size, share=self.networks[0])
-        network.set_train(self.training)
+        shared = self.losses[0].network
+        network = MixtralForCausalLM(self._sizes, batch_size=batch_size, share=shared)
+        loss = CausalLMLoss(network)
+        loss.set_train(self.training)
         sizes = (*self.batch_sizes, batch_size)
-        known = dict(zip(sizes, (*self.networks, network), strict=True))
+        known = dict(zip(sizes, (*self.losses, loss), strict=True))
         self.batch_sizes = tuple(sorted(known))
-        self.networks = _cells(*(known[size] for size in self.batch_sizes))
+        self.losses = _cells(*(known[size] for size in self.batch_sizes))
 
     def prepare_inputs_for_generation(self, input_ids: np.ndarray, **kwargs: Any) -> dict:
         """The padded ids, and how many each sequence has: only the last one needs logits."""
@@ -134,15 +137,15 @@ class MindFormersMixtral(PreTrainedModel):
             shape = (missing, input_ids.shape[1])
             input_ids = ops.cat((input_ids, _filled(self.pad_token_id, shape)))
             labels = ops.cat((labels, _filled(self.ignore_token_id, shape)))
-        return self.networks[chosen](input_ids, labels)[0]
+        return self.losses[chosen](input_ids, labels)[0]
 
 
 # as in config.py: MindFormers' name for it
 MindFormersMixtral.__name__ = "MixtralForCausalLM"
 
 
-def _cells(*networks: MixtralForCausalLM) -> nn.CellList:
-    return nn.CellList(list(networks), auto_prefix=False)
+def _cells(*losses: CausalLMLoss) -> nn.CellList:
+    return nn.CellList(list(losses), auto_prefix=False)
 
 
 @ops.constexpr

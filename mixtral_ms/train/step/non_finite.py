@@ -1,13 +1,12 @@
 """Where numbers stopped being finite."""
 
 import numpy as np
-from mindspore import Tensor
 
 from mixtral_ms.config.derived.pipeline_stages import stage_layers
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.comm.process_groups import gather_objects
-from mixtral_ms.train.step.gradients import segment_tensors
+from mixtral_ms.train.objectives.objective import network_tensors
 from mixtral_ms.train.step.pipeline_gradients import Neighbours
 from mixtral_ms.train.step.train_step import TrainStep, first_of_ranks
 
@@ -44,7 +43,7 @@ def _first_weight(network: MixtralForCausalLM) -> str | None:
 def _first_layer(network: MixtralForCausalLM, batch: Batch) -> int | None:
     """Number of the stage's first layer whose output for a batch is not finite."""
     model, mesh = network.model, network.mesh
-    input_ids, segments = Tensor(batch.input_ids), segment_tensors(batch)
+    input_ids, segment_ids, positions = network_tensors(batch)
     beside = Neighbours(network, batch)
     x = beside.input_of_stage()
     if mesh.is_first_stage:
@@ -53,7 +52,7 @@ def _first_layer(network: MixtralForCausalLM, batch: Batch) -> int | None:
     first, valid_T = None, model.valid_tokens(input_ids)
     numbers = stage_layers(network.config, mesh.grid.pipeline_stage, mesh.stage)
     for number, layer in zip(numbers, model.layers, strict=True):
-        x = layer(x, valid_T, model.cos, model.sin, *reversed(segments))[0]
+        x = layer(x, valid_T, model.cos, model.sin, positions, segment_ids)[0]
         if finite and not np.isfinite(x.asnumpy()).all():
             first, finite = number, False
     beside.pass_on(x)

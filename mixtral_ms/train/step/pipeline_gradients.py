@@ -18,7 +18,8 @@ from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.model.nn.compute_dtype import compute_type
 from mixtral_ms.parallel.comm.process_groups import compile_together, send_recv
 from mixtral_ms.parallel.pipeline_schedule import Compute, SendRecv, one_forward_one_backward
-from mixtral_ms.train.step.gradients import GradientSums, segment_tensors
+from mixtral_ms.train.objectives.objective import Objective, batch_tensors
+from mixtral_ms.train.step.gradients import GradientSums
 
 
 class Neighbours:
@@ -65,17 +66,17 @@ class Neighbours:
 class PipelineGradients:
     """As `MicroBatchGradients`, on a network with pipeline stages."""
 
-    def __init__(self, network: MixtralForCausalLM, accumulation: int) -> None:
-        self.network, mesh = network, network.mesh
+    def __init__(self, objective: Objective, accumulation: int) -> None:
+        self.objective, mesh = objective, objective.network.mesh
         self._actions = one_forward_one_backward(mesh.stage, mesh.grid.pipeline_stage, accumulation)
-        self._forward = None if mesh.is_last_stage else _StageForward(network)
-        self._backward = _StageBackward(network)
+        self._forward = None if mesh.is_last_stage else _StageForward(objective)
+        self._backward = _StageBackward(objective)
         self._sums, self._compiled = self._backward.sums, False
 
     def __call__(
         self,
         micro_batches: list[Batch],
-        per_token: float,
+        per_target: float,
         per_micro: float,
         before: Callable[[int], None],
     ) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -83,19 +84,20 @@ class PipelineGradients:
 
         Args:
             micro_batches: this rank's, the same on all stages.
-            per_token: weight of the summed cross entropy in what is differentiated.
-            per_micro: weight of the aux and z losses.
+            per_target: weight of the objective's sums in what is differentiated.
+            per_micro: weight of the routers' losses.
             before: called with a micro batch's number whenever it is to be computed.
 
         Returns:
-            For each micro batch what `loss_parts` gives, of this stage's layers, and the sums of
-            the gradients of this stage's parameters.
+            For each micro batch the objective's parts, of this stage's layers, and the sums of the
+            gradients of this stage's parameters.
         """
         self._sums.clear()  # not after the step: the diagnosis of a skipped one reads the sums
-        weights = [Tensor(weight, mstype.float32) for weight in (per_token, per_micro)]
-        step = _Step(self.network, micro_batches)
+        weights = [Tensor(weight, mstype.float32) for weight in (per_target, per_micro)]
+        step = _Step(self.objective, micro_batches)
         if not self._compiled:
-            compile_together(self.network.mesh, step.graphs(self._forward, self._backward, weights))
+            graphs = step.graphs(self._forward, self._backward, weights)
+            compile_together(self.objective.network.mesh, graphs)
             self._compiled = True
         for action in self._actions:
             if isinstance(action, SendRecv):
@@ -112,9 +114,9 @@ class PipelineGradients:
 class _Step:
     """Tensors of the micro batches that are under way."""
 
-    def __init__(self, network: MixtralForCausalLM, micro_batches: list[Batch]) -> None:
-        self.stage = network.mesh.stage
-        self.neighbours = Neighbours(network, micro_batches[0])
+    def __init__(self, objective: Objective, micro_batches: list[Batch]) -> None:
+        self.objective, self.stage = objective, objective.network.mesh.stage
+        self.neighbours = Neighbours(objective.network, micro_batches[0])
         self.micro_batches = micro_batches
         self.outputs: list[tuple[Tensor, ...]] = []
         self.inputs: dict[int, Tensor] = {}
@@ -123,14 +125,14 @@ class _Step:
 
     def graphs(
         self, forward: nn.Cell | None, backward: nn.Cell, weights: list[Tensor]
-    ) -> dict[nn.Cell, tuple[Tensor, ...]]:
+    ) -> dict[nn.Cell, tuple[Tensor | None, ...]]:
         """The stage's graphs, each with inputs of the shapes that it will get."""
         hidden = self.neighbours.empty_input()
         dy = _NOTHING if self.neighbours.mesh.is_last_stage else self.neighbours.empty()
-        ids, labels, *segments = self._tensors(self.micro_batches[0])
-        found = {backward: (hidden, dy, ids, labels, *weights, *segments)}
+        inputs = self._tensors(0)
+        found = {backward: (hidden, dy, *weights, *inputs)}
         if forward is not None:
-            found[forward] = (hidden, ids, labels, *segments)
+            found[forward] = (hidden, *inputs)
         return found
 
     def send_recv(self, action: SendRecv) -> None:
@@ -142,105 +144,47 @@ class _Step:
 
     def forward(self, action: Compute, cell: nn.Cell) -> None:
         hidden_BSD = self.inputs.get(action.micro, _NOTHING)
-        self.to_send[action.micro] = cell(
-            hidden_BSD, *self._tensors(self.micro_batches[action.micro])
-        )
+        self.to_send[action.micro] = cell(hidden_BSD, *self._tensors(action.micro))
 
     def backward(self, action: Compute, cell: nn.Cell, weights: list[Tensor]) -> None:
         hidden_BSD = self.inputs.pop(action.micro, _NOTHING)
         dy_BSD = self.gradients.pop(action.micro, _NOTHING)
-        ids, labels, *segments = self._tensors(self.micro_batches[action.micro])
-        parts, dx_BSD = cell(hidden_BSD, dy_BSD, ids, labels, *weights, *segments)
+        parts, dx_BSD = cell(hidden_BSD, dy_BSD, *weights, *self._tensors(action.micro))
         self.outputs.append(parts)
         if self.stage > 0:
             self.to_send[action.micro] = dx_BSD
 
-    @staticmethod
-    def _tensors(batch: Batch) -> tuple[Tensor, ...]:
-        return Tensor(batch.input_ids), Tensor(batch.labels), *segment_tensors(batch)
+    def _tensors(self, micro: int) -> tuple[Tensor | None, ...]:
+        return batch_tensors(self.objective, self.micro_batches[micro])
 
 
 class _StageForward(nn.Cell):
     """The next stage's input."""
 
-    def __init__(self, network: MixtralForCausalLM) -> None:
+    def __init__(self, objective: Objective) -> None:
         super().__init__(auto_prefix=False)
-        self.network = network
+        self.objective = objective
 
-    def construct(
-        self,
-        hidden_BSD: Tensor,
-        input_ids_BS: Tensor,
-        labels_BS: Tensor,
-        segment_ids_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> Tensor:
-        return self.network.stage_parts(
-            hidden_BSD, input_ids_BS, labels_BS, segment_ids_BS, positions_BS
-        )[0]
-
-
-class _StageObjective(nn.Cell):
-    """A scalar with the stage's part of the loss's gradients, and the parts of the loss."""
-
-    def __init__(self, network: MixtralForCausalLM) -> None:
-        super().__init__(auto_prefix=False)
-        self.network, self.is_last_stage = network, network.mesh.is_last_stage
-
-    def construct(
-        self,
-        hidden_BSD: Tensor,
-        dy_BSD: Tensor,
-        input_ids_BS: Tensor,
-        labels_BS: Tensor,
-        per_token: Tensor,
-        per_micro: Tensor,
-        segment_ids_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> tuple:
-        out_BSD, *parts = self.network.stage_parts(
-            hidden_BSD, input_ids_BS, labels_BS, segment_ids_BS, positions_BS
-        )
-        objective = parts[0] * per_token + (ops.sum(parts[2]) + ops.sum(parts[3])) * per_micro
-        if not self.is_last_stage:
-            weighted = ops.cast(out_BSD, mstype.float32) * ops.cast(dy_BSD, mstype.float32)
-            objective = objective + ops.sum(weighted)
-        return (objective, *parts)
+    def construct(self, *inputs: Tensor | None) -> Tensor:
+        """Of what `Objective.stage_parts` takes."""
+        return self.objective.stage_parts(*inputs)[0]
 
 
 class _StageBackward(nn.Cell):
-    """Loss parts and the gradient of the stage's input; adds the weights' gradients to sums."""
+    """Parts of the loss, the gradient of the stage's input; adds weights' gradients to sums."""
 
-    def __init__(self, network: MixtralForCausalLM) -> None:
+    def __init__(self, objective: Objective) -> None:
         super().__init__(auto_prefix=False)
-        self.weights = ParameterTuple(network.trainable_params())
+        self.weights = ParameterTuple(objective.network.trainable_params())
         self.sums = GradientSums(self.weights)
-        self.is_first_stage = network.mesh.is_first_stage
+        self.is_first_stage = objective.network.mesh.is_first_stage
         self.differentiate = mindspore.value_and_grad(
-            _StageObjective(network), None if self.is_first_stage else 0, self.weights, has_aux=True
+            objective, None if self.is_first_stage else 0, self.weights, has_aux=True
         )
 
-    def construct(
-        self,
-        hidden_BSD: Tensor,
-        dy_BSD: Tensor,
-        input_ids_BS: Tensor,
-        labels_BS: Tensor,
-        per_token: Tensor,
-        per_micro: Tensor,
-        segment_ids_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> tuple:
-        outputs, gradients = self.differentiate(
-            hidden_BSD,
-            dy_BSD,
-            input_ids_BS,
-            labels_BS,
-            per_token,
-            per_micro,
-            segment_ids_BS,
-            positions_BS,
-        )
+    def construct(self, hidden_BSD: Tensor, *inputs: Tensor | None) -> tuple:
+        """Of what `Objective.construct` takes."""
+        outputs, gradients = self.differentiate(hidden_BSD, *inputs)
         dx_BSD = hidden_BSD
         if not self.is_first_stage:
             dx_BSD, gradients = gradients

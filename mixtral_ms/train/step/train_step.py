@@ -13,13 +13,13 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 
 from mixtral_ms.config.derived.pipeline_stages import stage_layers
-from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.comm.gradient_reduction import gradient_rules
 from mixtral_ms.parallel.comm.process_groups import gather_objects, sum_values
-from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.parallel.grid.sharding_rules import adapter_shapes, parameter_shapes
+from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
+from mixtral_ms.train.objectives.objective import MakeObjective, Objective
 from mixtral_ms.train.step.adamw import AdamW
 from mixtral_ms.train.step.gradients import MicroBatchGradients
 from mixtral_ms.train.step.pipeline_gradients import PipelineGradients
@@ -27,13 +27,12 @@ from mixtral_ms.train.step.pipeline_gradients import PipelineGradients
 
 @dataclass
 class StepResult:
-    """What one optimizer step did. Losses are means per supervised token, the factors included."""
+    """What one optimizer step did. The loss is the sum of its parts, see `Objective.means`."""
 
     loss: float
-    lm_loss: float
-    aux_loss: float
-    z_loss: float
+    parts: dict[str, float]
     tokens: int
+    """Targets of the objective: supervised tokens, unless it counts others."""
     grad_norm: float
     skipped: bool
     expert_load: list[list[float]]
@@ -52,6 +51,7 @@ class TrainStep:
         optimizer: updates `network`'s trainable parameters.
         accumulation: micro batches of a rank in a step, those in the pipeline included.
         max_grad_norm: clip gradients to this global norm; None leaves them.
+        objective: what it makes smaller.
     """
 
     def __init__(
@@ -60,9 +60,11 @@ class TrainStep:
         optimizer: AdamW,
         accumulation: int = 1,
         max_grad_norm: float | None = None,
+        objective: MakeObjective = CausalLMObjective,
     ) -> None:
         network.set_train()
         self.network, self.optimizer = network, optimizer
+        self.objective = objective(network)
         self.mesh = network.mesh
         self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
         names = [parameter.name for parameter in network.trainable_params()]
@@ -70,7 +72,7 @@ class TrainStep:
         self._rules = gradient_rules(network.config, self.mesh, names, zero=zero)
         stages = self.mesh.grid.pipeline_stage
         kind = PipelineGradients if stages > 1 else MicroBatchGradients
-        self._gradients = kind(network, accumulation)
+        self._gradients = kind(self.objective, accumulation)
         self._last_gradients: list[Tensor] = []
 
     def __call__(
@@ -88,11 +90,11 @@ class TrainStep:
             raise ValueError(
                 f"{len(micro_batches)} micro batches given, {self.accumulation} expected"
             )
-        supervised = sum(batch.supervised_tokens for batch in micro_batches)
-        tokens = max(1, int(sum_values(self.mesh.tokens, supervised)))
+        own_targets = sum(self.objective.targets(batch) for batch in micro_batches)
+        targets = max(1, int(sum_values(self.mesh.tokens, own_targets)))
         parts = self.accumulation * self.mesh.grid.data_parallel
         outputs, gradients = self._gradients(
-            micro_batches, loss_scale / tokens, loss_scale / parts, before
+            micro_batches, loss_scale / targets, loss_scale / parts, before
         )
         gradients = self._reduce(list(gradients))
         totals = self._totals(outputs, self._counted_squares(gradients))
@@ -102,7 +104,7 @@ class TrainStep:
         self._last_gradients = gradients if skipped else []
         if not skipped:
             self.optimizer.update(tuple(gradients), learning_rate, self._factor(norm) / loss_scale)
-        return totals.result(tokens, parts, norm, skipped)
+        return totals.result(targets, parts, norm, skipped)
 
     def first_non_finite_gradient(self) -> str | None:
         """Name of the first parameter, in the order of the network, with a NaN or infinity.
@@ -136,10 +138,10 @@ class TrainStep:
 
     def _totals(self, outputs: list[tuple[Tensor, ...]], squares: float) -> "_Totals":
         """Sums over micro batches and ranks."""
-        own = _Totals(self.network.config, self.mesh)
+        own = _Totals(self.objective)
         own.squares[0] = squares
         for parts in outputs:
-            own.add(*[part.asnumpy() for part in parts])
+            own.add([part.asnumpy() for part in parts])
         own.values[:] = sum_values(self.mesh.world, own.values)
         return own
 
@@ -162,11 +164,13 @@ class _Totals:
     Of ranks with the same sequences and layers one counts.
     """
 
-    def __init__(self, config: MixtralConfig, mesh: Mesh) -> None:
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        config, mesh, count = objective.network.config, objective.network.mesh, objective.part_count
         layers, experts = config.num_layers, config.moe_config.expert_num
-        self.values = np.zeros(2 + layers * (4 + experts))
-        self.squares, self.lm = self.values[0:1], self.values[1:2]
-        rest = self.values[2:].reshape(layers, 4 + experts)
+        self.values = np.zeros(1 + count + layers * (4 + experts))
+        self.squares, self.sums = self.values[:1], self.values[1 : 1 + count]
+        rest = self.values[1 + count :].reshape(layers, 4 + experts)
         self.aux_L, self.z_L, self.dropped_L, self.entropy_L = rest[:, :4].T
         self.load_LE = rest[:, 4:]
         own = stage_layers(config, mesh.grid.pipeline_stage, mesh.stage)
@@ -174,19 +178,12 @@ class _Totals:
         self._tokens_count = mesh.tensor_index == 0
         self._layers_count = mesh.tensor_index == 0 and mesh.context_index == 0
 
-    def add(
-        self,
-        lm_sum: np.ndarray,
-        _tokens: np.ndarray,
-        aux_L: np.ndarray,
-        z_L: np.ndarray,
-        load_LE: np.ndarray,
-        dropped_L: np.ndarray,
-        entropy_L: np.ndarray,
-    ) -> None:
-        """Add one micro batch, the layers those of this rank's stage."""
+    def add(self, parts: list[np.ndarray]) -> None:
+        """Add `Objective.stage_parts` of one micro batch, the layers those of this rank's stage."""
+        count = self.objective.part_count
+        aux_L, z_L, load_LE, dropped_L, entropy_L = parts[count:]
         if self._tokens_count:
-            self.lm += lm_sum
+            self.sums += parts[:count]
         if self._layers_count:
             self.aux_L[self._own] += aux_L
             self.z_L[self._own] += z_L
@@ -194,16 +191,14 @@ class _Totals:
             self.dropped_L[self._own] += dropped_L
             self.entropy_L[self._own] += entropy_L
 
-    def result(self, tokens: int, parts: int, norm: float, skipped: bool) -> StepResult:
-        """The means: over tokens of the cross entropy, over micro batches of everything else."""
-        lm = float(self.lm[0]) / tokens
-        aux, z = float(self.aux_L.sum()) / parts, float(self.z_L.sum()) / parts
+    def result(self, targets: int, parts: int, norm: float, skipped: bool) -> StepResult:
+        """The means: over targets of the objective's sums, over micro batches of all else."""
+        router_sums = self.aux_L.sum(), self.z_L.sum()
+        means = self.objective.means(self.sums, router_sums, targets, parts)
         return StepResult(
-            loss=lm + aux + z,
-            lm_loss=lm,
-            aux_loss=aux,
-            z_loss=z,
-            tokens=tokens,
+            loss=sum(means.values()),
+            parts=means,
+            tokens=targets,
             grad_norm=norm,
             skipped=skipped,
             expert_load=(self.load_LE / parts).tolist(),

@@ -20,6 +20,7 @@ from mixtral_ms.kernels.cells.lora_experts import LowRankExperts, MergedExperts
 from mixtral_ms.model.lora import set_dropout_keys
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.grid.sharding_rules import adapter_shapes, placements
+from mixtral_ms.train.objectives.causal_lm import CausalLMLoss
 from mixtral_ms.train.step.adamw import AdamW
 from mixtral_ms.train.step.train_step import TrainStep
 
@@ -56,7 +57,8 @@ def step_gradients(network, batch):
 
 def loss_of(network, batch):
     network.set_train()
-    return float(network(Tensor(batch.input_ids), Tensor(batch.labels))[0].asnumpy())
+    loss = CausalLMLoss(network)(Tensor(batch.input_ids), Tensor(batch.labels))[0]
+    return float(loss.asnumpy())
 
 
 @pytest.mark.parametrize(
