@@ -17,6 +17,7 @@ from mixtral_ms.checkpoint.formats.torch_format import TorchZipSource
 from mixtral_ms.errors import UserError
 
 Framework = Literal["ms", "pt"]
+SAFETENSORS_INDEX = "model.safetensors.index.json"
 """For whom a file is written: MindSpore, or PyTorch and with it transformers."""
 Write = Callable[[Path, Sequence[OutgoingTensor], Framework, OnBytes | None], FileEntry]
 START_BYTES = 9
@@ -73,7 +74,7 @@ SAFETENSORS = FileFormat(
     SafetensorsSource,
     _write_safetensors,
     starts=lambda start: start[5:] == b"\0\0\0{",  # a JSON header of less than a terabyte
-    index="model.safetensors.index.json",
+    index=SAFETENSORS_INDEX,
     loading='mindspore.load_checkpoint({file!r}, format="safetensors")',
 )
 """Our own checkpoints and folders for Hugging Face are in it."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 INERT = "inert"
 UNSUPPORTED = "unsupported"
@@ -13,6 +13,11 @@ T = TypeVar("T")
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Names of the number formats a tensor may have."""
+
+
+def is_dtype(name: str) -> TypeGuard[Dtype]:
+    """Whether a format of numbers is one that a configuration may name."""
+    return name in get_args(Dtype)
 
 
 def inert(default: Any, why: str) -> Any:

@@ -89,9 +89,9 @@ class _Export:
         """One wrapper lies in the other: gate_up_proj's in down_proj's, where both are there."""
         gate, down, up = (self._pair(row, layer) for row in (EXPERT_GATE, EXPERT_DOWN, EXPERT_UP))
         module, gate_up = _theirs(EXPERT_GATE, layer)
-        if gate or up:
+        if one := gate or up:
             inner = f"{module}.base_layer" if down else module
-            self._put(inner, _flat(_joined(gate, up)))
+            self._put(inner, _flat(_joined(one, gate, up)))
             self.parameters.append(gate_up)
             self.doubled.append(gate_up)
         if down:
@@ -118,9 +118,9 @@ def _theirs(row: ParameterRow, layer: int) -> tuple[str, str]:
     return name.rpartition(".")[0], name
 
 
-def _joined(gate: Pair | None, up: Pair | None) -> Pair:
-    """The adapter of w1 above w3; an absent one is of zeros."""
-    a_ErD, b_EFr = gate or up
+def _joined(one: Pair, gate: Pair | None, up: Pair | None) -> Pair:
+    """The adapter of w1 above w3; `one` of them is there, an absent one is of zeros."""
+    a_ErD, b_EFr = one
     experts, width, rank = b_EFr.shape
     a = np.zeros((experts, 2 * rank, a_ErD.shape[2]), np.float32)
     b = np.zeros((experts, 2 * width, 2 * rank), np.float32)

@@ -74,7 +74,7 @@ def _warn_of_other_numerics(weights: FoundWeights, config: MixtralConfig) -> Non
     found = weights.network
     if found is None:
         return
-    keys = [(key, found.config, config) for key in _NUMERICS]
+    keys: list[tuple[str, object, object]] = [(key, found.config, config) for key in _NUMERICS]
     keys.append(("num_experts_chosen", found.config.moe_config, config.moe_config))
     for key, theirs, ours in keys:
         if (was := getattr(theirs, key)) != (now := getattr(ours, key)):

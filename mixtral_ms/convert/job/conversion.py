@@ -4,13 +4,15 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from mixtral_ms.checkpoint.formats.file_formats import require_dtypes
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
+from mixtral_ms.config.sections.fields import is_dtype
 from mixtral_ms.config.sections.model_section import MixtralConfig
-from mixtral_ms.convert.adapters.lora_weights import AdaptedWeights, adapted
+from mixtral_ms.convert.adapters.lora_weights import adapted
 from mixtral_ms.convert.formats.detect_format import (
     Measured,
     detect_format,
@@ -24,7 +26,7 @@ from mixtral_ms.convert.formats.foreign_config import (
     to_huggingface,
     to_yaml_section,
 )
-from mixtral_ms.convert.formats.found_weights import Flags, FoundWeights, find_weights
+from mixtral_ms.convert.formats.found_weights import Flags, find_weights
 from mixtral_ms.convert.formats.open_weight_files import open_found
 from mixtral_ms.convert.formats.weight_names import FORMATS, NATIVE, OURS, Format
 from mixtral_ms.convert.formats.weight_view import open_weights
@@ -117,9 +119,11 @@ def prepare(options: ConvertOptions) -> Conversion:
     else:
         _require_config_not_needed(source, source_format, to, sizes)
     config, dtype = found.config if found else measured, options.dtype
-    if options.merge_lora:
+    if adapter := options.merge_lora:
         config.pet_config = None  # a YAML's of the run that made the adapter
-        source, source_format = _merged(options, weights, config), OURS
+        # the input's weights under our names, with the adapter added
+        source = adapted(open_weights(weights, config), adapter, config, "--merge_lora")
+        source_format = OURS
         dtype = dtype or source.stored_dtype
     plan = plan_conversion(
         source,
@@ -132,16 +136,9 @@ def prepare(options: ConvertOptions) -> Conversion:
     )
     dtypes = {one.layout.name: one.info.dtype for one in plan.targets}
     require_dtypes(target.file_format, dtypes, "say with --dtype what they are to have")
-    config = _with_compute_dtype(found, plan)
-    _require_yaml_possible(options, config)
-    return Conversion(options, plan, target, config)
-
-
-def _merged(
-    options: ConvertOptions, weights: FoundWeights, config: MixtralConfig
-) -> AdaptedWeights:
-    """The input's weights under our names, with the adapter added."""
-    return adapted(open_weights(weights, config), options.merge_lora, config, "--merge_lora")
+    described = _with_compute_dtype(found, plan)
+    _require_yaml_possible(options, described)
+    return Conversion(options, plan, target, described)
 
 
 def _require_yaml_possible(options: ConvertOptions, config: MixtralConfig | None) -> None:
@@ -194,8 +191,9 @@ def _with_compute_dtype(found: FoundConfig | None, plan: ConversionPlan) -> Mixt
     """The configuration; compute in what the weights are stored in, where no YAML says other."""
     if found is None:
         return None
-    if found.names:  # from another system's file
-        found.config.compute_dtype = plan.targets[0].info.dtype
+    stored = plan.targets[0].info.dtype
+    if found.names and is_dtype(stored):  # from another system's file
+        found.config.compute_dtype = stored
     return found.config
 
 
@@ -221,18 +219,17 @@ def convert(conversion: Conversion) -> Summary:
             _huggingface_config(conversion),
         )
         put_output(workspace.output, target)
-    if options.emit_yaml:
-        emit_yaml(conversion)
+    if options.emit_yaml and conversion.config:
+        section = to_yaml_section(conversion.config)
+        with write_aside(options.emit_yaml) as aside:
+            aside.write_text(yaml.safe_dump(section, sort_keys=False))
     return Summary(outcome, time.monotonic() - began, tokenizer)
 
 
-def _huggingface_config(conversion: Conversion) -> dict | None:
+def _huggingface_config(conversion: Conversion) -> dict[str, Any]:
+    """config.json; empty where the output has none."""
     if conversion.target.kind != "huggingface":
-        return None
+        return {}
+    if conversion.config is None:
+        raise ValueError("a folder for transformers was planned without a configuration")
     return to_huggingface(conversion.config, conversion.plan.targets[0].info.dtype)
-
-
-def emit_yaml(conversion: Conversion) -> None:
-    """Write the YAML's model section."""
-    with write_aside(conversion.options.emit_yaml) as aside:
-        aside.write_text(yaml.safe_dump(to_yaml_section(conversion.config), sort_keys=False))

@@ -3,8 +3,8 @@
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_ms.checkpoint.formats.dtype_casts import cast, count_fp16_losses
-from mixtral_ms.checkpoint.formats.file_formats import write_tensor_file
+from mixtral_ms.checkpoint.formats.file_formats import Framework, write_tensor_file
 from mixtral_ms.checkpoint.formats.tensor_source import OutgoingTensor, carrier
-from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
+from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry, OnBytes
 from mixtral_ms.convert.formats.atom_audit import ReadCounts
 from mixtral_ms.convert.formats.transpose_stream import stored_pieces
 from mixtral_ms.convert.job.conversion_plan import ConversionPlan, Shard, Target
@@ -58,14 +58,15 @@ def execute(plan: ConversionPlan, workspace: Workspace, workers: int) -> Outcome
         RuntimeError: a value was not converted exactly once.
     """
     workspace.begin(plan.fingerprint())
-    finished = {shard.name: workspace.finished(shard.name) for shard in plan.shards}
-    missing = [shard for shard in plan.shards if finished[shard.name] is None]
+    names = [shard.name for shard in plan.shards]
+    earlier = {name: done for name in names if (done := workspace.finished(name)) is not None}
+    missing = [shard for shard in plan.shards if shard.name not in earlier]
     _require_space(workspace.output, sum(shard.nbytes for shard in missing))
     outcome = Outcome(resumed=len(plan.shards) - len(missing))
     outcome.written_bytes = sum(shard.nbytes for shard in missing)
     with progress_bar(outcome.written_bytes, "converting", "B", scale=True) as bar:
         run = _Run(plan, workspace, bar.update)
-        finished |= run.write_all(missing, workers)
+        finished = earlier | run.write_all(missing, workers)
     outcome.peak_memory = run.peak_memory
     counts = ReadCounts()
     for shard in plan.shards:
@@ -97,7 +98,7 @@ def _require_written(shard: Shard, entry: FileEntry) -> None:
 class _Run:
     """The threads' shared state."""
 
-    def __init__(self, plan: ConversionPlan, workspace: Workspace, on_bytes: object) -> None:
+    def __init__(self, plan: ConversionPlan, workspace: Workspace, on_bytes: OnBytes) -> None:
         self._plan, self._workspace, self._on_bytes = plan, workspace, on_bytes
         self._stop, self._lock = threading.Event(), threading.Lock()
         self.peak_memory = 0
@@ -108,7 +109,7 @@ class _Run:
             futures = {pool.submit(self._write, shard): shard.name for shard in shards}
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                failed = [one.exception() for one in done if one.exception() is not None]
+                failed = [error for one in done if (error := one.exception()) is not None]
             except BaseException:
                 self._cancel(futures)
                 raise
@@ -117,7 +118,7 @@ class _Run:
                 raise next((one for one in failed if not isinstance(one, _StoppedError)), failed[0])
         return {name: future.result() for future, name in futures.items()}
 
-    def _cancel(self, futures: object) -> None:
+    def _cancel(self, futures: Iterable[Future[Finished]]) -> None:
         self._stop.set()
         for future in futures:
             future.cancel()
@@ -145,7 +146,7 @@ class _Run:
         return done
 
     def _write_file(self, path: Path, tensors: list[OutgoingTensor]) -> FileEntry:
-        framework = "ms" if self._plan.target_format.mindspore else "pt"
+        framework: Framework = "ms" if self._plan.target_format.mindspore else "pt"
         return write_tensor_file(path, tensors, framework, self._progress)
 
     def _pieces(

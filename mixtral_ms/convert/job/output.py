@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mixtral_ms.checkpoint.formats.file_formats import (
     SAFETENSORS,
+    SAFETENSORS_INDEX,
     FileFormat,
     format_of,
     written_suffixes,
@@ -41,7 +42,7 @@ _OWN_NAMES = re.compile(
     + "|".join(
         re.escape(one)
         for one in (
-            SAFETENSORS.index,
+            SAFETENSORS_INDEX,
             _GENERATION,
             CONFIG_JSON,
             FOLDER_RECORD,
@@ -60,10 +61,12 @@ class Destination:
     Attributes:
         path: of the file or folder.
         kind: a folder for transformers, a checkpoint folder of ours, or one file for MindSpore.
+        file_format: of the files of tensors.
     """
 
     path: Path
     kind: OutputKind
+    file_format: FileFormat = SAFETENSORS
 
     @property
     def file_pattern(self) -> str:
@@ -72,11 +75,6 @@ class Destination:
             return self.path.name
         name = "model{shard}" if self.kind == "huggingface" else "rank_0/model"
         return name + SAFETENSORS.suffix
-
-    @property
-    def file_format(self) -> FileFormat:
-        """Of the files of tensors."""
-        return format_of(self.path) if self.kind == "file" else SAFETENSORS
 
 
 def destination(path: Path, flag: str, huggingface: bool) -> Destination:
@@ -91,9 +89,10 @@ def destination(path: Path, flag: str, huggingface: bool) -> Destination:
         if path.suffix in written:
             raise UserError(f"{flag}: {path} is a file's name; Hugging Face's format is a folder")
         return Destination(path, "huggingface")
-    if path.suffix in written:
-        return Destination(path, "file")
-    if format_of(path) or path.suffix in _ARRAY_FILES:
+    named = format_of(path)
+    if named and path.suffix in written:
+        return Destination(path, "file", named)
+    if named or path.suffix in _ARRAY_FILES:
         raise UserError(
             f"{flag}: {path}: weights for MindSpore are {', '.join(written)} or a folder"
         )
@@ -144,9 +143,9 @@ def complete(
     target: Destination,
     files: Mapping[str, FileEntry],
     description: dict[str, Any],
-    huggingface_config: dict[str, Any] | None,
+    huggingface_config: dict[str, Any],
 ) -> None:
-    """Write what belongs beside the tensors into `output`."""
+    """Write what belongs beside the tensors into `output`, config.json for transformers."""
     if target.kind == "file":
         _write_json(output / (target.path.name + RECORD_SUFFIX), description | file_hashes(files))
     elif target.kind == "checkpoint":
@@ -169,7 +168,7 @@ def _complete_huggingface(
         total = sum(one.size for entry in files.values() for one in entry.tensors.values())
         names = {tensor: file for file, entry in files.items() for tensor in entry.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-        _write_json(output / SAFETENSORS.index, index)
+        _write_json(output / SAFETENSORS_INDEX, index)
 
 
 def copy_tokenizer(source: Path, output: Path) -> list[str]:
