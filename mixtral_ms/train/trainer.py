@@ -132,8 +132,9 @@ class Trainer:
 def _require_weights(config: RunConfig, resumed: bool) -> None:
     """Fine-tuning starts from weights, and adapters are never without them."""
     adapters = config.model.model_config.pet_config is not None
-    if not config.load_checkpoint and (adapters or (config.run_mode == "finetune" and not resumed)):
-        why = "LoRA trains adapters" if adapters else "run_mode finetune starts"
+    starts_from_them = config.mode.trains and config.mode.needs_weights and not resumed
+    if not config.load_checkpoint and (adapters or starts_from_them):
+        why = "LoRA trains adapters" if adapters else f"run_mode {config.run_mode} starts"
         how = "for" if adapters else "from"
         raise UserError(
             f"{why} {how} weights, but load_checkpoint is empty: set --load_checkpoint to them"

@@ -159,7 +159,7 @@ def _size(text: str) -> float:
 
 def _training_run(arguments: argparse.Namespace) -> RunConfig:
     config = load_config(arguments.config, arguments.set)
-    if config.run_mode not in ("train", "finetune"):
+    if not config.mode.trains:
         raise UserError(
             f"run_mode {config.run_mode}: layouts are planned for training; give the YAML of a "
             "training run, or --set run_mode=train"

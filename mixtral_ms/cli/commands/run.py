@@ -16,14 +16,14 @@ def main(argv: Sequence[str]) -> int:
     if looked_at(args, config):
         return 0
     # MindSpore takes seconds to import: looking at a configuration should not wait for it.
-    if config.run_mode == "predict":
+    if config.mode.answers:
         from mixtral_ms.cli.support.predict_mode import run_predict  # noqa: PLC0415
 
         return run_predict(config)
     from mixtral_ms.train.trainer import Trainer  # noqa: PLC0415
 
     trainer = Trainer(config)
-    if config.run_mode == "eval":
+    if not config.mode.trains:
         result = trainer.evaluate()
         if trainer.mesh.rank:
             return 0  # the first rank prints for all

@@ -27,7 +27,7 @@ def describe(config: RunConfig) -> str:
         f"{active_parameter_count(model):,}",
         f"ranks: {rank_count(config)}",
     ]
-    if config.run_mode in ("train", "finetune"):
+    if config.mode.trains:
         lines.append(_batch(config))
     lines += ["memory of each rank, estimated:", format_memory_plan(plan)]
     lines += _too_large(config, plan)
@@ -41,7 +41,7 @@ def describe(config: RunConfig) -> str:
 def _missing_for_prediction(config: RunConfig) -> list[str]:
     """What prediction would say of weights and tokenizer, beyond paths that do not exist."""
     named = (config.load_checkpoint, config.src_strategy_path_or_dir)
-    if config.run_mode != "predict" or not all(Path(one).exists() for one in named if one):
+    if not config.mode.answers or not all(Path(one).exists() for one in named if one):
         return []
     try:
         run_tokenizer(config, find_run_weights(config))

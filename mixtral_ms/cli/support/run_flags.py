@@ -14,6 +14,7 @@ from mixtral_ms.config.checks.check_config import check_config
 from mixtral_ms.config.loading.overrides import parse_override
 from mixtral_ms.config.loading.render import render_config
 from mixtral_ms.config.loading.section_builder import nearest
+from mixtral_ms.config.sections.run_modes import RUN_MODES
 from mixtral_ms.errors import UserError
 
 _EXAMPLE = """\
@@ -30,12 +31,11 @@ Flags win over the YAML. Any key can be set: --set section.key=value, lists by n
 """
 
 
-_MODES = ("train", "finetune", "eval", "predict")
 _TRAIN_SAMPLES = "train_dataset.data_loader.num_samples"
 _EVAL_SAMPLES = "eval_dataset.data_loader.num_samples"
 
 FLAGS: tuple[Flag, ...] = (
-    flag("run_mode", "run_mode", str, "what to do", choices=_MODES),
+    flag("run_mode", "run_mode", str, "what to do", choices=tuple(RUN_MODES)),
     flag(
         "train_dataset_dir",
         "train_dataset.data_loader.dataset_dir",

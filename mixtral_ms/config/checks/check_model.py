@@ -129,15 +129,15 @@ def _check_stages(config: RunConfig) -> Iterator[str]:
         layers_per_stage(model, grid.pipeline_stage)
     except UserError as error:
         yield str(error)
-    if config.run_mode == "predict":
+    if config.mode.answers:
         for key in ("pipeline_stage", "context_parallel"):
             if (size := getattr(grid, key)) > 1:
                 yield (
-                    f"parallel_config.{key} {size} with run_mode predict: a network that answers "
-                    "is split over model_parallel and expert_parallel only: set it to 1"
+                    f"parallel_config.{key} {size} with run_mode {config.run_mode}: a network that "
+                    "answers is split over model_parallel and expert_parallel only: set it to 1"
                 )
-    training = config.run_mode in ("train", "finetune")
-    if training and grid.pipeline_stage > 1 and grid.micro_batch_num < grid.pipeline_stage:
+    idle = grid.pipeline_stage > max(1, grid.micro_batch_num)
+    if config.mode.trains and idle:
         yield (
             f"parallel_config.micro_batch_num {grid.micro_batch_num} is less than "
             f"parallel_config.pipeline_stage {grid.pipeline_stage}: stages would stand idle"

@@ -24,12 +24,8 @@ def check_paths(config: RunConfig) -> list[str]:
 
 
 def _check_dataset(config: RunConfig, name: str, flag: str) -> Iterator[str]:
-    training = config.run_mode in ("train", "finetune")
-    needed = {
-        "train_dataset": training,
-        "eval_dataset": config.run_mode == "eval" or (training and config.do_eval),
-    }[name]
-    if not needed:
+    evaluated = name == "eval_dataset" and config.mode.trains and config.do_eval
+    if not evaluated and name not in config.mode.datasets:
         return
     why = f"run_mode {config.run_mode}" + (" with do_eval" if config.do_eval else "")
     dataset = getattr(config, name)
@@ -53,7 +49,7 @@ def _check_optional(path: str | None, key: str, flag: str) -> Iterator[str]:
 def _check_tokenizer(config: RunConfig) -> Iterator[str]:
     """Prediction reads and writes text; without a vocab_file by what lies with the weights."""
     path = config.processor.tokenizer.vocab_file
-    if config.run_mode == "predict" and path and not Path(path).is_file():
+    if config.mode.answers and path and not Path(path).is_file():
         yield f"processor.tokenizer.vocab_file: file does not exist: {path}: set --vocab_file"
 
 

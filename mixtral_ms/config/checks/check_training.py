@@ -70,8 +70,7 @@ def _check_optimizer(config: RunConfig) -> Iterator[str]:
         single = getattr(optimizer, key)
         if betas is not None and single is not None and single != betas[index]:
             yield f"optimizer.{key} {single} contradicts optimizer.betas {betas}: give one of them"
-    training = config.run_mode in ("train", "finetune")
-    if training and config.lr_schedule is None and optimizer.learning_rate is None:
+    if config.mode.trains and config.lr_schedule is None and optimizer.learning_rate is None:
         yield "neither lr_schedule.learning_rate nor optimizer.learning_rate is given: give one"
 
 

@@ -17,6 +17,7 @@ from mixtral_ms.config.sections.parallel_section import (
     ParallelContext,
     RecomputeConfig,
 )
+from mixtral_ms.config.sections.run_modes import RUN_MODES, RunMode, RunModeName
 from mixtral_ms.config.sections.training_section import (
     CALLBACKS,
     Callback,
@@ -128,7 +129,7 @@ class AiccConfig:
 class RunConfig:
     """One run: what, on which data, how long, on which device."""
 
-    run_mode: Literal["train", "finetune", "eval", "predict"] = "train"
+    run_mode: RunModeName = "train"
     seed: int = 0
     """The same seed gives the same run."""
     output_dir: str = "./output"
@@ -232,3 +233,8 @@ class RunConfig:
     infer_precision_sync: bool | None = inert(None, "context.deterministic says it")
     print_separate_loss: bool = inert(False, "the loss's parts are always printed")
     monitor_config: dict | None = inert(None, "metrics.jsonl holds what is monitored")
+
+    @property
+    def mode(self) -> RunMode:
+        """What run_mode means."""
+        return RUN_MODES[self.run_mode]

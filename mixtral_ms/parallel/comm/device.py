@@ -22,7 +22,7 @@ def set_up_device(config: RunConfig) -> None:
         # where operators have run already, MindSpore refuses to be told even what it has
         if mindspore.get_context("device_target") != "CPU":
             mindspore.set_device("CPU")
-        if config.runner_config.sink_mode and config.run_mode in {"train", "finetune"}:
+        if config.runner_config.sink_mode and config.mode.trains:
             get_logger().info("runner_config.sink_mode True has no effect on CPU")
         return
     device_id = context.device_id

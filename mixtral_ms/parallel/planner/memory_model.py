@@ -197,7 +197,7 @@ def format_bytes(size: int) -> str:
 def _stage_memory(
     config: RunConfig, grid: ParallelConfig, stage: int, values: StageValues
 ) -> RankMemory:
-    training = config.run_mode in ("train", "finetune")
+    training = config.mode.trains
     trained = values.trained + values.trained_experts
     # The parts that cut moments are of stand beside the sums of several micro batches.
     parts = values.cut if micro_batches(config) > 1 else 0
