@@ -102,6 +102,14 @@ def tiny_run(tmp_path_factory, device):
     return folder
 
 
+@pytest.fixture
+def ascend_emulation(device, monkeypatch):
+    """Until the test ends, backend "ascend" computes on this CPU, as documented."""
+    from helpers.ascend_emulation import emulate_ascend  # noqa: PLC0415 - imports MindSpore
+
+    emulate_ascend(monkeypatch)
+
+
 _errors = {}
 
 

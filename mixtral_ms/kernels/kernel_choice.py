@@ -70,6 +70,15 @@ class KernelChoice:
         """The same where a group of ranks splits the sequence; `sizes` are of this rank's part."""
         return ContextAttention(group, sizes)
 
+    def packed_samples(
+        self, batch_size: int, sizes: AttentionSizes, group: ProcessGroup
+    ) -> nn.Cell | None:
+        """What attention is given of packed samples, made once for all layers of segment ids.
+
+        None where it takes the segment ids themselves.
+        """
+        return None
+
     def rms_norm(self, eps: float) -> nn.Cell:
         """Root mean square norm."""
         return PlainRMSNorm(eps)

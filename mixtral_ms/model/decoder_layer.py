@@ -30,6 +30,18 @@ class RMSNorm(nn.Cell):
         return self.norm(x, self.weight)
 
 
+def attention_sizes(config: MixtralConfig, seq_length: int, mesh: Mesh) -> AttentionSizes:
+    """Of this rank's heads, and of its part of the sequence, which has this length."""
+    return AttentionSizes(
+        seq_length,
+        config.num_heads // mesh.tensor.size,
+        config.n_kv_heads // mesh.tensor.size,
+        config.head_dim,
+        config.sliding_window,
+        compute_type(config.softmax_compute_type),
+    )
+
+
 class Attention(nn.Cell):
     """Grouped-query attention with rotary embedding; tensor-parallel ranks have heads each."""
 
@@ -54,14 +66,7 @@ class Attention(nn.Cell):
             self.enter = EnterSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
             leave = LeaveSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
         self.wo = Linear(queries, config.hidden_size, config.attn_proj_has_bias, dtype, leave)
-        sizes = AttentionSizes(
-            seq_length,
-            num_heads,
-            n_kv_heads,
-            config.head_dim,
-            config.sliding_window,
-            compute_type(config.softmax_compute_type),
-        )
+        sizes = attention_sizes(config, seq_length, mesh)
         if mesh.context.size > 1:
             self.attend = kernels.context_attention(mesh.context, sizes)
         else:

@@ -16,7 +16,7 @@ from mixtral_ms.kernels.cells.elementwise import rotary_tables
 from mixtral_ms.kernels.cells.experts import share_kept
 from mixtral_ms.kernels.kernel_choice import KernelChoice
 from mixtral_ms.kernels.select import select_kernels
-from mixtral_ms.model.decoder_layer import DecoderLayer, RMSNorm
+from mixtral_ms.model.decoder_layer import DecoderLayer, RMSNorm, attention_sizes
 from mixtral_ms.model.lora import add_adapters, freeze_weights
 from mixtral_ms.model.moe.router import RouterLosses
 from mixtral_ms.model.nn.compute_dtype import compute_type
@@ -97,6 +97,8 @@ class MixtralModel(nn.Cell):
                 for number in stage_layers(config, mesh.grid.pipeline_stage, mesh.stage)
             ]
         )
+        sizes = attention_sizes(config, length, mesh)
+        self.packed_samples = kernels.packed_samples(batch_size, sizes, mesh.context)
         self.router_losses = RouterLosses(config.moe_config, mesh.context)
         self.norm_out = None
         if is_last_stage:
@@ -119,9 +121,12 @@ class MixtralModel(nn.Cell):
         x, valid_T = hidden_BSD, self.valid_tokens(input_ids_BS)
         if self.is_first_stage:
             x = self.tok_embeddings(input_ids_BS)
+        packed = segment_ids_BS
+        if packed is not None and self.packed_samples is not None:
+            packed = self.packed_samples(packed)
         routings: tuple[tuple, ...] = ()
         for layer in self.layers:
-            x, routing = layer(x, valid_T, self.cos, self.sin, positions_BS, segment_ids_BS)
+            x, routing = layer(x, valid_T, self.cos, self.sin, positions_BS, packed)
             routings += (routing,)
         if self.norm_out is not None:
             x = self.norm_out(x)
@@ -172,9 +177,8 @@ class MixtralForCausalLM(nn.Cell):
         mesh = self.mesh
         self.ignore_token_id = config.ignore_token_id
         self.dtype = compute_type(config.compute_dtype)
-        # experts that have tokens of several ranks have any number of them
-        spread = mesh.grid.expert_parallel * mesh.grid.context_parallel > 1
-        dropless = config.moe_config.dropless or spread
+        # of a part of the sequence an expert may have any number of tokens, up to its capacity
+        dropless = config.moe_config.dropless or mesh.context.size > 1
         kernels = select_kernels(backend, dropless=dropless, dtype=self.dtype)
         self.model = MixtralModel(
             config, batch_size or config.batch_size, seq_length or config.seq_length, kernels, mesh

@@ -52,7 +52,8 @@ def main() -> None:
     )
     network = MixtralForCausalLM(config, mesh=Mesh(grid, args.rank, name_of)).set_train()
     assert network.kernel_name == "ascend"
-    ids = Tensor(np.ones((config.batch_size, config.seq_length), np.int32))
+    shape = (config.batch_size, config.seq_length // grid.context_parallel)
+    ids = Tensor(np.ones(shape, np.int32))
     weight = Tensor(1.0, mstype.float32)
     graph = MicroBatchGradients(CausalLMObjective(network), accumulation=2).graph
     _cell_graph_executor.compile(

@@ -106,6 +106,26 @@ CASES = [
         padding=True,
         moe={"capacity_factor": 100.0, "enable_sdrop": True},
     ),
+    Case("emulated Ascend", (4, 2, 16), (8, 2), "ascend", "graph", sizes={"num_layers": 1}),
+    Case(
+        "emulated Ascend, tied", (4, 4, 16), (4, 3), "ascend", sizes={"tie_word_embeddings": True}
+    ),
+    Case(
+        "emulated Ascend, window, padding",
+        (6, 2, 16),
+        (8, 2),
+        "ascend",
+        padding=True,
+        sizes={"sliding_window": 5},
+    ),
+    Case(
+        "emulated Ascend, capacity",
+        (4, 2, 16),
+        (4, 2),
+        "ascend",
+        padding=True,
+        moe={"capacity_factor": 100.0},
+    ),
 ]
 
 
@@ -160,6 +180,8 @@ def case(request):
     before = mindspore.get_context("mode")
     graph = request.param.mode == "graph"
     mindspore.set_context(mode=mindspore.GRAPH_MODE if graph else mindspore.PYNATIVE_MODE)
+    if request.param.backend == "ascend":
+        request.getfixturevalue("ascend_emulation")
     yield request.param
     mindspore.set_context(mode=before)
 

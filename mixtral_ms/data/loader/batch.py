@@ -31,6 +31,13 @@ class Batch:
         """Number of positions that have a target."""
         return int((self.labels >= 0).sum())
 
+    @property
+    def samples(self) -> int:
+        """Runs of the same segment: packed samples, and what pads each sequence."""
+        if self.segment_ids is None:
+            return len(self.input_ids)
+        return len(self.input_ids) + int((np.diff(self.segment_ids, axis=1) != 0).sum())
+
     def columns(self, part: int, parts: int) -> "Batch":
         """Part number `part` of the sequence, which is cut into so many; positions stay."""
         if parts == 1:

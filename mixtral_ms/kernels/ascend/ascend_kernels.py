@@ -8,20 +8,25 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.kernels.ascend.flash_attention import FlashRotaryAttention
 from mixtral_ms.kernels.ascend.fused_rms_norm import FusedRMSNorm
 from mixtral_ms.kernels.ascend.grouped_experts import GroupedExperts
+from mixtral_ms.kernels.ascend.packed_samples import HiddenKeys, SampleEnds
 from mixtral_ms.kernels.cells.attention import AttentionSizes
-from mixtral_ms.kernels.cells.experts import Experts
+from mixtral_ms.kernels.cells.experts import Experts, PaddedExperts
 from mixtral_ms.kernels.cells.lora_experts import MergedExperts
 from mixtral_ms.kernels.kernel_choice import KernelChoice
+from mixtral_ms.parallel.grid.mesh import ProcessGroup
 
 
 class AscendKernels(KernelChoice):
-    """Fused operators; the loss and attention over ranks are plain."""
+    """Fused operators; the loss is plain, and so are experts of a fixed capacity.
+
+    Those are batched products: no count leaves the device, and nothing has a dynamic shape.
+    """
 
     name = "ascend"
 
     def experts(self, weights: Callable[[], tuple[Parameter, ...]] | None = None) -> Experts:
         """As `KernelChoice.experts`."""
-        return GroupedExperts()
+        return GroupedExperts() if self.dropless else PaddedExperts()
 
     def lora_experts(
         self, scale: float, dropout: float, salt: int, adapted: tuple[bool, bool, bool]
@@ -37,6 +42,18 @@ class AscendKernels(KernelChoice):
     def attention(self, sizes: AttentionSizes) -> nn.Cell:
         """As `KernelChoice.attention`."""
         return FlashRotaryAttention(sizes)
+
+    def context_attention(self, group: ProcessGroup, sizes: AttentionSizes) -> nn.Cell:
+        """As `KernelChoice.context_attention`."""
+        return FlashRotaryAttention(sizes, group)
+
+    def packed_samples(
+        self, batch_size: int, sizes: AttentionSizes, group: ProcessGroup
+    ) -> nn.Cell | None:
+        """As `KernelChoice.packed_samples`."""
+        if group.size == 1 and sizes.window is None:
+            return SampleEnds(batch_size, sizes.seq_length)
+        return HiddenKeys(sizes, group)
 
     def rms_norm(self, eps: float) -> nn.Cell:
         """As `KernelChoice.rms_norm`."""

@@ -3,7 +3,7 @@
 Legend: R slots, D hidden, F intermediate, E experts.
 """
 
-from mindspore import Tensor, ops
+from mindspore import Tensor, mint, ops
 from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import GroupedMatmul
 
@@ -35,5 +35,6 @@ class GroupedExperts(Experts):
         return self._grouped(swiglu(gate, up), w2_EDF, ends_E)
 
     def _grouped(self, x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
-        transposed = ops.transpose(weight, (0, 2, 1))
+        # a view: the operator takes a transposed weight as it lies, and ops.transpose copies it
+        transposed = mint.transpose(weight, 1, 2)
         return self.product([x], [transposed], None, None, None, None, None, ends_E)[0]

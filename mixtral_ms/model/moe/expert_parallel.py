@@ -1,7 +1,7 @@
 """Expert parallel: all-to-all of tokens to the ranks that have their experts, and back.
 
 Legend: P ranks of the group, R slots of a rank, N slots for what can come from all of them,
-D hidden, E experts that these ranks have together, e those of one rank.
+D hidden, E experts that these ranks have together, e those of one rank, C capacity.
 """
 
 from mindspore import Tensor, nn, ops
@@ -9,7 +9,7 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.config.derived.expert_grid import expert_matrix
 from mixtral_ms.parallel.comm import transports
-from mixtral_ms.parallel.comm.collectives import AllToAll
+from mixtral_ms.parallel.comm.collectives import AllToAll, EqualAllToAll
 from mixtral_ms.parallel.comm.graph_primitives import sum_before, sum_over, zeros_like
 from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
 
@@ -89,6 +89,40 @@ class ExpertExchange(nn.Cell):
     def _index(self, sizes: Tensor, begins: Tensor) -> Tensor:
         block_N, offset_N = self.block_of(sizes)
         return ops.minimum(ops.gather(begins, block_N, 0) + offset_N, self.slots - 1)
+
+
+class PaddedExchange(nn.Cell):
+    """As `ExpertExchange` where every expert has the same number of slots, used or not.
+
+    All shapes and all blocks are fixed: nobody waits for counts.
+
+    Args:
+        group: the ranks.
+        experts: E.
+        capacity: C.
+    """
+
+    def __init__(self, group: ProcessGroup, experts: int, capacity: int) -> None:
+        super().__init__()
+        self.size, self.each, self.capacity = group.size, experts // group.size, capacity
+        self.dispatch_all_to_all = EqualAllToAll(group)
+        self.combine_all_to_all = EqualAllToAll(group)
+
+    def construct(self, x_RD: Tensor, tokens_per_expert_E: Tensor) -> tuple:
+        """Slots (E * C, D) of all experts -> those of this rank's experts, (e * P * C, D).
+
+        The second result is what was given, and what is third is not read: the slots say it all.
+        """
+        shape = (self.size, self.each, self.capacity, x_RD.shape[1])
+        x_PeCD = self.dispatch_all_to_all(ops.reshape(x_RD, shape))
+        x_ePCD = ops.transpose(x_PeCD, (1, 0, 2, 3))
+        return ops.reshape(x_ePCD, x_RD.shape), tokens_per_expert_E, ()
+
+    def combined(self, y_ND: Tensor, dispatch_metadata: tuple) -> Tensor:
+        """The outputs of all experts' slots, (E * C, D)."""
+        y_ePCD = ops.reshape(y_ND, (self.each, self.size, self.capacity, y_ND.shape[1]))
+        y_PeCD = self.combine_all_to_all(ops.transpose(y_ePCD, (1, 0, 2, 3)))
+        return ops.reshape(y_PeCD, y_ND.shape)
 
 
 class _Reorder(nn.Cell):

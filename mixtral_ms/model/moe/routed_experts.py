@@ -10,10 +10,10 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.derived.expert_grid import expert_matrix
-from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
 from mixtral_ms.kernels.kernel_choice import KernelChoice
 from mixtral_ms.model.moe.context_dispatch import DispatchOverRanks
-from mixtral_ms.model.moe.expert_parallel import ExpertExchange, experts_of_exchange
+from mixtral_ms.model.moe.expert_parallel import ExpertExchange, PaddedExchange, experts_of_exchange
 from mixtral_ms.model.moe.router import Router
 from mixtral_ms.model.moe.token_dispatch import (
     CombineTokens,
@@ -80,7 +80,7 @@ class RoutedExperts(nn.Cell):
         mesh: Mesh,
     ) -> None:
         super().__init__()
-        moe, tokens = config.moe_config, shape[0] * shape[1]
+        moe = config.moe_config
         _, parts, width = expert_matrix(mesh.grid)
         self.compute_dtype = compute_dtype
         self.router = Router(config.hidden_size, moe, layer, mesh.context, shape)
@@ -90,29 +90,8 @@ class RoutedExperts(nn.Cell):
         # Cast to another dtype, weights are computed ones.
         stored = self.ffn.weights if compute_dtype == mstype.float32 else None
         self.experts, self.adapted = kernels.experts(stored), False
-        capacity = None
-        if not moe.dropless:
-            capacity = expert_capacity(
-                tokens * mesh.context.size,
-                moe.num_experts_chosen,
-                moe.expert_num,
-                moe.capacity_factor,
-            )
-        dispatch = partial(Dispatch, moe.expert_num, token_first=moe.enable_sdrop)
-        local_experts = experts_of_exchange(mesh, moe.expert_num) if parts > 1 else None
-        alone = mesh.context.size == 1
-        self.local_dispatch = dispatch(
-            capacity if alone else None, layout=self.experts.layout, local_experts=local_experts
-        )
-        self.dispatch = self.local_dispatch
-        if not alone:
-            whole = dispatch(capacity, layout="packed")
-            self.dispatch = DispatchOverRanks(mesh.context, shape, whole, self.local_dispatch)
+        self._lay_out(moe, shape, mesh)
         self.permute = PermuteTokens(moe.num_experts_chosen)
-        self.exchange = None
-        if local_experts is not None and mesh.exchange.size > 1:
-            slots = tokens * moe.num_experts_chosen
-            self.exchange = ExpertExchange(mesh.exchange, len(local_experts), slots, capacity)
         self.combine = CombineTokens(moe.num_experts_chosen)
         self.copy_gates = CopyToRanks(mesh.tensor) if mesh.tensor.size > 1 else None
 
@@ -163,7 +142,39 @@ class RoutedExperts(nn.Cell):
     def adapt(self, experts: nn.Cell) -> None:
         """From now on these compute the outputs, and are given the adapters too."""
         self.experts, self.adapted = experts, True
-        self.local_dispatch.layout = experts.layout
+        self._lay_out(*self.laid_out_for)
+
+    def _lay_out(self, moe: MoEConfig, shape: tuple[int, int], mesh: Mesh) -> None:
+        """Dispatch and exchange for the layout that the experts want."""
+        self.laid_out_for = moe, shape, mesh
+        tokens, layout = shape[0] * shape[1], self.experts.layout
+        _, parts, _ = expert_matrix(mesh.grid)
+        capacity = None
+        if not moe.dropless:
+            capacity = expert_capacity(
+                tokens * mesh.context.size,
+                moe.num_experts_chosen,
+                moe.expert_num,
+                moe.capacity_factor,
+            )
+        dispatch = partial(Dispatch, moe.expert_num, token_first=moe.enable_sdrop)
+        local_experts = experts_of_exchange(mesh, moe.expert_num) if parts > 1 else None
+        alone = mesh.context.size == 1
+        local_dispatch = dispatch(
+            capacity if alone else None, layout=layout, local_experts=local_experts
+        )
+        self.dispatch = local_dispatch
+        if not alone:
+            whole = dispatch(capacity, layout="packed")
+            self.dispatch = DispatchOverRanks(mesh.context, shape, whole, local_dispatch)
+        self.exchange = None
+        if local_experts is None or mesh.exchange.size == 1:
+            return
+        if layout == "padded" and capacity is not None:
+            self.exchange = PaddedExchange(mesh.exchange, len(local_experts), capacity)
+        else:
+            slots = tokens * moe.num_experts_chosen
+            self.exchange = ExpertExchange(mesh.exchange, len(local_experts), slots, capacity)
 
 
 class MoEFeedForward(nn.Cell):

@@ -55,15 +55,20 @@ class Dispatch(nn.Cell):
     ) -> None:
         super().__init__()
         self.experts, self.capacity = experts, capacity
-        self.layout, self.padded_slots = layout, experts * (capacity or 0)
+        self.layout = layout
         # kdrop goes through all first choices, then all second ones; both orders undo themselves
         self.order, self.turn = (0, 1) if token_first else (1, 0), ops.Transpose()
         self.ids_E = Tensor(np.arange(experts, dtype=np.int32))
         self.scatter, self.slice = ops.ScatterNd(), ops.Slice()
         self.local_experts_e = self.is_local_E = None
+        placed = np.arange(experts)  # an expert's number among those that get slots
         if local_experts is not None:
+            is_local = np.isin(np.arange(experts), local_experts)
             self.local_experts_e = Tensor(np.array(local_experts, np.int32))
-            self.is_local_E = Tensor(np.isin(np.arange(experts), local_experts).astype(np.int32))
+            self.is_local_E = Tensor(is_local.astype(np.int32))
+            placed = np.cumsum(is_local) - 1
+        self.padded_slots = (int(placed[-1]) + 1) * (capacity or 0)
+        self.padded_offsets_E = Tensor((placed * (capacity or 0)).astype(np.int32))
 
     def slots(self, assignments: int) -> int:
         """R, the static number of slots that this many assignments may need."""
@@ -128,7 +133,7 @@ class Dispatch(nn.Cell):
     def _offsets(self, tokens_per_expert_E: Tensor) -> Tensor:
         """First slot of each expert."""
         if self.layout == "padded":
-            return self.ids_E * self.capacity
+            return self.padded_offsets_E
         return sum_before(tokens_per_expert_E, 0)
 
     def _inverse(self, slot_Tk: Tensor, not_dropped_Tk: Tensor) -> Tensor:

@@ -169,6 +169,22 @@ class AllToAll(nn.Cell):
         return self.send_back(dout, ops.transpose(sent_PP, (1, 0))), zeros_like(sent_PP)
 
 
+class EqualAllToAll(nn.Cell):
+    """All-to-all of equal blocks (`transports.equal_all_to_all`); so do the gradients go back."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__()
+        self.exchange = transports.equal_all_to_all(group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x (P, ...) -> (P, ...)."""
+        return self.exchange(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple:
+        """Each block's gradient comes from where it went."""
+        return (self.exchange(dout),)
+
+
 class _Parts(nn.Cell):
     """A tensor's equal parts along an axis; primitives only (see primitives.py)."""
 

@@ -53,10 +53,20 @@ def all_to_all(group: ProcessGroup, rows_in: int, rows_out: int) -> nn.Cell:
     if is_simulated(group):
         return _CountedExchange(group, rows_out)
     if not _on_cpu():
-        return _AllToAllV(group, rows_out)
+        return _AllToAllV(group, rows_in, rows_out)
     if rows_in <= rows_out:
         return _ExchangeByGather(group, rows_in, rows_out)
     return _ExchangeByScatter(group, rows_out)
+
+
+def equal_all_to_all(group: ProcessGroup) -> nn.Cell:
+    """All-to-all of equal blocks: x (P, ...) -> (P, ...); block p goes to rank p.
+
+    Nothing depends on counts, so that no host has to wait for them.
+    """
+    if is_simulated(group):
+        return _CountedBlocks(group)
+    return _BlocksByGather(group) if _on_cpu() else _AllToAll(group)
 
 
 def is_simulated(group: ProcessGroup) -> bool:
@@ -151,6 +161,17 @@ class _ExchangeByScatter(nn.Cell):
         return self.scatter(self.stack(results))
 
 
+class _BlocksByGather(nn.Cell):
+    """Everybody's blocks, of which those for this rank are picked."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__()
+        self.index, self.gather = group.index, _GatherBySum(group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.gather(x)[:, self.index]
+
+
 class BlockOf(nn.Cell):
     """For each row of blocks that follow each other: its block, and its offset in the block.
 
@@ -190,22 +211,45 @@ class _ReduceScatter(nn.Cell):
         return self.scatter(x)[0]
 
 
-class _AllToAllV(nn.Cell):
-    def __init__(self, group: ProcessGroup, rows_out: int) -> None:
+class _AllToAll(nn.Cell):
+    def __init__(self, group: ProcessGroup) -> None:
         super().__init__()
-        self.index, self.group = group.index, group.name
-        self.row_N = Tensor(np.arange(rows_out, dtype=np.int32))
+        self.exchange = ops.AlltoAll(group.size, 0, 0, group=group.name)
+
+    def construct(self, x: Tensor) -> Tensor:
+        flat = ops.reshape(x, (x.shape[0] * x.shape[1], -1))
+        return ops.reshape(self.exchange(flat), x.shape)
+
+
+class _AllToAllV(nn.Cell):
+    """The operator gives as many rows as came, and no shape at all where none did.
+
+    So every rank sends every rank one row more than it has for it, which nobody reads.
+    """
+
+    def __init__(self, group: ProcessGroup, rows_in: int, rows_out: int) -> None:
+        super().__init__()
+        self.index, self.group, self.rows_in = group.index, group.name, rows_in
+        self.sent_block_of = BlockOf(rows_in + group.size)
+        self.received_block_of = BlockOf(rows_out)
 
     def construct(self, x_ND: Tensor, sent_PP: Tensor) -> Tensor:
         columns = x_ND.shape[1]
-        send_P = ops.cast(sent_PP[self.index], mstype.int64)
-        receive_P = ops.cast(sent_PP[:, self.index], mstype.int64)
+        send_P, receive_P = sent_PP[self.index], sent_PP[:, self.index]
+        block, offset = self.sent_block_of(send_P + 1)
+        index = ops.gather(sum_before(send_P, 0), block, 0) + offset
+        x = ops.gather(x_ND, ops.minimum(index, self.rows_in - 1), 0)
         exchange = ops.AlltoAllV(group=self.group, block_size=columns)
-        received = exchange(ops.reshape(x_ND, (-1,)), send_P, receive_P)
-        # the kernel gives as many rows as came: up to a fixed number for what is compiled behind
-        last = ops.cast(sum_over(receive_P, 0) - 1, mstype.int32)
-        index = ops.maximum(ops.minimum(self.row_N, last), 0)
-        return ops.gather(ops.reshape(received, (-1, columns)), index, 0)
+        received = exchange(
+            ops.reshape(x, (-1,)),
+            ops.cast(send_P + 1, mstype.int64),
+            ops.cast(receive_P + 1, mstype.int64),
+        )
+        # of what came, up to a fixed number of rows for what is compiled behind
+        block, offset = self.received_block_of(receive_P)
+        index = ops.gather(sum_before(receive_P + 1, 0), block, 0) + offset
+        last = sum_over(receive_P + 1, 0) - 1
+        return ops.gather(ops.reshape(received, (-1, columns)), ops.minimum(index, last), 0)
 
 
 class _Counted(nn.Cell):
@@ -231,6 +275,12 @@ class _CountedScatter(_Counted):
     def construct(self, x: Tensor) -> Tensor:
         count(self.group, x, self.others)
         return x[self.group.index]
+
+
+class _CountedBlocks(_Counted):
+    def construct(self, x: Tensor) -> Tensor:
+        count(self.group, x, self.others)
+        return x
 
 
 class _CountedExchange(_Counted):

@@ -9,6 +9,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.data.loader.batch import Batch
+from mixtral_ms.errors import UserError
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 
 
@@ -134,5 +135,17 @@ def network_tensors(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]
 
 def batch_tensors(objective: Objective, batch: Batch) -> tuple[Tensor | None, ...]:
     """What the network and its objective read of a batch, as `Objective.stage_parts` takes it."""
+    _require_fitting(objective.network, batch)
     fields = [Tensor(getattr(batch, name)) for name in objective.batch_fields]
     return (*network_tensors(batch), *fields)
+
+
+def _require_fitting(network: MixtralForCausalLM, batch: Batch) -> None:
+    prepared = network.model.packed_samples
+    limit = None if prepared is None or batch.segment_ids is None else prepared.limit
+    if limit is not None and batch.samples > limit:
+        raise UserError(
+            f"a micro batch holds {batch.samples} packed samples, and the device's attention takes "
+            f"{limit} of {batch.input_ids.size} tokens: pack into records of fewer samples (a "
+            "shorter --seq_length, or without --packing), or lower runner_config.batch_size"
+        )

@@ -1,0 +1,211 @@
+"""Ascend's operators on a CPU, as their documentation describes them.
+
+They raise where a documented rule is broken, and give NaN where the documentation says nothing of
+the result. One rule is not held here, that attention takes 16 bit only: float32 stands for it, so
+that results can be compared closely; the front end sees the real dtypes.
+
+Sources: docstrings of MindSpore 2.7.2; for rows behind the last group, CANN's aclnnGroupedMatmul.
+
+Legend: B batch, S positions of queries, W of keys, N heads, K kv heads, d head_dim, R rows,
+E experts.
+"""
+
+import mindspore
+import numpy as np
+from mindspore import Tensor, mint, nn, ops
+from mindspore import dtype as mstype
+
+from mixtral_ms.kernels.ascend import flash_attention, grouped_experts
+from mixtral_ms.parallel.comm.graph_primitives import zeros_like
+
+FLOATS = (mstype.float16, mstype.bfloat16, mstype.float32)
+CAUSAL, RIGHT_DOWN, BAND = 2, 3, 4
+
+
+def require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise AssertionError(f"documented: {rule}")
+
+
+def emulate_ascend(monkeypatch):
+    """Until the patch is undone, backend "ascend" computes on this CPU."""
+    monkeypatch.setattr(grouped_experts, "GroupedMatmul", GroupedMatmul)
+    monkeypatch.setattr(flash_attention, "FLOAT32_AS", mstype.float32)
+    monkeypatch.setattr(ops, "flash_attention_score", flash_attention_score)
+    monkeypatch.setattr(ops, "rms_norm", rms_norm)
+    monkeypatch.setattr(mint, "transpose", transpose)
+
+
+def transpose(x_EFD, first, second):
+    """A view there; here a copy."""
+    require((first, second) == (1, 2), "the emulation knows the two axes of experts' matrices")
+    return ops.transpose(x_EFD, (0, 2, 1))
+
+
+def rms_norm(x, gamma, epsilon=1e-6):
+    """Root mean square norm, and 1 / rms."""
+    require(x.dtype in FLOATS, "rms_norm takes float16, bfloat16 and float32")
+    require(x.dtype == gamma.dtype, "rms_norm's gamma has the dtype of x")
+    require(0 < epsilon <= 1, "rms_norm's epsilon is in (0, 1]")
+    x32 = ops.cast(x, mstype.float32)
+    scale = ops.rsqrt(ops.mean(x32 * x32, -1, True) + epsilon)
+    return ops.cast(x32 * scale * ops.cast(gamma, mstype.float32), x.dtype), scale
+
+
+class GroupedMatmul(nn.Cell):
+    """Rows in groups times the matrix of their group; NaN behind the last one."""
+
+    def __init__(self, split_item, group_type):
+        super().__init__()
+        require(split_item == 3, "split_item 3: one output")
+        require(group_type == 0, "group_type 0: groups of rows; others have no gradient here")
+        self.product = _GroupedProduct()
+
+    def construct(  # noqa: PLR0913 - the operator's
+        self, x, weight, bias, scale, offset, antiquant_scale, antiquant_offset, group_list
+    ):
+        require(len(x) == len(weight) == 1, "one x and one weight with split_item 3")
+        x_RI, weight_EIO = x[0], weight[0]
+        require(x_RI.dtype in FLOATS, "float16, bfloat16 and float32")
+        require(x_RI.dtype == weight_EIO.dtype, "x and weight of one dtype")
+        require(x_RI.ndim == 2 and weight_EIO.ndim == 3, "x (R, in) and weight (E, in, out)")
+        require(x_RI.shape[1] == weight_EIO.shape[1], "inner sizes are the same")
+        require(max(x_RI.shape[1], weight_EIO.shape[2]) < 65536, "last axes below 65536")
+        require(group_list.dtype == mstype.int64, "group_list is int64")
+        require(group_list.shape == weight_EIO.shape[:1], "one entry a group")
+        return (self.product(x_RI, weight_EIO, group_list),)
+
+
+class _GroupedProduct(nn.Cell):
+    def construct(self, x_RI, weight_EIO, ends_E):
+        return _grouped(x_RI, weight_EIO, ends_E)
+
+    def bprop(self, x_RI, weight_EIO, ends_E, out, dout):
+        dx_RI = _grouped(dout, ops.transpose(weight_EIO, (0, 2, 1)), ends_E)
+        d_weight = ()
+        for expert in range(weight_EIO.shape[0]):
+            own_R1 = _rows_of(expert, x_RI.shape[0], ends_E)
+            x_own = ops.select(ops.broadcast_to(own_R1, x_RI.shape), x_RI, zeros_like(x_RI))
+            d_own = ops.select(ops.broadcast_to(own_R1, dout.shape), dout, zeros_like(dout))
+            d_weight += (ops.matmul(ops.transpose(x_own, (1, 0)), d_own),)
+        return dx_RI, ops.stack(d_weight), zeros_like(ends_E)
+
+
+def _grouped(x_RI, weight_EIO, ends_E):
+    rows, columns = x_RI.shape[0], weight_EIO.shape[2]
+    y_RO = zeros_like(ops.matmul(x_RI, weight_EIO[0])) + float("nan")
+    for expert in range(weight_EIO.shape[0]):
+        own = ops.broadcast_to(_rows_of(expert, rows, ends_E), (rows, columns))
+        y_RO = ops.select(own, ops.matmul(x_RI, weight_EIO[expert]), y_RO)
+    return y_RO
+
+
+def _rows_of(expert, rows, ends_E):
+    """Which rows are an expert's, (R, 1)."""
+    number_R = Tensor(np.arange(rows))
+    own_R = number_R < ends_E[expert]
+    if expert > 0:
+        own_R = ops.logical_and(own_R, number_R >= ends_E[expert - 1])
+    return ops.expand_dims(own_R, 1)
+
+
+def flash_attention_score(  # noqa: PLR0913, PLR0917 - the operator's
+    query,
+    key,
+    value,
+    head_num,
+    real_shift=None,
+    drop_mask=None,
+    padding_mask=None,
+    attn_mask=None,
+    prefix=None,
+    actual_seq_qlen=None,
+    actual_seq_kvlen=None,
+    keep_prob=1.0,
+    scalar_value=1.0,
+    pre_tokens=2147483647,
+    next_tokens=2147483647,
+    inner_precise=0,
+    input_layout="BSH",
+    sparse_mode=0,
+):
+    """Attention with the documented masks, for the layouts BSH and TND."""
+    require(query.dtype == key.dtype == value.dtype, "query, key and value of one dtype")
+    require(key.shape == value.shape, "value has key's shape")
+    require(attn_mask is None or attn_mask.dtype == mstype.bool_, "attn_mask is bool or uint8")
+    if sparse_mode in (CAUSAL, RIGHT_DOWN, BAND):
+        require(attn_mask.shape == (2048, 2048), "modes 2, 3 and 4 take the (2048, 2048) mask")
+    if input_layout == "TND":
+        return _attend_samples(
+            query, key, value, head_num, actual_seq_qlen, actual_seq_kvlen, scalar_value,
+            pre_tokens, next_tokens, sparse_mode,
+        )  # fmt: skip
+    require(input_layout == "BSH", "the emulation knows BSH and TND")
+    require(actual_seq_qlen is None, "only TND has lengths")
+    batch, queries, width = query.shape
+    head_dim = width // head_num
+    require(head_dim % 16 == 0 and head_dim <= 512, "head_dim is a multiple of 16, at most 512")
+    hidden = _hidden_mask(
+        sparse_mode, attn_mask, queries, key.shape[1], head_num, pre_tokens, next_tokens
+    )
+    heads = [
+        ops.transpose(ops.reshape(x, (*x.shape[:2], -1, head_dim)), (0, 2, 1, 3))
+        for x in (query, key, value)
+    ]
+    out_BNSd = _attend(*heads, hidden, scalar_value)
+    return ops.reshape(ops.transpose(out_BNSd, (0, 2, 1, 3)), (batch, queries, width))
+
+
+def _hidden_mask(mode, mask, queries, keys, head_num, pre_tokens, next_tokens):
+    """(S, W) or what was given, True where a query must not see a key."""
+    if mode == 0:
+        require(
+            mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1] in (1, head_num)),
+            "mode 0 takes (S, W), (B, 1, S, W) or (B, N, S, W)",
+        )
+        require(mask.shape[-2:] == (queries, keys), "mode 0 takes the whole mask")
+        return mask
+    # distance of a query from a key, counted from the upper left or the lower right corner
+    offset = 0 if mode == CAUSAL else keys - queries
+    distance = np.arange(queries)[:, None] + offset - np.arange(keys)[None, :]
+    if mode == RIGHT_DOWN:
+        require(queries <= keys, "mode 3 has no more queries than keys")
+    if mode == BAND:
+        require(queries == keys, "mode 4 is only documented for as many keys as queries")
+        return Tensor((distance > pre_tokens) | (-distance > next_tokens))
+    return Tensor(distance < 0)
+
+
+def _attend(q_BNSd, k_BKWd, v_BKWd, hidden, scale):
+    groups = q_BNSd.shape[1] // k_BKWd.shape[1]
+    keys = ops.repeat_interleave(k_BKWd, groups, 1)
+    values = ops.repeat_interleave(v_BKWd, groups, 1)
+    scores = ops.cast(ops.matmul(q_BNSd, ops.transpose(keys, (0, 1, 3, 2))), mstype.float32) * scale
+    scores = ops.masked_fill(scores, hidden, Tensor(-1e30, mstype.float32))
+    return ops.matmul(ops.cast(ops.softmax(scores, -1), values.dtype), values)
+
+
+def _attend_samples(  # noqa: PLR0913, PLR0917 - the operator's
+    query, key, value, head_num, q_ends, kv_ends, scale, pre_tokens, next_tokens, mode
+):
+    """TND: samples behind each other, given by their ends."""
+    tokens, heads, head_dim = query.shape
+    require(heads == head_num and head_dim % 16 == 0, "TND is (T, N, d), d a multiple of 16")
+    require(mode in (CAUSAL, RIGHT_DOWN), "TND has modes 2 and 3")
+    require(next_tokens == 0 and pre_tokens >= tokens, "TND has next_tokens 0 and all pre_tokens")
+    require(q_ends.shape == kv_ends.shape and q_ends.shape[0] <= 1024, "at most 1024 samples")
+    require(key.shape[0] == tokens, "the emulation knows queries and keys of the same tokens")
+    if mindspore.get_context("mode") == mindspore.PYNATIVE_MODE:
+        ends = q_ends.asnumpy()
+        require((kv_ends.asnumpy() == ends).all(), "the emulation knows equal lengths")
+        require((np.diff(ends, prepend=0) > 0).all(), "no sample is empty")
+        require(ends[-1] == tokens, "the last end is T")
+    number_T = Tensor(np.arange(tokens))
+    sample_T = ops.reduce_sum(
+        ops.cast(ops.expand_dims(number_T, 1) >= ops.expand_dims(q_ends, 0), mstype.int32), 1
+    )
+    other_TT = ops.not_equal(ops.expand_dims(sample_T, 1), ops.expand_dims(sample_T, 0))
+    later_TT = ops.expand_dims(number_T, 1) < ops.expand_dims(number_T, 0)
+    q, k, v = (ops.expand_dims(ops.transpose(x, (1, 0, 2)), 0) for x in (query, key, value))
+    out_BNTd = _attend(q, k, v, ops.logical_or(other_TT, later_TT), scale)
+    return ops.transpose(out_BNTd[0], (1, 0, 2))
