@@ -43,6 +43,7 @@ class FlashRotaryAttention(nn.Cell):
         self.compressed_hidden = Tensor(side[:, None] < side[None, :])
         self.gather, self.first = None, context.index * sizes.seq_length
         self.keys = self.first + sizes.seq_length
+        self.band = self.keys if sizes.window is None else sizes.window - 1
         if context.size > 1:
             self.gather = GatherFromRanks(context, 1, partial=True)
         self.positions_S = Tensor(np.arange(self.first, self.keys, dtype=np.int32))
@@ -82,7 +83,7 @@ class FlashRotaryAttention(nn.Cell):
             hidden = self.compressed_hidden
             mode = _CAUSAL if self.gather is None else _RIGHT_DOWN_CAUSAL
         elif hidden is None and self.gather is None:
-            hidden, mode, pre_tokens = self.compressed_hidden, _BAND, self.window - 1
+            hidden, mode, pre_tokens = self.compressed_hidden, _BAND, self.band
         elif hidden is None:
             # what the band mode means for more keys than queries is not documented
             hidden = hidden_positions(self.positions_S, self.positions_W, self.window)
