@@ -2,10 +2,11 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TypeVar
 
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.config import RunConfig
-from mixtral_ms.config.loading.resolve import is_zero
+from mixtral_ms.config.loading.resolve import dataset_of, is_zero, micro_batch_size
 from mixtral_ms.config.sections.data_section import DatasetSection
 from mixtral_ms.config.sections.training_section import (
     MetricsWriterSection,
@@ -15,6 +16,7 @@ from mixtral_ms.config.sections.training_section import (
 from mixtral_ms.convert.adapters.lora_weights import open_adapter
 from mixtral_ms.convert.run_weights import open_run_weights
 from mixtral_ms.data.loader.record_loader import RecordLoader
+from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.comm.gradient_reduction import shard_groups
@@ -24,6 +26,8 @@ from mixtral_ms.train.sample_answers import Samples
 from mixtral_ms.train.state.parameter_loading import load_parameters
 from mixtral_ms.train.step.adamw import AdamW
 from mixtral_ms.train.step.lr_schedule import Schedule, build_schedule, constant_schedule
+
+Section = TypeVar("Section")
 
 
 def without_adapters(config: RunConfig) -> RunConfig:
@@ -49,7 +53,7 @@ def build_network(config: RunConfig, mesh: Mesh) -> MixtralForCausalLM:
     network = MixtralForCausalLM(
         config.model.model_config,
         seed=config.seed,
-        batch_size=config.runner_config.batch_size,
+        batch_size=micro_batch_size(config),
         mesh=mesh,
     )
     if config.recompute_config.recompute:
@@ -81,7 +85,7 @@ def build_loader(
     return RecordLoader(
         section,
         seq_length=model.seq_length,
-        batch_size=section.batch_size or config.runner_config.batch_size,
+        batch_size=section.batch_size or micro_batch_size(config),
         seed=config.seed,
         shuffle=training and section.data_loader.shuffle,
         keep_partial=not training,
@@ -106,13 +110,15 @@ def build_optimizer(config: RunConfig, network: MixtralForCausalLM) -> AdamW:
 
 
 def build_learning_rate(config: RunConfig, total_steps: int) -> Schedule:
-    """lr_schedule, or the optimizer's constant rate without one."""
+    """lr_schedule, or the optimizer's constant rate without one. Raises UserError without both."""
     if config.lr_schedule is not None:
         return build_schedule(config.lr_schedule, total_steps)
-    return constant_schedule(config.optimizer.learning_rate)
+    if (rate := config.optimizer.learning_rate) is None:
+        raise UserError("give lr_schedule or optimizer.learning_rate: there is no learning rate")
+    return constant_schedule(rate)
 
 
-def callback(config: RunConfig, kind: type) -> object | None:
+def callback(config: RunConfig, kind: type[Section]) -> Section | None:
     """The first callback section of a kind, None without one."""
     return next((c for c in config.callbacks if isinstance(c, kind)), None)
 
@@ -129,8 +135,8 @@ def build_samples(config: RunConfig, network: MixtralForCausalLM) -> Samples | N
             "one cut by model_parallel, pipeline_stage or context_parallel"
         )
         return None
-    held_back = config.eval_dataset and config.eval_dataset.data_loader.dataset_dir
-    data = config.eval_dataset if held_back else config.train_dataset
+    held_back = bool(config.eval_dataset and config.eval_dataset.data_loader.dataset_dir)
+    data = dataset_of(config, training=not held_back)
     # all ranks ask the same, as experts may be anywhere
     loader = build_loader(config, data, Mesh(), training=not held_back)
     return Samples(config, section, network, loader)

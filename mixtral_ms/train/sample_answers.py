@@ -4,7 +4,7 @@ Legend: N prompts, S sequence, V vocabulary.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +100,7 @@ class Samples:
         spans = zip(ids_NS, self.prompts, ends, strict=True)
         return [self._decode(ids[len(prompt) : end]) for ids, prompt, end in spans]
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode([int(one) for one in ids])
 
     def _write(self, samples: list[dict[str, str]]) -> None:

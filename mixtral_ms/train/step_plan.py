@@ -1,6 +1,6 @@
 """Where a run stands in its data: a pure function of the step, so a resume needs only that."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Batches of an epoch."""
 
-    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start_batch: int = 0) -> Generator[Batch, None, None]:
         """The batches of an epoch from one on."""
 
 

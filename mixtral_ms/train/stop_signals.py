@@ -1,9 +1,13 @@
 """SIGTERM and Ctrl-C end training after the step under way, with a checkpoint."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Any
 
 from mixtral_ms.log import get_logger
+
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -16,7 +20,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Handler] = {}
 
     def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}

@@ -8,7 +8,7 @@ from pathlib import Path
 from mixtral_ms.checkpoint.store.folders import list_checkpoints
 from mixtral_ms.config import RunConfig, load_config
 from mixtral_ms.config.checks.check_config import check_config
-from mixtral_ms.config.loading.resolve import effective_parallel
+from mixtral_ms.config.loading.resolve import dataset_of, effective_parallel
 from mixtral_ms.convert.run_weights import open_run_weights
 from mixtral_ms.errors import UserError
 from mixtral_ms.infer.engine.sampling_params import Generation
@@ -98,10 +98,10 @@ class Trainer:
             raise UserError(
                 "run_mode eval needs weights, but load_checkpoint is empty: set --load_checkpoint"
             )
-        loader = build_loader(config, config.eval_dataset, self.mesh, training=False)
+        data = dataset_of(config, training=False)
+        loader = build_loader(config, data, self.mesh, training=False)
         network = build_network(without_adapters(config), self.mesh)
-        rows = config.eval_dataset.batch_size
-        evaluator = Evaluator(network, loader, rows, self.objective)
+        evaluator = Evaluator(network, loader, loader.batch_size, self.objective)
         result = evaluator()
         if config.weight_dtype != "float32":
             round_weights(network, open_run_weights(config), config.weight_dtype)

@@ -13,6 +13,7 @@ import mindspore
 from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.loading.render import render_config
+from mixtral_ms.config.loading.resolve import dataset_of, micro_batch_size
 from mixtral_ms.config.sections.training_section import (
     LossMonitorSection,
     MetricsWriterSection,
@@ -101,12 +102,14 @@ class TrainingRun:
     ) -> None:
         self.config, self.mesh, self.leads = config, mesh, mesh.rank == 0
         self.storage = storage
-        self.loader = build_loader(config, config.train_dataset, mesh, training=True)
-        data_dir = config.train_dataset.data_loader.dataset_dir
+        data = dataset_of(config, training=True)
+        self.loader = build_loader(config, data, mesh, training=True)
+        data_dir = data.data_loader.dataset_dir
         self.plan = plan_steps(config.runner_config, len(self.loader), data_dir, mesh.grid)
         eval_loader = None
         if config.do_eval:
-            eval_loader = build_loader(config, config.eval_dataset, mesh, training=False)
+            held_back = dataset_of(config, training=False)
+            eval_loader = build_loader(config, held_back, mesh, training=False)
         self._require_same_files(eval_loader.fingerprint if eval_loader else None, checkpoint)
         self.network = build_network(config, mesh)
         self.base = base_of(config, self.network) if config.model.model_config.pet_config else None
@@ -132,7 +135,7 @@ class TrainingRun:
         )
         self.evaluator = None
         if eval_loader:
-            rows = config.eval_dataset.batch_size
+            rows = eval_loader.batch_size
             self.evaluator = Evaluator(self.network, eval_loader, rows, objective)
         self.samples = build_samples(config, self.network)
         self.step_sync = StepSync(mesh)
@@ -183,8 +186,8 @@ class TrainingRun:
                 micro_batches = next(steps)
                 step += 1
                 loss = self._one_step(step, micro_batches, writer)
-                if self._evaluation_due(step):
-                    self._evaluate(step, writer)
+                if self.evaluator and self._evaluation_due(step):
+                    self._evaluate(self.evaluator, step, writer)
                 stop.listen()
                 ended_by, time_to_save = self.step_sync(stop.signal_number, self.saver.time_is_up())
                 if time_to_save or self.saver.due(step):
@@ -243,8 +246,6 @@ class TrainingRun:
         )
 
     def _evaluation_due(self, step: int) -> bool:
-        if self.evaluator is None:
-            return False
         by_step, by_epoch = self.config.eval_step_interval, self.config.eval_epoch_interval
         if by_step > 0 and step % by_step == 0:
             return True
@@ -252,8 +253,8 @@ class TrainingRun:
         due = by_epoch > 0 and ends_epoch and self.plan.epoch_of(step) % by_epoch == 0
         return due or step == self.plan.total_steps
 
-    def _evaluate(self, step: int, writer: MetricsWriter | NoMetrics) -> None:
-        self.evaluation = result = self.evaluator()
+    def _evaluate(self, evaluator: Evaluator, step: int, writer: MetricsWriter | NoMetrics) -> None:
+        self.evaluation = result = evaluator()
         get_logger().info(
             "eval at step %d: loss %.4f  perplexity %.2f  over %d tokens in %.1f s",
             step,
@@ -279,7 +280,7 @@ class TrainingRun:
         return StepMonitor(
             model,
             self.config.context.device_target,
-            runner.batch_size * micro_batches * model.seq_length,
+            micro_batch_size(self.config) * micro_batches * model.seq_length,
             self.plan.last_step,
             runner.peak_tflops,
             self.mesh.world_size,

@@ -1,8 +1,10 @@
 """What follows from the keys that were given, filled in the way MindFormers does."""
 
+from mixtral_ms.config.sections.data_section import DatasetSection
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.config.sections.training_section import TensorBoardSection
+from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 
 
@@ -53,6 +55,15 @@ def micro_batches(config: RunConfig) -> int:
     """Micro batches that a rank sees in one optimizer step, those in the pipeline included."""
     in_pipeline = pipeline_micro_batches(effective_parallel(config))
     return in_pipeline * config.runner_config.gradient_accumulation_steps
+
+
+def dataset_of(config: RunConfig, *, training: bool) -> DatasetSection:
+    """`train_dataset`, or `eval_dataset`. Raises UserError where the run has none."""
+    section = config.train_dataset if training else config.eval_dataset
+    if section is None:
+        name = "train_dataset" if training else "eval_dataset"
+        raise UserError(f"{name} is empty, but the run reads it: give it a data_loader")
+    return section
 
 
 def micro_batch_size(config: RunConfig) -> int:

@@ -51,7 +51,8 @@ class MindFormersMixtral(PreTrainedModel):
             config.use_past = False
         self._sizes = network_config(config)
         first = MixtralForCausalLM(self._sizes, seed=mindspore.get_seed() or 0)
-        self.batch_sizes, self.losses = (self._sizes.batch_size,), _cells(CausalLMLoss(first))
+        self.batch_sizes: tuple[int, ...] = (self._sizes.batch_size,)
+        self.losses = _cells(CausalLMLoss(first))
         self.answering = MixtralForCausalLM(dropless(self._sizes), share=first)
         self.seq_length, self.input_sliced_sig = config.seq_length, config.input_sliced_sig
         self.pad_token_id, self.ignore_token_id = config.pad_token_id, config.ignore_token_id

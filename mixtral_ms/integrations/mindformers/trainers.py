@@ -3,6 +3,7 @@
 from typing import Any
 
 from mindformers.tools.register import MindFormerConfig
+from mindformers.trainer import BaseTrainer
 from mindformers.trainer import CausalLanguageModelingTrainer as UpstreamCausalTrainer
 from mindformers.trainer import GeneralTaskTrainer as UpstreamGeneralTrainer
 from mindspore import nn
@@ -12,7 +13,7 @@ from mixtral_ms.integrations.mindformers.network import MindFormersMixtral
 from mixtral_ms.log import get_logger
 
 
-class _TellsBatchSize:
+class _TellsBatchSize(BaseTrainer):
     """Mixed into a trainer; a network that is not ours is left alone."""
 
     def set_network(self, network: nn.Cell, is_train: bool = True) -> None:

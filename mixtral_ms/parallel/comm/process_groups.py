@@ -168,7 +168,7 @@ def sum_tensor(group: ProcessGroup, tensor: Tensor) -> Tensor:
     return ops.AllReduce(group=group.name)(tensor) if group.size > 1 else tensor
 
 
-def sum_values(group: ProcessGroup, values: np.ndarray) -> np.ndarray:
+def sum_values(group: ProcessGroup, values: np.ndarray | float) -> np.ndarray:
     """As `sum_tensor`, of numbers of the host, in float64. Of all ranks: waits for the slowest."""
     if group.size == 1:
         return np.asarray(values, np.float64)

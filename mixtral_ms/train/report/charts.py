@@ -185,7 +185,7 @@ def _draw_entropy(train: MetricRecords, _: MetricRecords, title: str) -> "Figure
         return None
     figure, axes = _new_axes(title, "entropy (nats)")
     _layer_lines(axes, steps, values_NL)
-    _, loads = layer_series(train, "expert_load")
+    loads = layer_series(train, "expert_load")[1]
     if loads.ndim == 3 and loads.shape[2] > 1:
         even = math.log(loads.shape[2])
         axes.axhline(even, color=_GREY, linewidth=1, linestyle="--")

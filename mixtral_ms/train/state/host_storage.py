@@ -1,8 +1,11 @@
 """Resuming from checkpoints of which each host holds its own part (no_shared_storage)."""
 
 import contextlib
+import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -21,7 +24,7 @@ from mixtral_ms.checkpoint.store.manifest import (
     read_manifest,
     verify_files,
 )
-from mixtral_ms.checkpoint.store.store import require_undamaged
+from mixtral_ms.checkpoint.store.store import damage_error, require_undamaged
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
 from mixtral_ms.log import get_logger
@@ -93,11 +96,15 @@ def _common_name(root: Path, name: str | None, hosts: Hosts) -> str:
 
 
 def _same_manifest(path: Path, hosts: Hosts) -> Manifest:
+    manifest: Manifest | None = None
+    problems: list[str] = []
     try:
-        manifest, problems = read_manifest(path), []
+        manifest = read_manifest(path)
     except DamagedManifestError as error:
-        manifest, problems = None, [str(error)]
+        problems = [str(error)]
     require_undamaged_everywhere(hosts.world, path, problems)
+    if manifest is None:
+        raise damage_error(path, problems)
     if len(set(gather_objects(hosts.world, repr(manifest)))) > 1:
         raise UserError(f"{path} is another checkpoint on another host: their manifests differ")
     return manifest
@@ -132,6 +139,7 @@ def _complete(path: Path, manifest: Manifest, hosts: Hosts, held: Sequence[str])
 def _receive(file: Path, size: int, source: int, hosts: Hosts, wanted: bool, bar: tqdm) -> None:
     """Move one file through the collectives; it is written where it is wanted."""
     with contextlib.ExitStack() as stack:
+        sent: BinaryIO = io.BytesIO()
         if hosts.world.index == source:
             sent = stack.enter_context(open(file, "rb"))
         if wanted:
@@ -139,7 +147,7 @@ def _receive(file: Path, size: int, source: int, hosts: Hosts, wanted: bool, bar
             received = stack.enter_context(open(aside, "wb"))
         for begin in range(0, size, _CHUNK_BYTES):
             part = min(_CHUNK_BYTES, size - begin)
-            data = broadcast_bytes(hosts.world, source, part, lambda n=part: sent.read(n))
+            data = broadcast_bytes(hosts.world, source, part, partial(sent.read, part))
             if wanted:
                 received.write(data)
             bar.update(part)

@@ -33,8 +33,13 @@ def base_of(config: RunConfig, network: MixtralForCausalLM) -> dict[str, str]:
 
 
 def save_peft(config: RunConfig, checkpoints: Path) -> Path:
-    """Write the newest checkpoint's adapters in PEFT's format; returns the folder."""
+    """Write the newest checkpoint's adapters in PEFT's format; returns the folder.
+
+    Raises ValueError for a run that is not one of LoRA.
+    """
     folder, network = Path(config.output_dir) / PEFT_FOLDER, config.model.model_config
+    if network.pet_config is None:
+        raise ValueError("model_config.pet_config is empty: this run has no adapters")
     tensors = open_adapter(checkpoints, network).tensors
     arrays = {name: tensors.read(name) for name in adapter_shapes(network)}
     write_peft(folder, arrays, network.pet_config, config.load_checkpoint or "")

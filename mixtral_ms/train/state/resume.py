@@ -1,6 +1,7 @@
 """How a run takes up what an earlier one has saved, on any layout."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mixtral_ms.checkpoint.store.store import find_checkpoint
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.derived.parameter_row import is_lora_name
 from mixtral_ms.config.loading.resolve import is_zero
+from mixtral_ms.config.sections.lora_section import PetSection
 from mixtral_ms.convert.adapters.lora_weights import require_base
 from mixtral_ms.convert.formats.found_weights import FoundWeights, Kind, find_weights
 from mixtral_ms.errors import UserError
@@ -143,7 +145,7 @@ def restore(
         )
     _require_same_data(state, data_state(config, fingerprint), path)
     if base:
-        _require_same_adapters(checkpoint, network)
+        _require_same_adapters(checkpoint, network.config.pet_config)
         require_base(state["base"], base["fingerprint"], path, base["path"])
     load_parameters(network, checkpoint.tensors, adapters=base is not None)
     moments = [prefix + p.name for prefix in MOMENTS for p in network.trainable_params()]
@@ -159,9 +161,9 @@ def _holds_adapters(source: TensorSource) -> bool:
     return any(is_lora_name(name) for name in source.infos)
 
 
-def _require_same_adapters(checkpoint: OpenedSource, network: MixtralForCausalLM) -> None:
+def _require_same_adapters(checkpoint: OpenedSource, pet: PetSection | None) -> None:
     saved = checkpoint.state["model_config"]["pet_config"]
-    current = dataclasses.asdict(network.config.pet_config)
+    current = {} if pet is None else dataclasses.asdict(pet)
     changed = [
         f"{key} was {saved.get(key)!r} and is {value!r}"
         for key, value in current.items()
@@ -173,7 +175,7 @@ def _require_same_adapters(checkpoint: OpenedSource, network: MixtralForCausalLM
         )
 
 
-def _require_same_data(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+def _require_same_data(saved: Mapping[str, Any], current: dict[str, Any], path: Path) -> None:
     """The sequences of each step must stay; who takes which of them may change."""
     before = dict(saved["data"])
     if "rows_per_step" not in before:  # saved when one process was all there was

@@ -11,7 +11,12 @@ from mixtral_ms.checkpoint.store.async_writer import CheckpointWriter
 from mixtral_ms.checkpoint.store.folders import checkpoint_name
 from mixtral_ms.checkpoint.store.multi_rank_save import STRATEGY_FOLDER, WAIT_SECONDS, SavingRanks
 from mixtral_ms.config import RunConfig
-from mixtral_ms.config.loading.resolve import is_zero, sequences_per_step
+from mixtral_ms.config.loading.resolve import (
+    dataset_of,
+    is_zero,
+    micro_batch_size,
+    sequences_per_step,
+)
 from mixtral_ms.config.sections.training_section import CheckpointMonitorSection
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
@@ -131,12 +136,12 @@ def saving_ranks(
 
 def data_state(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     """What decides which sequences a step sees, and how ranks and micro batches share them."""
-    sequences, size = sequences_per_step(config), config.runner_config.batch_size
+    sequences, size = sequences_per_step(config), micro_batch_size(config)
     data = config.parallel_config.data_parallel if config.use_parallel else 1
     return {
         "fingerprint": fingerprint,
         "seed": config.seed,
-        "shuffle": config.train_dataset.data_loader.shuffle,
+        "shuffle": dataset_of(config, training=True).data_loader.shuffle,
         "rows_per_step": sequences,
         "batch_size": size,
         "data_parallel": data,

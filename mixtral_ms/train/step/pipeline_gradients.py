@@ -137,10 +137,11 @@ class _Step:
 
     def send_recv(self, action: SendRecv) -> None:
         sent = None if action.send is None else self.to_send.pop(action.send)
-        received = self.neighbours.send_recv(action.stage, sent, receive=action.receive is not None)
-        if received is not None:
+        number = action.receive
+        received = self.neighbours.send_recv(action.stage, sent, receive=number is not None)
+        if number is not None:
             kept = self.inputs if action.stage < self.stage else self.gradients
-            kept[action.receive] = received
+            kept[number] = received
 
     def forward(self, action: Compute, cell: nn.Cell) -> None:
         hidden_BSD = self.inputs.get(action.micro, _NOTHING)

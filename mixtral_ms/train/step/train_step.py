@@ -93,10 +93,11 @@ class TrainStep:
         own_targets = sum(self.objective.targets(batch) for batch in micro_batches)
         targets = max(1, int(sum_values(self.mesh.tokens, own_targets)))
         parts = self.accumulation * self.mesh.grid.data_parallel
-        outputs, gradients = self._gradients(
+        outputs, own = self._gradients(
             micro_batches, loss_scale / targets, loss_scale / parts, before
         )
-        gradients = self._reduce(list(gradients))
+        gradients = self._reduce(list(own))
+        del own  # it holds gradients that were replaced
         totals = self._totals(outputs, self._counted_squares(gradients))
         norm = math.sqrt(totals.squares[0]) / loss_scale
         skipped = not math.isfinite(norm)
@@ -194,7 +195,7 @@ class _Totals:
     def result(self, targets: int, parts: int, norm: float, skipped: bool) -> StepResult:
         """The means: over targets of the objective's sums, over micro batches of all else."""
         router_sums = self.aux_L.sum(), self.z_L.sum()
-        means = self.objective.means(self.sums, router_sums, targets, parts)
+        means = self.objective.means(self.sums.tolist(), router_sums, targets, parts)
         return StepResult(
             loss=sum(means.values()),
             parts=means,
