@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeGuard
 
 from mixtral_ms.config.loading.yaml_tree import Value
-from mixtral_ms.config.sections.fields import DERIVED, INERT, UNSUPPORTED, VARIANTS
+from mixtral_ms.config.sections.fields import DERIVED, INERT, ONE_OF, UNSUPPORTED, VARIANTS
 from mixtral_ms.errors import UserError
 
 _NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
@@ -55,6 +55,8 @@ class SectionBuilder:
     def _field(self, field: dataclasses.Field, hint: Any, value: Value, path: str) -> Any:
         if VARIANTS in field.metadata:
             return self._variant_list(field.metadata[VARIANTS], value, path)
+        if ONE_OF in field.metadata:
+            return self._convert_literal(tuple(field.metadata[ONE_OF]), value, path)
         if DERIVED in field.metadata and value.data is None:
             return None
         before = len(self.errors)

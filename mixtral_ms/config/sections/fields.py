@@ -1,12 +1,13 @@
 """How a configuration field says what it is besides its type and default."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 INERT = "inert"
 UNSUPPORTED = "unsupported"
 VARIANTS = "variants"
+ONE_OF = "one_of"
 DERIVED = "derived"
 
 T = TypeVar("T")
@@ -31,6 +32,11 @@ def inert(default: Any, why: str) -> Any:
 def unsupported(default: Any, why: str) -> Any:
     """A key that would change the result but is not built: only `default` is accepted."""
     return dataclasses.field(default=default, metadata={UNSUPPORTED: why})
+
+
+def one_of(names: Sequence[str], default: str) -> Any:
+    """A text that must be one of `names`, to which others may be added while the program runs."""
+    return dataclasses.field(default=default, metadata={ONE_OF: names})
 
 
 def variants(table: Mapping[str, type]) -> Any:

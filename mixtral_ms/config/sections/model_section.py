@@ -6,12 +6,22 @@ Section 2 of the Mixtral paper (arXiv 2401.04088) gives the sizes of 8x7B.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mixtral_ms.config.sections.fields import Dtype, derived, fill_derived, inert, unsupported
+from mixtral_ms.config.sections.fields import (
+    Dtype,
+    derived,
+    fill_derived,
+    inert,
+    one_of,
+    unsupported,
+)
 from mixtral_ms.config.sections.lora_section import PetSection
 from mixtral_ms.errors import UserError
 
 _MULTI_DEVICE = "it tunes collectives on Ascend only"
 _OTHER_MODEL = "Mixtral has no such part"
+
+ROUTING_POLICIES = ["TopkRouterV2"]
+"""Values of `routing_policy`; model/moe/router_policy.py has their rules, and adds more of them."""
 
 
 @dataclass
@@ -24,7 +34,8 @@ class MoEConfig:
     """Slots per expert relative to an even load; 0 or less means dropless (nothing is dropped)."""
     enable_sdrop: bool = False
     """Hand out slots token by token (True) or all first choices before all second ones (False)."""
-    routing_policy: Literal["TopkRouterV2"] = "TopkRouterV2"
+    routing_policy: str = one_of(ROUTING_POLICIES, "TopkRouterV2")
+    """The rule that chooses experts."""
     aux_loss_factor: float = 0.0
     """Weight of the load-balancing loss; 0.01-0.05 are usual, 0 switches it off."""
     z_loss_factor: float = 0.0

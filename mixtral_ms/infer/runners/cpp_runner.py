@@ -30,7 +30,8 @@ class CppRunner(Runner):
         block_size: positions in a block.
 
     Raises:
-        RunnerUnavailableError: the C++ kernels cannot be built on this machine.
+        RunnerUnavailableError: the C++ kernels cannot be built on this machine, or have no such
+            router.
         UserError: a tensor is missing, or has another shape or dtype than it should.
     """
 
@@ -39,6 +40,12 @@ class CppRunner(Runner):
     def __init__(
         self, config: MixtralConfig, weights: InferWeights, num_blocks: int, block_size: int
     ) -> None:
+        policy = config.moe_config.routing_policy
+        if policy not in decoder_library.DECODER_POLICIES:
+            raise RunnerUnavailableError(
+                f"the C++ decoder lacks moe_config.routing_policy {policy!r}: it has "
+                f"{', '.join(decoder_library.DECODER_POLICIES)}"
+            )
         library = decoder_library.build()
         if library is None:
             raise RunnerUnavailableError("the C++ kernels are off or cannot be built")

@@ -42,13 +42,13 @@ from mixtral_ms.config.derived.parameter_table import (
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.kernels.cells.elementwise import apply_rotary, swiglu
 from mixtral_ms.kernels.kernel_choice import KernelChoice
+from mixtral_ms.model.moe.router_policy import router_policy
 from mixtral_ms.model.moe.token_dispatch import CombineTokens, Dispatch, PermuteTokens
 from mixtral_ms.parallel.comm import transports
 from mixtral_ms.parallel.grid.mesh import ALONE, Mesh, ProcessGroup
 
 DECODE_TOKENS = 8
 """Tokens of a decoding step, and of a product with the head."""
-_GATE_EPS = 1e-9
 
 
 class Weight(nn.Cell):
@@ -161,22 +161,17 @@ class CachedAttention(nn.Cell):
 
 
 class Routing(nn.Cell):
-    """`model.router.Router` for inference, with the product of this file."""
+    """`model.moe.router.Router` for inference: the same policy, the product of this file."""
 
     def __init__(self, config: MixtralConfig, shared: SharedParameters, layer: int) -> None:
         super().__init__(auto_prefix=False)
         self.dense = Projection(shared, ROUTER, layer)
-        self.top_k = config.moe_config.num_experts_chosen
-        self.normalise = config.moe_config.norm_topk_prob
-        self.softmax = ops.Softmax(-1)
-        self.top = ops.TopK(sorted=True)
+        policy = router_policy(config.moe_config)
+        self.score, self.choose = policy.scores(), policy.choice()
 
-    def construct(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def construct(self, x_TD: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """Returns gates_Tk and expert_Tk (int32)."""
-        gates_Tk, expert_Tk = self.top(self.softmax(self.dense(x_TD)), self.top_k)
-        if self.normalise:
-            gates_Tk = gates_Tk / (ops.sum(gates_Tk, 1, keepdim=True) + _GATE_EPS)
-        return gates_Tk, expert_Tk
+        return self.choose(self.score(self.dense(x_TD)), positions_T)
 
 
 class _Experts(nn.Cell):
@@ -213,9 +208,9 @@ class SparseExperts(_Experts):
         self.permute = PermuteTokens(config.moe_config.num_experts_chosen)
         self.combine = CombineTokens(config.moe_config.num_experts_chosen)
 
-    def construct(self, x_TD: Tensor, valid_T: Tensor) -> Tensor:
+    def construct(self, x_TD: Tensor, valid_T: Tensor, positions_T: Tensor) -> Tensor:
         """Returns (T, D); tokens that are not valid go to no expert."""
-        gates_Tk, expert_Tk = self.routing(x_TD)
+        gates_Tk, expert_Tk = self.routing(x_TD, positions_T)
         valid_Tk = ops.broadcast_to(ops.expand_dims(valid_T, 1), expert_Tk.shape)
         slot_Tk, not_dropped_Tk, assignment_R, tokens_per_local_expert_e, *_ = self.dispatch(
             expert_Tk, valid_Tk
@@ -237,10 +232,10 @@ class DenseExperts(_Experts):
         self.into = ops.BatchMatMul(transpose_b=True)
         self.out = ops.BatchMatMul()
 
-    def construct(self, x_TD: Tensor, valid_T: Tensor) -> Tensor:
+    def construct(self, x_TD: Tensor, valid_T: Tensor, positions_T: Tensor) -> Tensor:
         """Returns (T, D)."""
         tokens, hidden = x_TD.shape
-        gates_Tk, expert_Tk = self.routing(x_TD)
+        gates_Tk, expert_Tk = self.routing(x_TD, positions_T)
         ids_E = ops.arange(self.first, self.end, 1, dtype=mstype.int32)
         chosen_TkE = ops.equal(ops.expand_dims(expert_Tk, 2), ids_E)
         gates_TE = ops.sum(ops.cast(chosen_TkE, mstype.float32) * ops.expand_dims(gates_Tk, 2), 1)
@@ -286,6 +281,7 @@ class CachedNetwork(nn.Cell):
         self,
         token_ids_T: Tensor,
         valid_T: Tensor,
+        positions_T: Tensor,
         cos_T1d: Tensor,
         sin_T1d: Tensor,
         cache_slots_T: Tensor,
@@ -297,7 +293,8 @@ class CachedNetwork(nn.Cell):
         Args:
             token_ids_T: int32; 0 for padding.
             valid_T: the padding mask: which tokens are no padding.
-            cos_T1d, sin_T1d: rotary tables at the tokens' positions.
+            positions_T: int32, of the tokens in their sequences.
+            cos_T1d, sin_T1d: rotary tables at these.
             cache_slots_T: int32, where each token's key and value are written.
             seen_NS: int32, cache slots of the keys of each sequence.
             mask_N1tS: added to the scores, far below 0 where a token must not see a key.
@@ -306,7 +303,8 @@ class CachedNetwork(nn.Cell):
         for i in range(len(self.attention)):
             normed = self.norm(x, self.norms[2 * i]())
             x = x + self.attention[i](normed, cos_T1d, sin_T1d, cache_slots_T, seen_NS, mask_N1tS)
-            x = x + self.experts[i](self.norm(x, self.norms[2 * i + 1]()), valid_T)
+            normed = self.norm(x, self.norms[2 * i + 1]())
+            x = x + self.experts[i](normed, valid_T, positions_T)
         return self.norm(x, self.norms[-1]())
 
 

@@ -125,13 +125,14 @@ class GraphRunner(Runner):
         total = sequences * per
         token_ids_T = _padded(inputs.token_ids_T[begin:end], total, 0)
         cache_slots_T = self._cache_slots(tables_NM, positions_Nt).reshape(-1)
-        rotary_T = _padded(positions_T, total, 0)
+        positions_T = _padded(positions_T, total, 0)
         network = self._network(sequences, per, keys)
         hidden_TD = network(
             Tensor(token_ids_T),
             Tensor(np.arange(total) < tokens),
-            Tensor(self._cos[rotary_T][:, None]),
-            Tensor(self._sin[rotary_T][:, None]),
+            Tensor(positions_T),
+            Tensor(self._cos[positions_T][:, None]),
+            Tensor(self._sin[positions_T][:, None]),
             Tensor(_padded(cache_slots_T, total, self._zero_slot + 1)),
             Tensor(seen_NS),
             Tensor(mask_NtS[:, None]),

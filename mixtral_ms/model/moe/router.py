@@ -1,4 +1,4 @@
-"""TopkRouterV2: which experts a token visits, with what weight, and how even the load is.
+"""The router: which experts a token visits, with what weight, and how even the load is.
 
 Legend: T tokens, D hidden, E experts, k experts a token, L layers.
 """
@@ -8,16 +8,15 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.sections.model_section import MoEConfig
+from mixtral_ms.model.moe.router_policy import router_policy
 from mixtral_ms.model.nn.hash_noise import hash_uniform
 from mixtral_ms.model.nn.linear import Linear
 from mixtral_ms.parallel.comm.collectives import SumOverRanks
 from mixtral_ms.parallel.grid.mesh import ALONE, ProcessGroup
 
-_GATE_EPS = 1e-9
-
 
 class Router(nn.Cell):
-    """Softmax over all experts, top-k, gates renormalised to sum 1.
+    """Logits of all experts, of which the configuration's policy makes a choice.
 
     Everything is float32: a rounding in bfloat16 changes which expert wins.
 
@@ -41,12 +40,10 @@ class Router(nn.Cell):
         self.numbers_T = None
         if context.size > 1:
             self.numbers_T = Tensor(_token_numbers(context, *shape))
-        self.experts, self.top_k, self.layer = config.expert_num, config.num_experts_chosen, layer
-        self.normalise, self.uniform = config.norm_topk_prob, config.uniform_routing
-        self.jitter = config.router_jitter
+        self.layer, self.jitter = layer, config.router_jitter
         self.dense = Linear(hidden_size, config.expert_num, compute_dtype=mstype.float32)
-        self.softmax = ops.Softmax(-1)
-        self.top = ops.TopK(sorted=True)
+        policy = router_policy(config)
+        self.score, self.choose = policy.scores(), policy.choice()
         if self.jitter > 0:
             self.jitter_key = Parameter(
                 Tensor(0, mstype.float32), name="jitter_key", requires_grad=False
@@ -58,16 +55,9 @@ class Router(nn.Cell):
         if self.jitter > 0 and self.training:
             x_TD = x_TD * self._noise(x_TD)
         logits_TE = self.dense(x_TD)
-        probs_TE = self.softmax(logits_TE)
-        gates_Tk, expert_Tk = self.top(probs_TE, self.top_k)
-        if self.uniform:
-            tokens = probs_TE.shape[0]
-            turn = ops.arange(0, tokens * self.top_k, 1, dtype=mstype.int32) % self.experts
-            expert_Tk = ops.reshape(turn, (tokens, self.top_k))
-            gates_Tk = ops.gather_elements(probs_TE, 1, expert_Tk)
-        if self.normalise:
-            gates_Tk = gates_Tk / (ops.sum(gates_Tk, 1, keepdim=True) + _GATE_EPS)
-        return gates_Tk, ops.stop_gradient(expert_Tk), probs_TE, logits_TE
+        probs_TE = self.score(logits_TE)
+        chosen = self.choose(probs_TE, self.numbers_T)
+        return chosen[0], chosen[1], probs_TE, logits_TE
 
     def _noise(self, x_TD: Tensor) -> Tensor:
         """uniform(1 - jitter, 1 + jitter), a pure function of `jitter_key`, a whole number."""

@@ -11,6 +11,7 @@ from mindspore import Tensor, ops
 
 from mixtral_ms.config.sections.model_section import MoEConfig
 from mixtral_ms.model.moe.router import Router, RouterLosses
+from mixtral_ms.parallel.grid.mesh import ProcessGroup
 
 pytestmark = pytest.mark.usefixtures("pynative")
 
@@ -119,6 +120,30 @@ def test_uniform_routing(experts, k, tokens):
     np.testing.assert_allclose(gates.asnumpy(), expected.gates, rtol=TOLERANCE)
     load = np.bincount(chosen.asnumpy().ravel(), minlength=experts)
     assert load.max() - load.min() <= 1
+
+
+@pytest.mark.parametrize("ranks, batch, length", [(2, 3, 7), (3, 1, 4), (2, 2, 5)])
+@pytest.mark.parametrize("switches", [{"uniform_routing": True}, {"router_jitter": 0.3}, {}])
+def test_ranks_of_a_sequence_choose_as_one_process(ranks, batch, length, switches):
+    """Each has its own part of the tokens, and none of these parts divides by the experts."""
+    experts, k = 5, 2
+    moe = MoEConfig(expert_num=experts, num_experts_chosen=k, **switches)
+    logits_BWE = logits_without_ties(4, batch * ranks * length, experts, 8.0)
+    logits_BWE = logits_BWE.reshape(batch, ranks * length, experts)
+
+    def chosen(router, logits):
+        router.dense.weight.set_data(Tensor(np.eye(experts, dtype=np.float32)))
+        gates, chosen, *_ = router.set_train()(Tensor(logits.reshape(-1, experts)))
+        return gates.asnumpy(), chosen.asnumpy()
+
+    whole = [one.reshape(batch, -1, k) for one in chosen(Router(experts, moe, 0), logits_BWE)]
+    for index in range(ranks):
+        group = ProcessGroup(tuple(range(ranks)), index)
+        router = Router(experts, moe, 0, group, (batch, length))
+        part = slice(index * length, (index + 1) * length)
+        gates, found = chosen(router, logits_BWE[:, part])
+        np.testing.assert_array_equal(found, whole[1][:, part].reshape(-1, k))
+        np.testing.assert_allclose(gates, whole[0][:, part].reshape(-1, k), rtol=TOLERANCE)
 
 
 def noise(router, key, shape=(64, 64)):

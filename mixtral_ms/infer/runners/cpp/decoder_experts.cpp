@@ -12,7 +12,7 @@
 namespace decoder {
 namespace {
 
-constexpr float kGateEps = 1e-9f;      // as model/router.py
+constexpr float kGateEps = 1e-9f;      // as model/moe/router_policy.py
 constexpr int64_t kRouterTokens = 16;  // of a task
 
 struct Assignment {

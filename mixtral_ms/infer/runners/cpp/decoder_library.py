@@ -19,6 +19,8 @@ _FIELDS = [row for row in PARAMETERS if row.decoder and "." not in row.decoder]
 LAYER_WEIGHTS = [row for row in _FIELDS if row.stage == "layer"]
 MODEL_WEIGHTS = [row for row in _FIELDS if row.stage != "layer"]
 """Parameters with a field of their own in `Layer` and in `Model`, in its order."""
+DECODER_POLICIES = ("TopkRouterV2",)
+"""Values of `moe_config.routing_policy` whose rule decoder_experts.cpp has."""
 HEAD_UNIT = 16
 """A cached head takes a multiple of this many floats (`Model::head_stride`)."""
 
