@@ -1,6 +1,5 @@
 """From a run's configuration to an engine that is ready to answer."""
 
-import os
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +15,7 @@ from mixtral_ms.infer.engine.sampling_params import SamplingParams
 from mixtral_ms.infer.runners.infer_weights import load_weights
 from mixtral_ms.infer.runners.select_runner import select_runner
 from mixtral_ms.log import get_logger
+from mixtral_ms.parallel.comm.launched import is_launched
 from mixtral_ms.parallel.grid.mesh import Mesh
 
 _USUAL_BATCH = 32
@@ -98,14 +98,13 @@ def load_model(config: RunConfig, mesh: Mesh | None = None) -> LoadedModel:
 
 def _meet(config: RunConfig) -> Mesh:
     """The processes that share the network, each with its device."""
-    launched = "MS_ROLE" in os.environ
-    if not launched and config.context.device_target == "CPU":
+    if not is_launched() and config.context.device_target == "CPU":
         return Mesh()  # without MindSpore, whose import takes seconds: C++ may do
     from mixtral_ms.parallel.comm.device import set_up_device  # noqa: PLC0415
     from mixtral_ms.parallel.comm.process_groups import connect  # noqa: PLC0415
 
     set_up_device(config)
-    return connect(effective_parallel(config)) if launched else Mesh()
+    return connect(effective_parallel(config)) if is_launched() else Mesh()
 
 
 def sampling_params(config: RunConfig) -> SamplingParams:

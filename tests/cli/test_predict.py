@@ -79,6 +79,23 @@ def test_the_launcher_from_another_folder(model, alone, tmp_path):
     assert re.search(r"first token after [\d.]+ s; 6 tokens in [\d.]+ s, [\d.]+ tok", done.stderr)
 
 
+def test_the_cpp_runner_answers_without_mindspore(model):
+    """Whose import takes longer than all of this."""
+    code = (
+        "import sys; from mixtral_ms import Trainer; trainer = Trainer(sys.argv[1]); "
+        "trainer.predict('hello'); print(trainer.model.runner, 'mindspore' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, model],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout in {"C++ False\n", "graph True\n"}  # graph where there is no compiler
+
+
 def test_the_reference_documents_command(model, capsys):
     """As it stands there, on a CPU and with the small network's sizes."""
     small = network(model)

@@ -37,6 +37,7 @@ SHELVES = {
     "cli": (("commands",), ("support",)),
     "train": (
         ("trainer",),
+        ("evaluate_mode", "train_mode"),
         ("training_run",),
         ("builders",),
         ("sample_answers",),
@@ -206,6 +207,10 @@ def test_modules_stay_short():
         ("import mixtral_ms", "mindspore torch transformers mindformers matplotlib pyarrow"),
         (
             "from mixtral_ms import load_config; import mixtral_ms.cli.commands.run",
+            "mindspore torch transformers mindformers matplotlib pyarrow",
+        ),
+        (
+            "from mixtral_ms import Trainer; import mixtral_ms.cli.support.predict_mode",
             "mindspore torch transformers mindformers matplotlib pyarrow",
         ),
         ("from mixtral_ms import MixtralForCausalLM, Trainer", "torch transformers mindformers"),

@@ -8,7 +8,6 @@ from types import FrameType
 
 from mixtral_ms.cli.support.chat_commands import HELP, run_chat_command
 from mixtral_ms.cli.support.chat_session import ChatSession
-from mixtral_ms.cli.support.predict_mode import open_model
 from mixtral_ms.cli.support.print_text import show
 from mixtral_ms.cli.support.run_flags import (
     ANSWER_FLAGS,
@@ -18,6 +17,7 @@ from mixtral_ms.cli.support.run_flags import (
     parse_args,
 )
 from mixtral_ms.errors import UserError
+from mixtral_ms.train.trainer import Trainer
 
 _EXAMPLE = f"""\
 example:
@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
     config = load_from_args(args)
     if looked_at(args, config):
         return 0
-    session = ChatSession(open_model(config))
+    config.run_mode = "predict"
+    session = ChatSession(Trainer(config).model)
     if sys.stdin.isatty():
         print("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     _talk(session)

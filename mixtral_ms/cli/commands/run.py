@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     config = load_from_args(args)
     if looked_at(args, config):
         return 0
-    # MindSpore takes seconds to import: looking at a configuration should not wait for it.
+    # Looking at a configuration should not wait for the imports of what computes.
     if config.mode.answers:
         from mixtral_ms.cli.support.predict_mode import run_predict  # noqa: PLC0415
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from mixtral_ms.cli.support.exit_status import EXIT_FAILURE, EXIT_OK
 from mixtral_ms.cli.support.print_text import show
 from mixtral_ms.config import RunConfig
-from mixtral_ms.config.checks.check_config import check_config
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
 from mixtral_ms.infer.engine.sampling_params import Generation, TokenEvent, whole_answer
-from mixtral_ms.infer.load_model import LoadedModel, load_model
-from mixtral_ms.infer.predict import answer_record, predict
+from mixtral_ms.infer.load_model import LoadedModel
+from mixtral_ms.infer.predict import answer_record
 from mixtral_ms.infer.text.prompts import read_prompts
 from mixtral_ms.log import get_logger
+from mixtral_ms.train.trainer import Trainer
 
 _SHOWN = 40
 
@@ -37,14 +37,15 @@ def answer_prompts(
         UserError: the configuration, the weights or the output file cannot be used.
     """
     output = _checked_output(config)
-    model = open_model(config)
+    config.run_mode = "predict"
+    trainer = Trainer(config)
     streaming = show_answers is print_answers and len(prompts) == 1 and sys.stdout.isatty()
     if streaming:
-        answers = [stream_answer(model, prompts[0])]
+        answers = [stream_answer(trainer.model, prompts[0])]
         _print_logprobs(answers[0])
     else:
-        answers = predict(model, prompts)
-        if model.rank:
+        answers = trainer.predict(prompts)
+        if trainer.model.rank:
             return EXIT_OK  # the first rank speaks for all
         show_answers(answers)
     if output is not None:
@@ -52,13 +53,6 @@ def answer_prompts(
         get_logger().info("%d answers: %s", len(answers), output)
     _log_speed(answers)
     return _report_failures(answers)
-
-
-def open_model(config: RunConfig) -> LoadedModel:
-    """Check the configuration, then load. Raises UserError."""
-    config.run_mode = "predict"
-    check_config(config, world_size=int(os.environ.get("MS_WORKER_NUM", "1")))
-    return load_model(config)
 
 
 def print_answers(answers: Sequence[Generation]) -> None:

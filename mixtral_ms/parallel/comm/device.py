@@ -8,6 +8,7 @@ import mindspore
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
+from mixtral_ms.parallel.comm.launched import is_launched
 
 
 def set_up_device(config: RunConfig) -> None:
@@ -26,7 +27,7 @@ def set_up_device(config: RunConfig) -> None:
             get_logger().info("runner_config.sink_mode True has no effect on CPU")
         return
     device_id = context.device_id
-    if "MS_ROLE" in os.environ:  # a launcher gives each of its processes a device
+    if is_launched():  # a launcher gives each of its processes a device
         device_id = int(os.environ.get("DEVICE_ID", device_id))
     deterministic = context.deterministic == "ON"
     _take(context.device_target, device_id, context.max_device_memory, deterministic)

@@ -19,22 +19,13 @@ from mindspore import Tensor, nn, ops
 
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.errors import UserError
+from mixtral_ms.parallel.comm.launched import own_rank, started_processes
 from mixtral_ms.parallel.comm.transports import count, is_simulated
 from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.1  # seconds
 _LEAVING_SECONDS = 2.0  # a call that meets the store's end waits for 15 s
 _LAUNCHER_SECONDS = 10.0  # until the launcher would have ended this process, were it its host
-
-
-def started_processes() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get("MS_WORKER_NUM", "1"))
-
-
-def own_rank() -> int:
-    """This process's number among them."""
-    return int(os.environ.get("RANK_ID", "0")) if started_processes() > 1 else 0
 
 
 _barriers: "list[_Barrier]" = []

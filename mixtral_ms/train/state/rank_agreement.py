@@ -17,10 +17,12 @@ import yaml
 
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.loading.render import render_config
+from mixtral_ms.config.loading.resolve import effective_parallel
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
+from mixtral_ms.parallel.comm.device import set_up_device
 from mixtral_ms.parallel.comm.hosts import Hosts
-from mixtral_ms.parallel.comm.process_groups import gather_objects, sum_values
+from mixtral_ms.parallel.comm.process_groups import connect, gather_objects, sum_values
 from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
 
 _OWN_KEYS = frozenset({"context.device_id"})
@@ -74,6 +76,17 @@ def _difference_text(
         f"rank {rank} was started with something else than rank 0:{shown}\n"
         "Start all processes with the same command, on the same files"
     )
+
+
+def connect_ranks(config: RunConfig) -> Mesh:
+    """Set this process's device up and meet the other ranks; all must have one configuration.
+
+    Raises:
+        UserError: the device cannot be used, or another rank was given something else.
+    """
+    set_up_device(config)
+    facts, grid = configuration_facts(config), effective_parallel(config)
+    return connect(grid, lambda world: require_same_on_all_ranks(world, facts))
 
 
 @dataclass(frozen=True)

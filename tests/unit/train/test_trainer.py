@@ -22,6 +22,7 @@ from mixtral_ms.checkpoint.store.store import load_checkpoint, save_checkpoint
 from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.train.builders import build_network
+from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
 from mixtral_ms.train.report.metrics import read_metrics
 from mixtral_ms.train.state.rank_agreement import Storage
 from mixtral_ms.train.state.resume import find_resume
@@ -89,6 +90,28 @@ def test_fields_of_a_step(whole):
     rates = [record["learning_rate"] for record in records(whole, "train")]
     assert rates[:3] == pytest.approx([0.0, 0.005, 0.01], rel=1e-12)
     assert all(record["tokens"] == EVAL_ROWS * SEQ_LENGTH for record in records(whole, "eval"))
+
+
+class HalfObjective(CausalLMObjective):
+    """Half of the cross entropy."""
+
+    part_names = ("half_loss",)
+
+    def end_parts(self, hidden_BSD, labels_BS):
+        return (0.5 * super().end_parts(hidden_BSD, labels_BS)[0],)
+
+
+def test_a_trainer_takes_an_objective(whole, folder):
+    """Its name stands in metrics.jsonl, and evaluation is of it too."""
+    config = config_of(folder, "objective", "runner_config.stop_at_step=2")
+    Trainer(config, objective=HalfObjective).train()
+    (first, *_), (usual, *_) = records(folder / "objective", "train"), records(whole, "train")
+    assert "lm_loss" not in first
+    assert first["half_loss"] == pytest.approx(usual["lm_loss"] / 2, rel=1e-6)
+    assert first["loss"] == pytest.approx(first["half_loss"] + first["aux_loss"] + first["z_loss"])
+    # the first step's rate is 0, and Adam's is no other for half the gradient
+    evaluations = [records(out, "eval")[0]["loss"] for out in (folder / "objective", whole)]
+    assert evaluations[0] == pytest.approx(evaluations[1] / 2, rel=1e-2)
 
 
 def test_timing_fields_are_there(whole):
