@@ -11,6 +11,7 @@ TESTS = Path(__file__).parents[1]
 
 
 # A process each: MindSpore keeps what it parsed, and a later graph may pass for that reason alone.
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     "layout",

@@ -207,6 +207,7 @@ def test_preempted_requests_answer_the_same(setting, batched):
     assert [a.logprobs for a in answers] == [a.logprobs for a in batched]
 
 
+@pytest.mark.slow
 def test_repetition_penalty_equals_transformers(setting):
     answers = setting.engine().generate(setting.prompts, params(repetition_penalty=1.4))
     for prompt, answer in zip(setting.prompts, answers, strict=True):

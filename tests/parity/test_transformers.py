@@ -175,7 +175,12 @@ def build(case: Case):
     return config, model, network
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def marked(case):
+    """Compiling takes seconds; PyNative mode computes the same network without."""
+    return pytest.param(case, marks=pytest.mark.slow) if case.mode == "graph" else case
+
+
+@pytest.fixture(params=map(marked, CASES), ids=lambda case: case.name)
 def case(request):
     before = mindspore.get_context("mode")
     graph = request.param.mode == "graph"
