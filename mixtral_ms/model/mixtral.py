@@ -153,6 +153,7 @@ class MixtralForCausalLM(nn.Cell):
         config: the network's configuration; `batch_size` and `seq_length` fix the graph's shapes
             unless given here.
         seed: seed of the initial weights; the same seed gives the same weights on every layout.
+            None leaves them zero.
         backend: kernels to use, see `kernels.select_kernels`.
         share: another network, of the same sizes, whose parameters this one uses as its own.
         mesh: the ranks, of which each has its part of the network; one process has it whole.
@@ -164,7 +165,7 @@ class MixtralForCausalLM(nn.Cell):
         self,
         config: MixtralConfig,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         batch_size: int | None = None,
         seq_length: int | None = None,
         backend: str = "auto",
@@ -191,10 +192,10 @@ class MixtralForCausalLM(nn.Cell):
         # names are right for checkpoints before the first step.
         for path, parameter in self.parameters_and_names():
             parameter.name = _global_name(path, layers.start)
-        if share is None:
-            initialize(self, config, seed, mesh)
-        else:
+        if share is not None:
             self._take_parameters(share)
+        elif seed is not None:
+            initialize(self, config, seed, mesh)
         if config.pet_config is not None:
             freeze_weights(self)
 

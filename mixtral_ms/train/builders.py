@@ -45,19 +45,21 @@ def without_adapters(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, model_config=plain))
 
 
-def build_network(config: RunConfig, mesh: Mesh) -> MixtralForCausalLM:
+def build_network(config: RunConfig, mesh: Mesh, *, values: bool = True) -> MixtralForCausalLM:
     """The rank's part of the network, its weights fresh or from load_checkpoint.
 
-    Its shapes are those of a micro batch.
+    Its shapes are those of a micro batch. Without `values` its weights are zeros.
     """
     network = MixtralForCausalLM(
         config.model.model_config,
-        seed=config.seed,
+        seed=config.seed if values else None,
         batch_size=micro_batch_size(config),
         mesh=mesh,
     )
     if config.recompute_config.recompute:
         network.recompute_layers()
+    if not values:
+        return network
     adapters = network.config.pet_config is not None
     if config.load_checkpoint and (adapters or not config.resume_training):
         weights = open_network_weights(config)

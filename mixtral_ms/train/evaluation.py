@@ -16,6 +16,7 @@ from mixtral_ms.parallel.comm.process_groups import compile_together, sum_values
 from mixtral_ms.progress import progress_bar
 from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
 from mixtral_ms.train.objectives.objective import MakeObjective, Objective, batch_tensors
+from mixtral_ms.train.step.gradients import Graphs
 from mixtral_ms.train.step.pipeline_gradients import Neighbours
 from mixtral_ms.train.step_plan import Loader
 
@@ -86,13 +87,18 @@ class Evaluator:
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return Evaluation(loss, perplexity, int(tokens), time.monotonic() - start)
 
+    def graphs(self, batch: Batch) -> Graphs:
+        """What is compiled for batches like this one, with its inputs."""
+        hidden = Neighbours(self._network, batch).empty_input()
+        return {self._loss: (hidden, *batch_tensors(self._objective, batch))}
+
     def _loss_of(self, batch: Batch) -> float:
         """The objective's sum over targets; 0 before the last stage of a pipeline."""
         full = _filled_up(batch, self.batch_size)
         beside = Neighbours(self._network, full)
         rest = batch_tensors(self._objective, full)
         if not self._compiled:
-            compile_together(self._network.mesh, {self._loss: (beside.empty_input(), *rest)})
+            compile_together(self._network.mesh, self.graphs(full))
             self._compiled = True
         outputs = self._loss(beside.input_of_stage(), *rest)
         beside.pass_on(outputs[0])

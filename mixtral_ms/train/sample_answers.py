@@ -58,11 +58,7 @@ class Samples:
             loader, section.rows, network.config.seq_length - self.most, network.config
         )
         self.prompts, self.answers = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        shared = MixtralForCausalLM(
-            dropless(network.config), batch_size=len(pairs), share=network, mesh=network.mesh
-        )
-        self.next_token = _NextToken(shared)
-        self.next_token.set_train(False)
+        self.next_token = NextToken(network, len(pairs))
 
     def before(self) -> None:
         """Ask before the first step; a run that is taken up again has done so."""
@@ -134,14 +130,24 @@ def _prompts_and_answers(
     return found
 
 
-class _NextToken(nn.Cell):
-    """The likeliest id after position `last` of every sequence."""
+class NextToken(nn.Cell):
+    """The likeliest id after position `last` of every sequence.
 
-    def __init__(self, network: MixtralForCausalLM) -> None:
+    Args:
+        network: whose current weights answer.
+        rows: N.
+    """
+
+    def __init__(self, network: MixtralForCausalLM, sequences: int) -> None:
         super().__init__(auto_prefix=False)
-        self.network, self.seq_length = network, network.config.seq_length
+        self.network = MixtralForCausalLM(
+            dropless(network.config), batch_size=sequences, share=network, mesh=network.mesh
+        )
+        self.seq_length = network.config.seq_length
+        self.set_train(False)
 
     def construct(self, ids_NS: Tensor, last_N: Tensor) -> Tensor:
+        """Returns (N)."""
         hidden_NSD = self.network.model(ids_NS)[0]
         first_N = ops.arange(0, hidden_NSD.shape[0], 1, dtype=last_N.dtype) * hidden_NSD.shape[1]
         flat = ops.reshape(hidden_NSD, (-1, hidden_NSD.shape[2]))

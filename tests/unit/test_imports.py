@@ -22,6 +22,7 @@ MOST_LINES, MOST_FILES = 400, 14
 # Highest first; a package may import those further down, packages side by side not each other.
 LAYERS = (
     ("cli", "integrations", "serve", "bench"),
+    ("graphs",),
     ("train",),
     ("evaluate",),
     ("infer",),
@@ -35,6 +36,12 @@ LAYERS = (
 # The same inside a package, for its folders and the files beside them.
 SHELVES = {
     "cli": (("commands",), ("support",)),
+    "graphs": (
+        ("check_ranks", "graphs_report", "rank_worker"),
+        ("results", "step_reads", "run_graphs", "front_end"),
+        ("graph_facts", "pretended_device"),
+        ("typed_graph",),
+    ),
     "train": (
         ("trainer",),
         ("evaluate_mode", "train_mode"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, run_command
+from mixtral_ms.cli.support.flags import whole_number
 from mixtral_ms.cli.support.plan_report import as_data, as_text, as_yaml
 from mixtral_ms.config import RunConfig, load_config
 from mixtral_ms.config.checks.check_config import find_contradictions
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", type=Path, required=True, metavar="YAML", help="the training run")
-    add("--devices", type=_count, required=True, metavar="N", help="devices of the cluster")
+    add("--devices", type=whole_number, required=True, metavar="N", help="devices of the cluster")
     add("--memory", type=_size, required=True, metavar="SIZE", help="of a device, such as 64GB")
     add(
         "--usable",
@@ -86,13 +87,24 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the memory that a run may plan with; the rest is the driver's, buffers and "
         "fragments (default: 0.9)",
     )
-    add("--global_batch", type=_count, metavar="SEQUENCES", help="of a step (default: the YAML's)")
+    add(
+        "--global_batch",
+        type=whole_number,
+        metavar="SEQUENCES",
+        help="of a step (default: the YAML's)",
+    )
     add("--fix", default="", metavar="GRID", help="sizes to keep: dp, mp, ep, pp, cp; mp=8,cp=1")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the YAML")
-    add("--top", type=_count, default=10, metavar="N", help="layouts to show (default: 10)")
+    add("--top", type=whole_number, default=10, metavar="N", help="layouts to show (default: 10)")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--write", type=Path, metavar="FILE", help="write the sections of a layout as YAML")
-    add("--choose", type=_count, default=1, metavar="K", help="which to write (default: the first)")
+    add(
+        "--choose",
+        type=whole_number,
+        default=1,
+        metavar="K",
+        help="which to write (default: the first)",
+    )
     add(DEBUG_FLAG, action="store_true", help="show the traceback of an error")
     _add_device(parser.add_argument_group("a device and its links"))
     return parser
@@ -100,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_device(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--devices_per_host", type=_count, default=8, metavar="N", help="(default: 8)")
+    add("--devices_per_host", type=whole_number, default=8, metavar="N", help="(default: 8)")
     add(
         "--device_tflops",
         type=_positive,
@@ -123,12 +135,6 @@ def _add_device(group: argparse._ArgumentGroup) -> None:
     for name, (default, what) in rates.items():
         text = f"GB/s {what} (default: {default:g})"
         add(name, type=_positive, default=default, metavar="X", help=text)
-
-
-def _count(text: str) -> int:
-    if text.isascii() and text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
 
 
 def _positive(text: str) -> float:

@@ -31,6 +31,10 @@ def describe(config: RunConfig) -> str:
         lines.append(_batch(config))
     lines += ["memory of each rank, estimated:", format_memory_plan(plan)]
     lines += _too_large(config, plan)
+    if config.context.device_target == "Ascend":
+        lines.append(
+            "its graphs, compiled without a device: python -m mixtral_ms check-graphs --help"
+        )
     missing = [*check_paths(config), *_missing_for_prediction(config)]
     if missing:
         lines.append("before this runs:")

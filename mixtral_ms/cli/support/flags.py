@@ -57,3 +57,10 @@ def true_or_false(text: str) -> bool:
     if text.lower() not in {"true", "false"}:
         raise argparse.ArgumentTypeError(f"{text!r} given: write True or False")
     return text.lower() == "true"
+
+
+def whole_number(text: str) -> int:
+    """A flag's value of at least 1."""
+    if text.isascii() and text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")

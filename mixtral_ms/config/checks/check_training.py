@@ -6,7 +6,7 @@ from mixtral_ms.config.loading.resolve import effective_parallel, sequences_per_
 from mixtral_ms.config.loading.section_builder import nearest
 from mixtral_ms.config.sections.run_section import RunConfig
 
-_COLUMNS = ("input_ids", "labels")
+_COLUMNS = ("input_ids", "labels", "segment_ids")
 
 
 def check_training(config: RunConfig) -> Iterator[str]:

@@ -37,7 +37,8 @@ class DatasetSection:
 
     data_loader: DataLoaderSection = field(default_factory=DataLoaderSection)
     input_columns: list[str] = field(default_factory=lambda: ["input_ids"])
-    """Columns of a record: ["input_ids"], or ["input_ids", "labels"] for fine-tuning."""
+    """Columns of a record: ["input_ids"], or ["input_ids", "labels"] for fine-tuning. Packed
+    samples have segment_ids, which are read where the files have them, named here or not."""
     num_parallel_workers: int = inert(8, _LOADER_NO_EFFECT)
     drop_remainder: bool | None = None
     """Training leaves out the last records that do not fill a batch, evaluation counts them;

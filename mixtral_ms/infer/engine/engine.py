@@ -25,6 +25,8 @@ from mixtral_ms.infer.engine.step_batch import step_input, wants_logits
 from mixtral_ms.infer.runners.base import Runner
 from mixtral_ms.infer.text.detokenizer import TextStream, TokenizerLike
 
+PREFILL_CHUNK = 512
+"""Tokens of a prompt that are taken at a time."""
 Prompt = str | Sequence[int]
 """Text, before which bos is put, or ids, which are taken as they are."""
 
@@ -53,7 +55,7 @@ class Engine:
         config: MixtralConfig,
         *,
         max_batch_size: int = 32,
-        prefill_chunk: int = 512,
+        prefill_chunk: int = PREFILL_CHUNK,
         prefill_tokens: int = 2048,
     ) -> None:
         if tokenizer.vocab_size > config.vocab_size:

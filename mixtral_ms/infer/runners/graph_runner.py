@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import mindspore
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.infer.runners.base import Runner, StepInput
@@ -73,22 +73,16 @@ class GraphRunner(Runner):
 
     def step(self, inputs: StepInput) -> np.ndarray:
         """As `Runner.step`."""
-        count = len(inputs.starts) - 1
-        tokens = len(inputs.token_ids_T)
-        if tokens > count:
-            lengths_N = np.diff(inputs.starts)
-            groups = [
-                self._run(inputs, slice(i, i + 1), 1, _rounded(int(length), _FEWEST_TOKENS))
-                if length > 1
-                else self._run(inputs, slice(i, i + 1), DECODE_TOKENS, 1)
-                for i, length in enumerate(lengths_N)
-            ]
-        else:
-            groups = [
-                self._run(inputs, slice(begin, min(begin + DECODE_TOKENS, count)), DECODE_TOKENS, 1)
-                for begin in range(0, count, DECODE_TOKENS)
-            ]
+        groups = [self._run(inputs, *group) for group in _groups(inputs)]
         return self._logits(np.concatenate(groups)[inputs.logit_tokens_R])
+
+    def graphs(self, inputs: StepInput) -> list[tuple[nn.Cell, tuple[Tensor, ...]]]:
+        """What a step runs, the head last, each with its inputs."""
+        hidden = Tensor(np.zeros((DECODE_TOKENS, self._config.hidden_size), np.float32))
+        found: list[tuple[nn.Cell, tuple[Tensor, ...]]] = [
+            self._prepared(inputs, *group) for group in _groups(inputs)
+        ]
+        return [*found, (self._head, (hidden,))]
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """As `Runner.copy_blocks`."""
@@ -102,6 +96,13 @@ class GraphRunner(Runner):
 
     def _run(self, inputs: StepInput, chosen: slice, sequences: int, per: int) -> np.ndarray:
         """Hidden states (tokens, D) of the chosen ones, padded to `sequences` of `per` tokens."""
+        network, tensors = self._prepared(inputs, chosen, sequences, per)
+        tokens = inputs.starts[chosen.stop] - inputs.starts[chosen.start]
+        return network(*tensors).asnumpy()[:tokens]
+
+    def _prepared(
+        self, inputs: StepInput, chosen: slice, sequences: int, per: int
+    ) -> tuple[CachedNetwork, tuple[Tensor, ...]]:
         begin, end = inputs.starts[chosen.start], inputs.starts[chosen.stop]
         positions_T = inputs.positions_T[begin:end]
         tables_NM = inputs.block_tables_NM[chosen]
@@ -126,8 +127,7 @@ class GraphRunner(Runner):
         token_ids_T = _padded(inputs.token_ids_T[begin:end], total, 0)
         cache_slots_T = self._cache_slots(tables_NM, positions_Nt).reshape(-1)
         positions_T = _padded(positions_T, total, 0)
-        network = self._network(sequences, per, keys)
-        hidden_TD = network(
+        return self._network(sequences, per, keys), (
             Tensor(token_ids_T),
             Tensor(np.arange(total) < tokens),
             Tensor(positions_T),
@@ -137,7 +137,6 @@ class GraphRunner(Runner):
             Tensor(seen_NS),
             Tensor(mask_NtS[:, None]),
         )
-        return hidden_TD.asnumpy()[:tokens]
 
     def _cache_slots(self, tables_NM: np.ndarray, positions_NS: np.ndarray) -> np.ndarray:
         """Slots of the KV cache; whatever lies behind a table's end is not to be used."""
@@ -163,6 +162,22 @@ class GraphRunner(Runner):
                 self._head(Tensor(padded)).asnumpy().T[: len(group)]
             )
         return logits_RV
+
+
+def _groups(inputs: StepInput) -> list[tuple[slice, int, int]]:
+    """Sequences that run together; how many a graph has, and how many tokens of each."""
+    count = len(inputs.starts) - 1
+    if len(inputs.token_ids_T) == count:
+        begins = range(0, count, DECODE_TOKENS)
+        return [
+            (slice(begin, min(begin + DECODE_TOKENS, count)), DECODE_TOKENS, 1) for begin in begins
+        ]
+    return [
+        (slice(i, i + 1), 1, _rounded(int(length), _FEWEST_TOKENS))
+        if length > 1
+        else (slice(i, i + 1), DECODE_TOKENS, 1)
+        for i, length in enumerate(np.diff(inputs.starts))
+    ]
 
 
 def _parameter(name: str, value: np.ndarray) -> Parameter:

@@ -14,6 +14,9 @@ from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.parallel.comm.process_groups import compile_together
 from mixtral_ms.train.objectives.objective import Objective, batch_tensors
 
+Graphs = dict[nn.Cell, tuple[Tensor | None, ...]]
+"""Cells in the order in which they are compiled, each with inputs of the shapes that it gets."""
+
 
 class MicroBatchGradients:
     """Forward and backward of every micro batch of a step, on a network without pipeline stages.
@@ -27,6 +30,11 @@ class MicroBatchGradients:
         self.objective = objective
         self.graph = _Gradients(objective, add=accumulation > 1)
         self._sums, self._compiled = self.graph.sums, False
+
+    def graphs(self, batch: Batch) -> Graphs:
+        """What is compiled for micro batches like this one, with inputs like theirs."""
+        weight = Tensor(1.0, mstype.float32)
+        return {self.graph: (weight, weight, *batch_tensors(self.objective, batch))}
 
     def __call__(
         self,
@@ -54,7 +62,7 @@ class MicroBatchGradients:
             before(index)
             inputs = (*weights, *batch_tensors(self.objective, batch))
             if not self._compiled:
-                compile_together(self.objective.network.mesh, {self.graph: inputs})
+                compile_together(self.objective.network.mesh, self.graphs(batch))
                 self._compiled = True
             parts, gradients = self.graph(*inputs)
             outputs.append(parts)

@@ -19,7 +19,7 @@ from mixtral_ms.model.nn.compute_dtype import compute_type
 from mixtral_ms.parallel.comm.process_groups import compile_together, send_recv
 from mixtral_ms.parallel.pipeline_schedule import Compute, SendRecv, one_forward_one_backward
 from mixtral_ms.train.objectives.objective import Objective, batch_tensors
-from mixtral_ms.train.step.gradients import GradientSums
+from mixtral_ms.train.step.gradients import GradientSums, Graphs
 
 
 class Neighbours:
@@ -73,6 +73,18 @@ class PipelineGradients:
         self._backward = _StageBackward(objective)
         self._sums, self._compiled = self._backward.sums, False
 
+    def graphs(self, batch: Batch) -> Graphs:
+        """As `MicroBatchGradients.graphs`; before the last stage the forward too."""
+        network, weight = self.objective.network, Tensor(1.0, mstype.float32)
+        neighbours = Neighbours(network, batch)
+        hidden = neighbours.empty_input()
+        dy = _NOTHING if network.mesh.is_last_stage else neighbours.empty()
+        inputs = batch_tensors(self.objective, batch)
+        found: Graphs = {self._backward: (hidden, dy, weight, weight, *inputs)}
+        if self._forward is not None:
+            found[self._forward] = (hidden, *inputs)
+        return found
+
     def __call__(
         self,
         micro_batches: list[Batch],
@@ -96,8 +108,7 @@ class PipelineGradients:
         weights = [Tensor(weight, mstype.float32) for weight in (per_target, per_micro)]
         step = _Step(self.objective, micro_batches)
         if not self._compiled:
-            graphs = step.graphs(self._forward, self._backward, weights)
-            compile_together(self.objective.network.mesh, graphs)
+            compile_together(self.objective.network.mesh, self.graphs(micro_batches[0]))
             self._compiled = True
         for action in self._actions:
             if isinstance(action, SendRecv):
@@ -122,18 +133,6 @@ class _Step:
         self.inputs: dict[int, Tensor] = {}
         self.to_send: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
-
-    def graphs(
-        self, forward: nn.Cell | None, backward: nn.Cell, weights: list[Tensor]
-    ) -> dict[nn.Cell, tuple[Tensor | None, ...]]:
-        """The stage's graphs, each with inputs of the shapes that it will get."""
-        hidden = self.neighbours.empty_input()
-        dy = _NOTHING if self.neighbours.mesh.is_last_stage else self.neighbours.empty()
-        inputs = self._tensors(0)
-        found = {backward: (hidden, dy, *weights, *inputs)}
-        if forward is not None:
-            found[forward] = (hidden, *inputs)
-        return found
 
     def send_recv(self, action: SendRecv) -> None:
         sent = None if action.send is None else self.to_send.pop(action.send)

@@ -21,7 +21,7 @@ from mixtral_ms.parallel.grid.sharding_rules import adapter_shapes, parameter_sh
 from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
 from mixtral_ms.train.objectives.objective import MakeObjective, Objective
 from mixtral_ms.train.step.adamw import AdamW
-from mixtral_ms.train.step.gradients import MicroBatchGradients
+from mixtral_ms.train.step.gradients import Graphs, MicroBatchGradients
 from mixtral_ms.train.step.pipeline_gradients import PipelineGradients
 
 
@@ -106,6 +106,10 @@ class TrainStep:
         if not skipped:
             self.optimizer.update(tuple(gradients), learning_rate, self._factor(norm) / loss_scale)
         return totals.result(targets, parts, norm, skipped)
+
+    def graphs(self, batch: Batch) -> Graphs:
+        """What is compiled for micro batches like this one, in that order, with its inputs."""
+        return self._gradients.graphs(batch)
 
     def first_non_finite_gradient(self) -> str | None:
         """Name of the first parameter, in the order of the network, with a NaN or infinity.

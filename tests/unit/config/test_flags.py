@@ -163,6 +163,8 @@ def test_describe_shows_what_would_run():
     assert "one step: 128 sequences, 524,288 tokens" in text
     assert "hidden_size: 4096" in text
     assert "set --train_data" in text
+    assert "mixtral_ms check-graphs" in text
+    assert "check-graphs" not in describe(load_config(TINY)), "there is no Ascend in it"
 
 
 def test_describe_says_what_prediction_lacks(tmp_path):
