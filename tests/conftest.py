@@ -4,10 +4,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# Derandomised: a failure seen once is seen again, on every machine.
-settings.register_profile("default", deadline=None, derandomize=True, database=None)
+# Derandomised: a failure seen once is seen again, on every machine; how fast it is, is none.
+settings.register_profile(
+    "default",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=True,
+    database=None,
+)
 settings.load_profile("default")
 
 # Every test in these starts jobs of several processes, or another system.
