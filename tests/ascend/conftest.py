@@ -15,8 +15,8 @@ _PROCESSES = 2
 def compiled(request, tmp_path_factory):
     """Name of a case -> the result of its rank, with MindSpore's files of its graphs."""
     folder = tmp_path_factory.mktemp("graphs")
-    parameters = [getattr(item, "callspec", None) for item in request.session.items]
-    chosen = [one.params["case"] for one in parameters if one and "case" in one.params]
+    users = [item for item in request.session.items if "compiled" in item.fixturenames]
+    chosen = [item.callspec.params["case"] for item in users]
 
     def compile_case(name):
         keep = folder / name.replace(" ", "_").replace("|", "")
