@@ -76,28 +76,24 @@ def compile_rank(config: RunConfig, job: RankJob, folder: Path) -> RankResult:
             found = GraphError(error)
             return dataclasses.replace(result, error=str(found), lines=tuple(found.lines))
         held = tuple(_held())
-        built, parts = [], 0
+        built = []
         for graph in graphs:
             file = f"rank_{job.rank}.{graph.name.replace(' ', '_')}.ir"
-            outcome, given = _compile(front_end, graph, Path(job.keep) / file if job.keep else None)
-            built.append(outcome)
-            parts = parts or (given if graph.runs else 0)
-        reads = reads_of_step(config, job.rank, parts) if parts else None
+            built.append(_compile(front_end, graph, Path(job.keep) / file if job.keep else None))
+        steps = any(graph.runs for graph in graphs)
+        reads = reads_of_step(config, job.rank) if steps else None
     return dataclasses.replace(result, graphs=tuple(built), step_reads=reads, held=held)
 
 
-def _compile(front_end: FrontEnd, graph: RunGraph, keep: Path | None) -> tuple[GraphResult, int]:
-    """The result, and how many tensors are in the first thing that the graph returns."""
+def _compile(front_end: FrontEnd, graph: RunGraph, keep: Path | None) -> GraphResult:
     begin = time.monotonic()
     try:
         typed = front_end.compile(graph.cell, graph.inputs, keep)
     except GraphError as error:
         seconds = time.monotonic() - begin
-        failed = GraphResult(graph.name, graph.runs, seconds, str(error), tuple(error.lines))
-        return failed, 0
+        return GraphResult(graph.name, graph.runs, seconds, str(error), tuple(error.lines))
     seconds, file = time.monotonic() - begin, str(keep or "")
-    built = GraphResult(graph.name, graph.runs, seconds, facts=facts_of(typed), file=file)
-    return built, len(typed.outputs[0])
+    return GraphResult(graph.name, graph.runs, seconds, facts=facts_of(typed), file=file)
 
 
 def _held() -> list[Constant]:

@@ -15,6 +15,7 @@ from mixtral_ms.config.loading.resolve import (
     micro_batch_size,
     micro_batches,
 )
+from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.config.sections.data_section import DatasetSection
 from mixtral_ms.config.sections.training_section import SampleMonitorSection
 from mixtral_ms.data.loader.batch import Batch
@@ -78,7 +79,8 @@ def graphs_of(config: RunConfig, mesh: Mesh) -> list[RunGraph]:
 def _training(config: RunConfig, mesh: Mesh) -> Iterator[RunGraph]:
     network = build_network(config, mesh, values=False)
     accumulation = micro_batches(config)
-    step = TrainStep(network, build_optimizer(config, network), accumulation)
+    optimizer, choices = build_optimizer(config, network), step_choices(config)
+    step = TrainStep(network, optimizer, accumulation, choices=choices)
     if (samples := callback(config, SampleMonitorSection)) and not _split(mesh):
         ids_NS = np.zeros((samples.rows, network.config.seq_length), np.int32)
         last_N = np.zeros(samples.rows, np.int32)

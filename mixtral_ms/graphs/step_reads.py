@@ -14,6 +14,7 @@ from mindspore import Tensor
 
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.loading.resolve import effective_parallel, micro_batches
+from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.graphs.pretended_device import replaced
 from mixtral_ms.parallel.grid.mesh import Mesh
@@ -23,25 +24,34 @@ from mixtral_ms.train.step.train_step import TrainStep
 _READS = ("asnumpy", "item", "tolist", "__float__", "__int__", "__bool__", "__index__")
 
 
-def reads_of_step(config: RunConfig, rank: int, parts: int) -> int:
+def reads_of_step(config: RunConfig, rank: int) -> int:
     """Times that the host waits for a tensor's values in one step.
 
     Args:
         config: the run, with all of its layers.
         rank: which rank's step.
-        parts: tensors that a micro batch's graph gives to the host.
     """
     config = _tiny(config)
     mesh = Mesh(effective_parallel(config), rank)  # without groups: what is sent is only counted
     network = build_network(config, mesh, values=False)
     accumulation = micro_batches(config)
-    step = TrainStep(network, build_optimizer(config, network), accumulation, 1.0)
+    optimizer, choices = build_optimizer(config, network), step_choices(config)
+    step = TrainStep(network, optimizer, accumulation, 1.0, choices=choices)
     zeros = [Tensor(np.zeros(one.shape, np.float32)) for one in network.trainable_params()]
-    outputs = [(Tensor(0.0),) * parts] * accumulation
+    outputs = [_parts(step)] * accumulation
     ids_BS = np.zeros((1, config.model.model_config.seq_length), np.int32)
     with replaced(step, "_gradients", lambda *_: (outputs, zeros)), counted_reads() as count:
         step([Batch(ids_BS, ids_BS)] * accumulation, learning_rate=0.0)
     return count()
+
+
+def _parts(step: TrainStep) -> tuple[Tensor, ...]:
+    """Zeros, as what `Objective.stage_parts` gives of a micro batch."""
+    network = step.network
+    layers, experts = len(network.model.layers), network.config.moe_config.expert_num
+    shapes = [()] * step.objective.part_count + [(layers,)] * 2 + [(layers, experts)]
+    shapes += [(layers,)] * 2
+    return tuple(Tensor(np.zeros(shape, np.float32)) for shape in shapes)
 
 
 @contextlib.contextmanager

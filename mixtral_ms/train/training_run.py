@@ -14,6 +14,7 @@ from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.loading.render import render_config
 from mixtral_ms.config.loading.resolve import dataset_of, micro_batch_size
+from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.config.sections.training_section import (
     LossMonitorSection,
     MetricsWriterSection,
@@ -132,6 +133,7 @@ class TrainingRun:
             self.plan.accumulation,
             wrapper.max_grad_norm if wrapper.use_clip_grad else None,
             objective,
+            step_choices(config),
         )
         self.evaluator = None
         if eval_loader:

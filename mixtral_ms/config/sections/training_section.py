@@ -124,6 +124,9 @@ class RunnerWrapperSection:
     """Loss scale of float16 training: a section, a fixed number, or nothing (no scale)."""
     max_skipped_steps: int = 20
     """Stop, naming the first layer that is not finite, after this many skipped steps in a row."""
+    one_host_read: bool | None = None
+    """Add losses, figures and the gradient norm up on the device, in float32, and read them once a
+    step; False reads them one by one and adds in float64. Empty: True on Ascend, False on a CPU."""
     local_norm: bool = inert(False, _ALWAYS_MEASURED)
     calculate_per_token_loss: bool = inert(False, "the loss is always per token")
 

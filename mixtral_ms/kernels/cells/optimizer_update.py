@@ -45,13 +45,17 @@ class PlainUpdate:
         values = [Tensor(value, mstype.float32) for value in (0.0, 0.0, rate, beta1, beta2, eps)]
         self._adam(parameter, *moments, *values, scaled)
 
-    def sum_of_squares(self, x: Tensor) -> float:
-        """Sum over all values of x squared.
+    def squares(self, x: Tensor) -> Tensor:
+        """Sum over all values of x squared, on the device.
 
         Axis by axis: `ops.L2Loss` adds one value after the other in float32, which is a thousandth
         off for four million of them.
         """
-        return float(ops.sum(ops.sum(ops.square(x), -1)))
+        return ops.sum(ops.sum(ops.square(x), -1))
+
+    def sum_of_squares(self, x: Tensor) -> float:
+        """The same, read by the host."""
+        return float(self.squares(x))
 
 
 class NumpyUpdate(PlainUpdate):

@@ -8,7 +8,7 @@ from typing import Any
 
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.train.report.flops import Mfu, flops_per_token, mfu, peak_flops
-from mixtral_ms.train.step.train_step import StepResult
+from mixtral_ms.train.step.totals import StepResult
 
 _ETA_WINDOW = 20  # steps whose median time the remaining time is told from
 

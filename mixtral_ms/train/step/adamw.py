@@ -35,11 +35,15 @@ class AdamW:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.updates = 0
         self.shards = dict(shards or {})
-        self._parts: dict[tuple[int, ...], Parameter] = {}
         self._parameters = parameters
         self._first, self._second = (
             [self._zeros_like(p, prefix) for p in parameters] for prefix in MOMENTS
         )
+        # Made now: a Parameter made of a tensor is read by the host.
+        self._parts: dict[tuple[int, ...], Parameter] = {}
+        for parameter, moment in zip(parameters, self._first, strict=True):
+            if parameter.name in self.shards and moment.shape not in self._parts:
+                self._parts[moment.shape] = self._zeros_like(parameter, "part_of.")
         self.kernels = select_update()
 
     def update(self, gradients: tuple[Tensor, ...], learning_rate: float, scale: float) -> None:
@@ -74,10 +78,7 @@ class AdamW:
         A Parameter of its own for each would stay until the garbage collector looks for cycles.
         """
         part = own_part(group, parameter)
-        if part.shape not in self._parts:
-            self._parts[part.shape] = Parameter(part, requires_grad=False)
-        else:
-            ops.assign(self._parts[part.shape], part)
+        ops.assign(self._parts[part.shape], part)
         return self._parts[part.shape]
 
     def _zeros_like(self, parameter: Parameter, prefix: str) -> Parameter:

@@ -39,16 +39,14 @@ class MicroBatchGradients:
     def __call__(
         self,
         micro_batches: list[Batch],
-        per_target: float,
-        per_micro: float,
+        weights: tuple[Tensor, Tensor],
         before: Callable[[int], None],
     ) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
         """Run all of them.
 
         Args:
             micro_batches: as many as `accumulation`.
-            per_target: weight of the objective's sums in what is differentiated.
-            per_micro: weight of the routers' losses.
+            weights: of the objective's sums in what is differentiated, and of the routers' losses.
             before: called with the number of each micro batch, from 0.
 
         Returns:
@@ -57,7 +55,6 @@ class MicroBatchGradients:
         if self._sums:
             self._sums.clear()  # not after the step: the diagnosis of a skipped one reads the sums
         outputs, gradients = [], ()
-        weights = [Tensor(weight, mstype.float32) for weight in (per_target, per_micro)]
         for index, batch in enumerate(micro_batches):
             before(index)
             inputs = (*weights, *batch_tensors(self.objective, batch))

@@ -88,16 +88,14 @@ class PipelineGradients:
     def __call__(
         self,
         micro_batches: list[Batch],
-        per_target: float,
-        per_micro: float,
+        weights: tuple[Tensor, Tensor],
         before: Callable[[int], None],
     ) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
         """Run all of them.
 
         Args:
             micro_batches: this rank's, the same on all stages.
-            per_target: weight of the objective's sums in what is differentiated.
-            per_micro: weight of the routers' losses.
+            weights: of the objective's sums in what is differentiated, and of the routers' losses.
             before: called with a micro batch's number whenever it is to be computed.
 
         Returns:
@@ -105,7 +103,6 @@ class PipelineGradients:
             gradients of this stage's parameters.
         """
         self._sums.clear()  # not after the step: the diagnosis of a skipped one reads the sums
-        weights = [Tensor(weight, mstype.float32) for weight in (per_target, per_micro)]
         step = _Step(self.objective, micro_batches)
         if not self._compiled:
             compile_together(self.objective.network.mesh, self.graphs(micro_batches[0]))
@@ -146,7 +143,7 @@ class _Step:
         hidden_BSD = self.inputs.get(action.micro, _NOTHING)
         self.to_send[action.micro] = cell(hidden_BSD, *self._tensors(action.micro))
 
-    def backward(self, action: Compute, cell: nn.Cell, weights: list[Tensor]) -> None:
+    def backward(self, action: Compute, cell: nn.Cell, weights: tuple[Tensor, Tensor]) -> None:
         hidden_BSD = self.inputs.pop(action.micro, _NOTHING)
         dy_BSD = self.gradients.pop(action.micro, _NOTHING)
         parts, dx_BSD = cell(hidden_BSD, dy_BSD, *weights, *self._tensors(action.micro))

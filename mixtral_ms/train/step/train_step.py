@@ -2,42 +2,31 @@
 
 The host stands between the graphs: it sees the norm, and so decides on clipping, on skipping a
 step that overflowed, and on the loss scale, without a second copy of the gradients. The norm is
-that of all ranks together, so they all decide alike.
+that of all ranks together, so they all decide alike. How often the host waits for the device to
+see it: totals.py.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from mindspore import Parameter, Tensor, ops
+from mindspore import dtype as mstype
 
-from mixtral_ms.config.derived.pipeline_stages import stage_layers
+from mixtral_ms.config.loading.step_choices import StepChoices
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.comm.gradient_reduction import gradient_rules
-from mixtral_ms.parallel.comm.process_groups import gather_objects, sum_values
+from mixtral_ms.parallel.comm.process_groups import gather_objects
 from mixtral_ms.parallel.grid.sharding_rules import adapter_shapes, parameter_shapes
 from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
-from mixtral_ms.train.objectives.objective import MakeObjective, Objective
+from mixtral_ms.train.objectives.objective import MakeObjective
 from mixtral_ms.train.step.adamw import AdamW
 from mixtral_ms.train.step.gradients import Graphs, MicroBatchGradients
 from mixtral_ms.train.step.pipeline_gradients import PipelineGradients
+from mixtral_ms.train.step.totals import DeviceTotals, HostTotals, StepResult
 
-
-@dataclass
-class StepResult:
-    """What one optimizer step did. The loss is the sum of its parts, see `Objective.means`."""
-
-    loss: float
-    parts: dict[str, float]
-    tokens: int
-    """Targets of the objective: supervised tokens, unless it counts others."""
-    grad_norm: float
-    skipped: bool
-    expert_load: list[list[float]]
-    drop_percent: list[float]
-    router_entropy: list[float]
+_PLAIN = StepChoices()
 
 
 class TrainStep:
@@ -52,6 +41,7 @@ class TrainStep:
         accumulation: micro batches of a rank in a step, those in the pipeline included.
         max_grad_norm: clip gradients to this global norm; None leaves them.
         objective: what it makes smaller.
+        choices: how; the numbers are the same, within rounding.
     """
 
     def __init__(
@@ -61,6 +51,7 @@ class TrainStep:
         accumulation: int = 1,
         max_grad_norm: float | None = None,
         objective: MakeObjective = CausalLMObjective,
+        choices: StepChoices = _PLAIN,
     ) -> None:
         network.set_train()
         self.network, self.optimizer = network, optimizer
@@ -73,6 +64,8 @@ class TrainStep:
         stages = self.mesh.grid.pipeline_stage
         kind = PipelineGradients if stages > 1 else MicroBatchGradients
         self._gradients = kind(self.objective, accumulation)
+        kind_of_totals = DeviceTotals if choices.one_host_read else HostTotals
+        self.totals = kind_of_totals(self.objective, optimizer.kernels)
         self._last_gradients: list[Tensor] = []
 
     def __call__(
@@ -90,22 +83,20 @@ class TrainStep:
             raise ValueError(
                 f"{len(micro_batches)} micro batches given, {self.accumulation} expected"
             )
-        own_targets = sum(self.objective.targets(batch) for batch in micro_batches)
-        targets = max(1, int(sum_values(self.mesh.tokens, own_targets)))
+        self.totals.count_targets(sum(map(self.objective.targets, micro_batches)))
         parts = self.accumulation * self.mesh.grid.data_parallel
-        outputs, own = self._gradients(
-            micro_batches, loss_scale / targets, loss_scale / parts, before
-        )
+        weights = self.totals.weight(loss_scale), Tensor(loss_scale / parts, mstype.float32)
+        outputs, own = self._gradients(micro_batches, weights, before)
         gradients = self._reduce(list(own))
         del own  # it holds gradients that were replaced
-        totals = self._totals(outputs, self._counted_squares(gradients))
+        totals = self.totals(outputs, self._counted(gradients))
         norm = math.sqrt(totals.squares[0]) / loss_scale
         skipped = not math.isfinite(norm)
         # Kept only for the diagnosis: holding them longer costs the model's size in memory.
         self._last_gradients = gradients if skipped else []
         if not skipped:
             self.optimizer.update(tuple(gradients), learning_rate, self._factor(norm) / loss_scale)
-        return totals.result(targets, parts, norm, skipped)
+        return totals.result(self.totals.targets, parts, norm, skipped)
 
     def graphs(self, batch: Batch) -> Graphs:
         """What is compiled for micro batches like this one, in that order, with its inputs."""
@@ -133,22 +124,10 @@ class TrainStep:
                 gradients[index] = reduced
         return gradients
 
-    def _counted_squares(self, gradients: list[Tensor]) -> float:
-        """This rank's share of the squared norm."""
-        squares, rules = self.optimizer.kernels.sum_of_squares, self._rules.values()
-        return sum(
-            squares(gradient) if rule.counted else 0.0
-            for gradient, rule in zip(gradients, rules, strict=True)
-        )
-
-    def _totals(self, outputs: list[tuple[Tensor, ...]], squares: float) -> "_Totals":
-        """Sums over micro batches and ranks."""
-        own = _Totals(self.objective)
-        own.squares[0] = squares
-        for parts in outputs:
-            own.add([part.asnumpy() for part in parts])
-        own.values[:] = sum_values(self.mesh.world, own.values)
-        return own
+    def _counted(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Those whose squares this rank adds to the norm."""
+        rules = self._rules.values()
+        return [one for one, rule in zip(gradients, rules, strict=True) if rule.counted]
 
     def _factor(self, norm: float) -> float:
         if self.max_grad_norm is None or norm <= self.max_grad_norm:
@@ -161,52 +140,3 @@ def first_of_ranks(network: MixtralForCausalLM, name: str | None) -> str | None:
     order = list(parameter_shapes(network.config) | adapter_shapes(network.config))
     named = [one for one in gather_objects(network.mesh.world, name) if one is not None]
     return min(named, key=order.index, default=None)
-
-
-class _Totals:
-    """Sums of a step as one array, so that one message adds those of all ranks.
-
-    Of ranks with the same sequences and layers one counts.
-    """
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        config, mesh, count = objective.network.config, objective.network.mesh, objective.part_count
-        layers, experts = config.num_layers, config.moe_config.expert_num
-        self.values = np.zeros(1 + count + layers * (4 + experts))
-        self.squares, self.sums = self.values[:1], self.values[1 : 1 + count]
-        rest = self.values[1 + count :].reshape(layers, 4 + experts)
-        self.aux_L, self.z_L, self.dropped_L, self.entropy_L = rest[:, :4].T
-        self.load_LE = rest[:, 4:]
-        own = stage_layers(config, mesh.grid.pipeline_stage, mesh.stage)
-        self._own = slice(own.start, own.stop)
-        self._tokens_count = mesh.tensor_index == 0
-        self._layers_count = mesh.tensor_index == 0 and mesh.context_index == 0
-
-    def add(self, parts: list[np.ndarray]) -> None:
-        """Add `Objective.stage_parts` of one micro batch, the layers those of this rank's stage."""
-        count = self.objective.part_count
-        aux_L, z_L, load_LE, dropped_L, entropy_L = parts[count:]
-        if self._tokens_count:
-            self.sums += parts[:count]
-        if self._layers_count:
-            self.aux_L[self._own] += aux_L
-            self.z_L[self._own] += z_L
-            self.load_LE[self._own] += load_LE
-            self.dropped_L[self._own] += dropped_L
-            self.entropy_L[self._own] += entropy_L
-
-    def result(self, targets: int, parts: int, norm: float, skipped: bool) -> StepResult:
-        """The means: over targets of the objective's sums, over micro batches of all else."""
-        router_sums = self.aux_L.sum(), self.z_L.sum()
-        means = self.objective.means(self.sums.tolist(), router_sums, targets, parts)
-        return StepResult(
-            loss=sum(means.values()),
-            parts=means,
-            tokens=targets,
-            grad_norm=norm,
-            skipped=skipped,
-            expert_load=(self.load_LE / parts).tolist(),
-            drop_percent=(100.0 * self.dropped_L / parts).tolist(),
-            router_entropy=(self.entropy_L / parts).tolist(),
-        )

@@ -29,9 +29,9 @@ def test_every_way_to_read_counts_once(device):
     assert count() == 6
 
 
-def reads(changes):
+def reads(changes, yaml=TINY):
     with PretendedAscend(0).in_place():
-        return reads_of_step(load_config(TINY, changes), 0, parts=6)
+        return reads_of_step(load_config(yaml, changes), 0)
 
 
 @pytest.mark.usefixtures("pynative")
@@ -50,3 +50,10 @@ def test_ranks_read_the_sum_over_them():
     ranks = ["use_parallel=True", "parallel_config.data_parallel=2"]
     assert reads([*layers, *ranks]) == reads(layers) + 2, "tokens, and the totals"
     assert mindspore.get_context("device_target") == "CPU"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("pynative")
+@pytest.mark.parametrize("name", ["pretrain_mixtral-8x7b.yaml", "pretrain_mixtral-8x7b_32k.yaml"])
+def test_on_ascend_the_host_reads_once(name):
+    assert reads([], ROOT / "research/mixtral_8x7b" / name) == 1

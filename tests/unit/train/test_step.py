@@ -1,5 +1,6 @@
 """The training step: accumulation, clipping, recompute, overflow."""
 
+import dataclasses
 import functools
 
 import mindspore
@@ -8,8 +9,10 @@ import pytest
 from helpers.tiny import random_ids, shifted, tiny_config
 
 from mixtral_ms.data.loader.batch import Batch
+from mixtral_ms.graphs.step_reads import counted_reads
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.step.adamw import AdamW
+from mixtral_ms.train.step.totals import DeviceTotals, HostTotals
 from mixtral_ms.train.step.train_step import TrainStep
 
 TOLERANCE = 1e-5
@@ -36,6 +39,7 @@ class Training:
         zeros = {n: np.zeros_like(v) for n, v in self.optimizer.state_tensors().items()}
         self.optimizer.load_state_tensors(zeros)
         self.optimizer.updates = 0
+        self.step.totals = HostTotals(self.step.objective, self.optimizer.kernels)
         self.step.max_grad_norm = max_grad_norm
         return self
 
@@ -212,6 +216,34 @@ def test_nothing_supervised_moves_nothing_but_the_decay(graph):
     for name, value in trained.weights().items():
         factor = 1 - RATE * 0.1 if value.ndim > 1 else 1.0
         np.testing.assert_allclose(value, before[name] * factor, rtol=1e-5)
+
+
+@pytest.mark.parametrize("supervised", [(15, 2), (0, 0)])
+def test_totals_added_on_the_device_are_those_of_the_host(supervised, graph, record_error):
+    batches = [batch_of(2, count, seed) for seed, count in enumerate(supervised)]
+    found = {}
+    for kind in (HostTotals, DeviceTotals):
+        trained = training("two micro batches with router losses", max_grad_norm=0.05)
+        trained.step.totals = kind(trained.step.objective, trained.optimizer.kernels)
+        with counted_reads() as reads:
+            result = trained.step(batches, RATE, 4.0)
+            found[kind] = dataclasses.asdict(result), trained.weights(), reads()
+    (got, weights, reads), (expected, wanted, many) = found[DeviceTotals], found[HostTotals]
+    assert reads < many
+    assert (got.pop("tokens"), got.pop("skipped")) == (max(1, 2 * sum(supervised)), False)
+    got |= got.pop("parts")
+    for name, value in got.items():
+        record_error(name, np.array(value), np.array((expected | expected["parts"])[name]), 1e-6)
+    compare_all(record_error, weights, wanted)
+
+
+def test_an_overflow_is_seen_in_totals_of_the_device(graph):
+    trained = training("four micro batches")
+    trained.step.totals = DeviceTotals(trained.step.objective, trained.optimizer.kernels)
+    before = trained.weights()
+    assert trained.step([batch_of(2, 15, seed) for seed in range(4)], RATE, np.inf).skipped
+    for name, value in trained.weights().items():
+        np.testing.assert_array_equal(value, before[name])
 
 
 def test_a_wrong_number_of_micro_batches_is_refused(graph):
