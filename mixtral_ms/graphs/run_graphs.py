@@ -13,9 +13,7 @@ from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
 from mixtral_ms.config.loading.resolve import (
     effective_parallel,
     micro_batch_size,
-    micro_batches,
 )
-from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.config.sections.data_section import DatasetSection
 from mixtral_ms.config.sections.training_section import SampleMonitorSection
 from mixtral_ms.data.loader.batch import Batch
@@ -29,12 +27,12 @@ from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.train.builders import (
     build_network,
     build_optimizer,
+    build_train_step,
     callback,
     without_adapters,
 )
 from mixtral_ms.train.evaluation import Evaluator
 from mixtral_ms.train.sample_answers import NextToken
-from mixtral_ms.train.step.train_step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,7 @@ def graphs_of(config: RunConfig, mesh: Mesh) -> list[RunGraph]:
 
 def _training(config: RunConfig, mesh: Mesh) -> Iterator[RunGraph]:
     network = build_network(config, mesh, values=False)
-    accumulation = micro_batches(config)
-    optimizer, choices = build_optimizer(config, network), step_choices(config)
-    step = TrainStep(network, optimizer, accumulation, choices=choices)
+    step = build_train_step(config, network, build_optimizer(config, network))
     if (samples := callback(config, SampleMonitorSection)) and not _split(mesh):
         ids_NS = np.zeros((samples.rows, network.config.seq_length), np.int32)
         last_N = np.zeros(samples.rows, np.int32)
@@ -90,7 +86,7 @@ def _training(config: RunConfig, mesh: Mesh) -> Iterator[RunGraph]:
     graphs = step.graphs(batch)
     for place, (cell, inputs) in enumerate(graphs.items()):
         name = "forward" if place else "forward and backward"
-        yield RunGraph(name, cell, inputs, runs=accumulation)
+        yield RunGraph(name, cell, inputs, runs=step.accumulation)
     if config.do_eval:
         yield _evaluation(config, network)
 

@@ -13,12 +13,12 @@ import numpy as np
 from mindspore import Tensor
 
 from mixtral_ms.config import RunConfig
-from mixtral_ms.config.loading.resolve import effective_parallel, micro_batches
-from mixtral_ms.config.loading.step_choices import step_choices
+from mixtral_ms.config.loading.resolve import effective_parallel
+from mixtral_ms.config.sections.fields import Dtype
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.graphs.pretended_device import replaced
 from mixtral_ms.parallel.grid.mesh import Mesh
-from mixtral_ms.train.builders import build_network, build_optimizer
+from mixtral_ms.train.builders import build_network, build_optimizer, build_train_step
 from mixtral_ms.train.step.train_step import TrainStep
 
 _READS = ("asnumpy", "item", "tolist", "__float__", "__int__", "__bool__", "__index__")
@@ -34,14 +34,12 @@ def reads_of_step(config: RunConfig, rank: int) -> int:
     config = _tiny(config)
     mesh = Mesh(effective_parallel(config), rank)  # without groups: what is sent is only counted
     network = build_network(config, mesh, values=False)
-    accumulation = micro_batches(config)
-    optimizer, choices = build_optimizer(config, network), step_choices(config)
-    step = TrainStep(network, optimizer, accumulation, 1.0, choices=choices)
+    step = build_train_step(config, network, build_optimizer(config, network))
     zeros = [Tensor(np.zeros(one.shape, np.float32)) for one in network.trainable_params()]
-    outputs = [_parts(step)] * accumulation
+    outputs = [_parts(step)] * step.accumulation
     ids_BS = np.zeros((1, config.model.model_config.seq_length), np.int32)
     with replaced(step, "_gradients", lambda *_: (outputs, zeros)), counted_reads() as count:
-        step([Batch(ids_BS, ids_BS)] * accumulation, learning_rate=0.0)
+        step([Batch(ids_BS, ids_BS)] * step.accumulation, learning_rate=0.0)
     return count()
 
 
@@ -79,9 +77,13 @@ def counted_reads() -> Iterator[Callable[[], int]]:
 
 
 def _tiny(config: RunConfig) -> RunConfig:
-    """The same layers, parameters and ranks, every width as small as the ranks allow."""
+    """The same layers, parameters and ranks, every width as small as the ranks allow.
+
+    With float16 for bfloat16, which a CPU does not have.
+    """
     grid, model = effective_parallel(config), config.model.model_config
     width = 8 * grid.model_parallel
+    dtype: Dtype = "float32" if model.compute_dtype == "float32" else "float16"
     small = dataclasses.replace(
         model,
         hidden_size=width,
@@ -91,5 +93,6 @@ def _tiny(config: RunConfig) -> RunConfig:
         intermediate_size=width,
         vocab_size=width,
         seq_length=width * grid.context_parallel,
+        compute_dtype=dtype,
     )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, model_config=small))

@@ -4,9 +4,17 @@ import dataclasses
 from pathlib import Path
 from typing import TypeVar
 
+from mindspore import dtype as mstype
+
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.config import RunConfig
-from mixtral_ms.config.loading.resolve import dataset_of, is_zero, micro_batch_size
+from mixtral_ms.config.loading.resolve import (
+    dataset_of,
+    is_zero,
+    micro_batch_size,
+    micro_batches,
+)
+from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.config.sections.data_section import DatasetSection
 from mixtral_ms.config.sections.training_section import (
     MetricsWriterSection,
@@ -21,11 +29,15 @@ from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.comm.gradient_reduction import shard_groups
 from mixtral_ms.parallel.grid.mesh import Mesh
+from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
+from mixtral_ms.train.objectives.objective import MakeObjective
 from mixtral_ms.train.report.metrics import METRICS_FILE
 from mixtral_ms.train.sample_answers import Samples
 from mixtral_ms.train.state.parameter_loading import load_parameters
 from mixtral_ms.train.step.adamw import AdamW
 from mixtral_ms.train.step.lr_schedule import Schedule, build_schedule, constant_schedule
+from mixtral_ms.train.step.train_step import TrainStep
+from mixtral_ms.train.step.working_weights import WorkingWeights
 
 Section = TypeVar("Section")
 
@@ -56,8 +68,7 @@ def build_network(config: RunConfig, mesh: Mesh, *, values: bool = True) -> Mixt
         batch_size=micro_batch_size(config),
         mesh=mesh,
     )
-    if config.recompute_config.recompute:
-        network.recompute_layers()
+    _recompute(config, network)
     if not values:
         return network
     adapters = network.config.pet_config is not None
@@ -70,6 +81,35 @@ def build_network(config: RunConfig, mesh: Mesh, *, values: bool = True) -> Mixt
         load_parameters(network, adapter.tensors, adapters=True)
         get_logger().info("adapter from %s", adapter.path)
     return network
+
+
+def _recompute(config: RunConfig, network: MixtralForCausalLM) -> None:
+    if config.recompute_config.recompute:
+        network.recompute_layers()
+
+
+def build_train_step(
+    config: RunConfig,
+    network: MixtralForCausalLM,
+    optimizer: AdamW,
+    objective: MakeObjective = CausalLMObjective,
+) -> TrainStep:
+    """The step of the run, carried out as its keys and the device say."""
+    wrapper, choices = config.runner_wrapper, step_choices(config)
+    norm = wrapper.max_grad_norm if wrapper.use_clip_grad else None
+    working = None
+    if network.dtype != mstype.float32 and choices.working_weights:
+        twin = MixtralForCausalLM(
+            config.model.model_config, batch_size=micro_batch_size(config), share=network
+        )
+        _recompute(config, twin)
+        working = WorkingWeights(network, twin)
+    elif wrapper.working_weights:
+        get_logger().info(
+            "runner_wrapper.working_weights True has no effect: weights are used in float32"
+        )
+    accumulation = micro_batches(config)
+    return TrainStep(network, optimizer, accumulation, norm, objective, choices, working)
 
 
 def open_network_weights(config: RunConfig) -> TensorSource:

@@ -14,7 +14,6 @@ from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.loading.render import render_config
 from mixtral_ms.config.loading.resolve import dataset_of, micro_batch_size
-from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.config.sections.training_section import (
     LossMonitorSection,
     MetricsWriterSection,
@@ -32,6 +31,7 @@ from mixtral_ms.train.builders import (
     build_network,
     build_optimizer,
     build_samples,
+    build_train_step,
     callback,
     metrics_path,
     open_network_weights,
@@ -49,7 +49,6 @@ from mixtral_ms.train.state.resume import restore
 from mixtral_ms.train.state.saver import Saver, checkpoint_root, write_strategy_files
 from mixtral_ms.train.step.loss_scale import build_loss_scale
 from mixtral_ms.train.step.non_finite import first_non_finite
-from mixtral_ms.train.step.train_step import TrainStep
 from mixtral_ms.train.step_plan import plan_steps
 from mixtral_ms.train.stop_signals import StopRequest
 
@@ -126,15 +125,7 @@ class TrainingRun:
             self.base,
             storage,
         )
-        wrapper = config.runner_wrapper
-        self.step_fn = TrainStep(
-            self.network,
-            self.optimizer,
-            self.plan.accumulation,
-            wrapper.max_grad_norm if wrapper.use_clip_grad else None,
-            objective,
-            step_choices(config),
-        )
+        self.step_fn = build_train_step(config, self.network, self.optimizer, objective)
         self.evaluator = None
         if eval_loader:
             rows = eval_loader.batch_size

@@ -31,6 +31,7 @@ class CompiledGraph:
         recompute: whether layers are computed again in the backward pass.
         drops: whether tokens are dropped, so that every size is known before it runs.
         predicts: whether it works on a cache, token by token.
+        working: whether it computes with a copy of the matrices in the compute dtype.
         held: tensors that cells keep.
     """
 
@@ -42,6 +43,7 @@ class CompiledGraph:
     recompute: bool = False
     drops: bool = False
     predicts: bool = False
+    working: bool = False
     held: tuple[Constant, ...] = ()
 
 
@@ -128,6 +130,14 @@ def expert_weights_are_not_copied_transposed(one: CompiledGraph) -> Iterator[str
             yield f"{list(tensors(node)[0].shape)} ({node.line})"
 
 
+def experts_are_working_weights(one: CompiledGraph) -> Iterator[str]:
+    """They are cast once a step, not in every micro batch."""
+    for name, tensor in one.graph.parameters.items():
+        weight = name.endswith(_EXPERT_WEIGHTS) and not name.startswith("grad_sum.")
+        if one.working and weight and tensor.dtype == "Float32":
+            yield name
+
+
 def sizes_are_known(one: CompiledGraph) -> Iterator[str]:
     """Only how many rows come for the experts may be open, and only if none is dropped."""
     allowed = () if one.drops else ("AlltoAllV", "AlltoAllVC", "Reshape")
@@ -147,6 +157,7 @@ RULES: dict[str, Rule] = {
         no_square_tensor,
         flash_attention_in_every_layer,
         expert_weights_are_not_copied_transposed,
+        experts_are_working_weights,
         sizes_are_known,
     )
 }

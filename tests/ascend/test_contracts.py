@@ -8,6 +8,8 @@ from ascend.graph_contracts import CompiledGraph, broken_by, known_of
 
 from mixtral_ms.config import load_config
 from mixtral_ms.config.loading.resolve import effective_parallel
+from mixtral_ms.config.loading.step_choices import step_choices
+from mixtral_ms.graphs.rank_worker import on_ascend
 from mixtral_ms.graphs.typed_graph import read_typed_graph
 
 
@@ -26,6 +28,7 @@ def graphs_to_judge(case, result):
             recompute=config.recompute_config.recompute,
             drops=not config.moe_config.dropless and "forward" in graph.name,
             predicts=config.run_mode == "predict",
+            working=step_choices(on_ascend(config)).working_weights and "forward" in graph.name,
             held=result.held,
         )
 

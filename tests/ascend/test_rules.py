@@ -131,6 +131,9 @@ GRAPHS = {
         node("Transpose", [tensor("BFloat16", 4, 48, 64)]),
         parameters=[tensor("Float32", 4, 48, 64)],
     ),
+    "experts_are_working_weights": compiled(
+        parameters=[tensor("Float32", 4, 48, 64)], working=True
+    ),
     "sizes_are_known": compiled(exchange(), drops=True),
 }
 

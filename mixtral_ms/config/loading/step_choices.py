@@ -12,13 +12,22 @@ class StepChoices:
     Attributes:
         one_host_read: add losses, figures and the gradient norm up on the device, and read them
             once a step.
+        working_weights: compute with a copy of the matrices in the compute dtype, cast once a step.
     """
 
     one_host_read: bool = False
+    working_weights: bool = False
 
 
 def step_choices(config: RunConfig) -> StepChoices:
     """As the keys say, and where they are empty as suits the device."""
-    on_cpu = config.context.device_target == "CPU"
-    one_read = config.runner_wrapper.one_host_read
-    return StepChoices(one_host_read=not on_cpu if one_read is None else one_read)
+    wrapper, on_ascend = config.runner_wrapper, config.context.device_target != "CPU"
+    narrow = config.model.model_config.compute_dtype != "float32"
+    return StepChoices(
+        one_host_read=_chosen(wrapper.one_host_read, on_ascend),
+        working_weights=narrow and _chosen(wrapper.working_weights, on_ascend),
+    )
+
+
+def _chosen(given: bool | None, otherwise: bool) -> bool:
+    return otherwise if given is None else given

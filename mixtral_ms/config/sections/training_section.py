@@ -127,6 +127,10 @@ class RunnerWrapperSection:
     one_host_read: bool | None = None
     """Add losses, figures and the gradient norm up on the device, in float32, and read them once a
     step; False reads them one by one and adds in float64. Empty: True on Ascend, False on a CPU."""
+    working_weights: bool | None = None
+    """Cast the matrices (embedding and router left out) to compute_dtype once a step instead of in
+    every micro batch; the copy takes 2 bytes a weight. Without effect where compute_dtype is
+    float32. Empty: True on Ascend, False on a CPU."""
     local_norm: bool = inert(False, _ALWAYS_MEASURED)
     calculate_per_token_loss: bool = inert(False, "the loss is always per token")
 

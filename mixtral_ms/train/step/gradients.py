@@ -73,12 +73,18 @@ class _Gradients(nn.Cell):
         super().__init__(auto_prefix=False)
         self.weights = ParameterTuple(objective.network.trainable_params())
         self.sums = GradientSums(self.weights) if add else None
+        self.narrow = _narrow(self.weights)
         self.differentiate = mindspore.value_and_grad(objective, None, self.weights, has_aux=True)
 
     def construct(self, *inputs: Tensor | None) -> tuple:
         """Of what `Objective.construct` takes behind the neighbouring stages' tensors."""
         outputs, gradients = self.differentiate(None, None, *inputs)
         if self.sums is None:
+            if self.narrow:
+                wide: tuple[Tensor, ...] = ()
+                for i in range(len(self.weights)):
+                    wide += (ops.cast(gradients[i], mstype.float32),)
+                gradients = wide
             return outputs[1:], gradients
         self.sums(gradients)
         return outputs[1:], ()
@@ -99,6 +105,7 @@ class GradientSums(nn.Cell):
                 for p in weights
             ]
         )
+        self.narrow = _narrow(weights)
 
     def clear(self) -> None:
         """Set all of them to zero."""
@@ -113,5 +120,13 @@ class GradientSums(nn.Cell):
         """
         count = len(self.values)
         for i in range(count):
-            ops.assign_add(self.values[count - 1 - i], gradients[count - 1 - i])
+            gradient = gradients[count - 1 - i]
+            if self.narrow:
+                gradient = ops.cast(gradient, mstype.float32)
+            ops.assign_add(self.values[count - 1 - i], gradient)
         return True
+
+
+def _narrow(weights: ParameterTuple) -> bool:
+    """Whether some are working weights, of fewer bits: gradients are added in float32."""
+    return any(one.dtype != mstype.float32 for one in weights)

@@ -25,6 +25,7 @@ from mixtral_ms.train.step.adamw import AdamW
 from mixtral_ms.train.step.gradients import Graphs, MicroBatchGradients
 from mixtral_ms.train.step.pipeline_gradients import PipelineGradients
 from mixtral_ms.train.step.totals import DeviceTotals, HostTotals, StepResult
+from mixtral_ms.train.step.working_weights import WorkingWeights
 
 _PLAIN = StepChoices()
 
@@ -42,6 +43,7 @@ class TrainStep:
         max_grad_norm: clip gradients to this global norm; None leaves them.
         objective: what it makes smaller.
         choices: how; the numbers are the same, within rounding.
+        working: of `network`, to compute with; None computes with its own weights.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class TrainStep:
         max_grad_norm: float | None = None,
         objective: MakeObjective = CausalLMObjective,
         choices: StepChoices = _PLAIN,
+        working: WorkingWeights | None = None,
     ) -> None:
-        network.set_train()
-        self.network, self.optimizer = network, optimizer
-        self.objective = objective(network)
+        self.network, self.optimizer, self._working = network, optimizer, working
+        for one in (network, *([working.network] if working else [])):
+            one.set_train()
+        self.objective = objective(working.network if working else network)
         self.mesh = network.mesh
         self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
         names = [parameter.name for parameter in network.trainable_params()]
@@ -86,6 +90,8 @@ class TrainStep:
         self.totals.count_targets(sum(map(self.objective.targets, micro_batches)))
         parts = self.accumulation * self.mesh.grid.data_parallel
         weights = self.totals.weight(loss_scale), Tensor(loss_scale / parts, mstype.float32)
+        if self._working:
+            self._working.refresh()
         outputs, own = self._gradients(micro_batches, weights, before)
         gradients = self._reduce(list(own))
         del own  # it holds gradients that were replaced

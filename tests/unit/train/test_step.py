@@ -14,6 +14,7 @@ from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.step.adamw import AdamW
 from mixtral_ms.train.step.totals import DeviceTotals, HostTotals
 from mixtral_ms.train.step.train_step import TrainStep
+from mixtral_ms.train.step.working_weights import WorkingWeights
 
 TOLERANCE = 1e-5
 RATE = 0.01
@@ -22,13 +23,17 @@ RATE = 0.01
 class Training:
     """A tiny network with its optimizer and step; keeps the gradients of each update."""
 
-    def __init__(self, accumulation=1, recompute=False, **changes):
+    def __init__(self, accumulation=1, recompute=False, working=False, **changes):
         self.network = MixtralForCausalLM(tiny_config(**{"num_layers": 1, **changes}), seed=1)
+        copied = None
+        if working:
+            twin = MixtralForCausalLM(self.network.config, share=self.network)
+            copied = WorkingWeights(self.network, twin)
         if recompute:
             self.network.recompute_layers()
         # A large eps: with a small one Adam turns the rounding of tiny gradients into whole steps.
         self.optimizer = AdamW(self.network.trainable_params(), eps=1e-2, weight_decay=0.1)
-        self.step = TrainStep(self.network, self.optimizer, accumulation)
+        self.step = TrainStep(self.network, self.optimizer, accumulation, working=copied)
         self.gradients = None
         self._update, self.optimizer.update = self.optimizer.update, self._keep_and_update
         self._start = self.weights()
@@ -57,6 +62,7 @@ class Training:
             parameter.set_data(mindspore.Tensor(values[parameter.name]))
 
 
+ADAPTERS = {"lora_rank": 4, "target_modules": ".*wq|.*w1"}
 ROUTER = {"aux_loss_factor": 0.5, "z_loss_factor": 0.1, "capacity_factor": 0.6}
 KINDS = {
     "plain": {},
@@ -244,6 +250,35 @@ def test_an_overflow_is_seen_in_totals_of_the_device(graph):
     assert trained.step([batch_of(2, 15, seed) for seed in range(4)], RATE, np.inf).skipped
     for name, value in trained.weights().items():
         np.testing.assert_array_equal(value, before[name])
+
+
+@pytest.mark.parametrize(
+    "accumulation, changes", [(2, {"pet_config": ADAPTERS}), (1, {"tie_word_embeddings": True})]
+)
+@pytest.mark.slow
+def test_working_weights_give_what_weights_cast_each_time_give(accumulation, changes, graph):
+    batches = [batch_of(2, 9 - seed, seed) for seed in range(accumulation)]
+    found = []
+    for working in (False, True):
+        trained = Training(accumulation, working=working, compute_dtype="float16", **changes)
+        losses = [trained.step(batches, RATE, 64.0).loss for _ in range(2)]
+        found.append((losses, trained.weights()))
+    (expected, weights), (got, working_weights) = found
+    assert got == expected and got[0] != got[1]
+    for name, value in working_weights.items():
+        assert value.dtype == np.float32
+        np.testing.assert_array_equal(value, weights[name], err_msg=name)
+
+
+def test_which_weights_have_a_copy(pynative):
+    trained = Training(working=True, compute_dtype="float16")
+    own = {one.name: one.dtype for one in trained.step.objective.network.get_parameters()}
+    kept = {name for name, dtype in own.items() if dtype == mindspore.float32}
+    layer, attention = "model.layers.0.", ("wq", "wk", "wv", "wo")
+    cast = {f"{layer}attention.{name}.weight" for name in attention} | {"lm_head.weight"}
+    cast |= {f"{layer}feed_forward.routed_experts.ffn.{name}.weight" for name in ("w1", "w2", "w3")}
+    assert own.keys() - kept == cast
+    assert all(one.dtype == mindspore.float32 for one in trained.network.get_parameters())
 
 
 def test_a_wrong_number_of_micro_batches_is_refused(graph):
