@@ -55,10 +55,16 @@ def _backend_of_device(dtype: mstype.Type) -> str:
     return "C++" if native_library() else "numpy"
 
 
-def select_update() -> PlainUpdate:
-    """How the optimizer updates a tensor on this device."""
+def select_update(*, fused: bool = True) -> PlainUpdate:
+    """How the optimizer updates a tensor on this device.
+
+    Args:
+        fused: by Ascend's operator for it, where that is the device.
+    """
     if not _on_cpu():
-        return PlainUpdate()
+        from mixtral_ms.kernels.ascend.fused_adamw import FusedUpdate  # noqa: PLC0415 - as above
+
+        return FusedUpdate() if fused else PlainUpdate()
     library = native_library()
     return NativeUpdate(library) if library else NumpyUpdate()
 

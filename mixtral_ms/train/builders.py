@@ -145,10 +145,19 @@ def build_loader(
 def build_optimizer(config: RunConfig, network: MixtralForCausalLM) -> AdamW:
     """AdamW, whichever of its names the YAML uses."""
     section, parameters = config.optimizer, network.trainable_params()
+    if section.use_fused is not None and config.context.device_target == "CPU":
+        get_logger().info("optimizer.use_fused %s has no effect on CPU", section.use_fused)
     shards = {}
     if is_zero(config):
         shards = shard_groups(network.config, network.mesh, [one.name for one in parameters])
-    return AdamW(parameters, section.moment_decay, section.eps, section.weight_decay, shards)
+    return AdamW(
+        parameters,
+        section.moment_decay,
+        section.eps,
+        section.weight_decay,
+        shards,
+        fused=step_choices(config).fused_update,
+    )
 
 
 def build_learning_rate(config: RunConfig, total_steps: int) -> Schedule:

@@ -250,6 +250,20 @@ def communicated(node: Node, x: TensorType) -> Iterator[str]:
         yield f"{node.primitive} of {x.dtype}"
 
 
+def adamw(node: Node) -> Iterator[str]:
+    """AdamW: var, m, v, max_v, gradient, step, then numbers; float16 or float32."""
+    var, *moments, gradient, step = tensors(node)
+    for one in (var, *moments):
+        if one.dtype not in ("Float16", "Float32") or one.shape != var.shape:
+            yield f"{one} beside {var}"
+    if len({one.dtype for one in moments}) > 1:
+        yield f"moments of {moments}"
+    if gradient != var:
+        yield f"gradient {gradient} of {var}"
+    if step != TensorType("Float32", (1,)):  # as mint.optim.AdamW gives it
+        yield f"step {step}"
+
+
 def all_reduce(node: Node) -> Iterator[str]:
     """AllReduce: HCCL sums int8 to int64, float16, bfloat16 and float32."""
     (x,) = tensors(node)
@@ -364,6 +378,7 @@ OPERATORS: dict[str, Check] = {
     **dict.fromkeys(("Equal", "NotEqual", "Less", "Greater", "GreaterEqual"), alike(*ANYTHING)),
     **dict.fromkeys(("LogicalAnd", "LogicalOr", "LogicalNot"), _LOGIC),
     "AssignAdd": assigned,
+    "AdamW": adamw,
     # sums
     "ReduceSum": dtypes(*NUMBERS),
     "SumExt": dtypes(*NUMBERS, "Bool"),

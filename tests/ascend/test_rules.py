@@ -54,7 +54,14 @@ def equal_exchange(x=tensor("BFloat16", 8, 6), result=None, ranks="ranks_0_1"): 
     return node("AlltoAll", [x], [result or x], attributes=attributes)
 
 
+def adamw(gradient="Float32", moment="Float32", step=tensor("Float32", 1)):  # noqa: B008
+    var, second = tensor("Float32", 4, 6), tensor("Float32", 4, 6)
+    moments = [tensor(moment, 4, 6), second, second]
+    return node("AdamW", [var, *moments, tensor(gradient, 4, 6), step, *["F32(0.1)"] * 5])
+
+
 GOOD = [
+    adamw(),
     equal_exchange(),
     grouped(),
     attention(),
@@ -62,6 +69,10 @@ GOOD = [
     exchange(),
 ]
 BAD = {
+    "a 16 bit gradient of a float32 weight": adamw(gradient="BFloat16"),
+    "moments of two dtypes": adamw(moment="Float16"),
+    "bfloat16 moments": adamw(moment="BFloat16"),
+    "an int32 step": adamw(step=tensor("Int32", 1)),
     "weights of another dtype": grouped(weight=tensor("Float32", 4, 8, 5)),
     "int32 groups": grouped(groups=tensor("Int32", 4)),
     "groups of other experts": grouped(groups=tensor("Int64", 3)),

@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Tensor, mint, nn, ops
 from mindspore import dtype as mstype
 
-from mixtral_ms.kernels.ascend import flash_attention, grouped_experts
+from mixtral_ms.kernels.ascend import flash_attention, fused_adamw, grouped_experts
 from mixtral_ms.parallel.comm.graph_primitives import zeros_like
 
 FLOATS = (mstype.float16, mstype.bfloat16, mstype.float32)
@@ -34,6 +34,55 @@ def emulate_ascend(monkeypatch):
     monkeypatch.setattr(ops, "flash_attention_score", flash_attention_score)
     monkeypatch.setattr(ops, "rms_norm", rms_norm)
     monkeypatch.setattr(mint, "transpose", transpose)
+    monkeypatch.setattr(fused_adamw, "AdamW", AdamW)
+
+
+class AdamW:
+    """The update as documented, in float64. It is not said whether `step` counts from 0 or from 1.
+
+    Args:
+        first: what it counts from.
+    """
+
+    def __init__(self, first=0):
+        self.first = first
+
+    def __call__(  # noqa: PLR0913, PLR0917 - the operator's
+        self,
+        var,
+        m,
+        v,
+        max_v,
+        gradient,
+        step,
+        lr,
+        beta1,
+        beta2,
+        decay,
+        eps,
+        amsgrad=False,
+        maximize=False,
+    ):
+        require(all(one.dtype in FLOATS[::2] for one in (var, m)), "var and m: float16, float32")
+        require(gradient.dtype == var.dtype, "gradient has the dtype of var")
+        require(m.dtype == v.dtype == max_v.dtype, "the moments have one dtype")
+        require(gradient.shape == var.shape, "gradient has the shape of var")
+        require(m.shape == v.shape == max_v.shape == var.shape, "so have the moments")
+        require(all(isinstance(one, float) for one in (lr, beta1, beta2, decay, eps)), "floats")
+        require(not amsgrad and not maximize, "the emulation knows neither")
+        rate, beta1, beta2, decay, eps = (
+            float(np.float32(one)) for one in (lr, beta1, beta2, decay, eps)
+        )
+        t = float(step.asnumpy()[0]) + 1 - self.first
+        values = [one.asnumpy().astype(np.float64) for one in (var, m, v, gradient)]
+        value, first, second, slope = values
+        value *= 1 - rate * decay
+        first = beta1 * first + (1 - beta1) * slope
+        second = beta2 * second + (1 - beta2) * slope**2
+        root = np.sqrt(second / (1 - beta2**t))
+        value -= rate * first / (1 - beta1**t) / (root + eps)
+        for parameter, new in ((var, value), (m, first), (v, second)):
+            ops.assign(parameter, Tensor(new, parameter.dtype))
 
 
 def transpose(x_EFD, first, second):

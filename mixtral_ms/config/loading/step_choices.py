@@ -13,10 +13,12 @@ class StepChoices:
         one_host_read: add losses, figures and the gradient norm up on the device, and read them
             once a step.
         working_weights: compute with a copy of the matrices in the compute dtype, cast once a step.
+        fused_update: update each tensor by one operator of the device, where it has one.
     """
 
     one_host_read: bool = False
     working_weights: bool = False
+    fused_update: bool = False
 
 
 def step_choices(config: RunConfig) -> StepChoices:
@@ -26,6 +28,7 @@ def step_choices(config: RunConfig) -> StepChoices:
     return StepChoices(
         one_host_read=_chosen(wrapper.one_host_read, on_ascend),
         working_weights=narrow and _chosen(wrapper.working_weights, on_ascend),
+        fused_update=on_ascend and _chosen(config.optimizer.use_fused, True),
     )
 
 

@@ -54,7 +54,9 @@ class OptimizerSection:
     eps: float = 1e-8
     weight_decay: float = 0.0
     """0.1 is usual for pretraining, 0 for fine-tuning."""
-    use_fused: bool = inert(False, "the backend chooses its kernels")
+    use_fused: bool | None = None
+    """Update each tensor by one operator (aclnnApplyAdamWV2), on Ascend; without effect on a CPU,
+    which has its own. Empty: True."""
     swap: bool = inert(False, "optimizer state stays on the device")
 
     @property

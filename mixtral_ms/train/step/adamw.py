@@ -22,6 +22,7 @@ class AdamW:
         weight_decay: decoupled decay, times the learning rate, of weights with two axes or more.
         shards: by parameter, the replicas that share out its moments along axis 0 (ZeRO-1, section
             5.1 of arXiv 1910.02054): each updates its part, then all gather the parts.
+        fused: use the device's operator for it, where it has one.
     """
 
     def __init__(
@@ -31,6 +32,8 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         shards: Mapping[str, ProcessGroup] | None = None,
+        *,
+        fused: bool = True,
     ) -> None:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.updates = 0
@@ -44,7 +47,7 @@ class AdamW:
         for parameter, moment in zip(parameters, self._first, strict=True):
             if parameter.name in self.shards and moment.shape not in self._parts:
                 self._parts[moment.shape] = self._zeros_like(parameter, "part_of.")
-        self.kernels = select_update()
+        self.kernels = select_update(fused=fused)
 
     def update(self, gradients: tuple[Tensor, ...], learning_rate: float, scale: float) -> None:
         """One step on gradients * scale; each gradient has the shape of its moments.

@@ -7,6 +7,7 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.errors import UserError
 from mixtral_ms.kernels import select
+from mixtral_ms.kernels.ascend.fused_adamw import FusedUpdate
 from mixtral_ms.kernels.cells.attention import AttentionSizes
 from mixtral_ms.kernels.cells.optimizer_update import PlainUpdate
 from mixtral_ms.kernels.select import BACKENDS, select_kernels, select_update
@@ -55,7 +56,8 @@ def test_float16_does_not_reach_the_float32_kernels():
 @pytest.mark.parametrize("dtype", [mstype.float32, mstype.bfloat16])
 def test_ascend_has_its_own(dtype, on_ascend):
     assert select_kernels(dropless=True, dtype=dtype).name == "ascend"
-    assert type(select_update()) is PlainUpdate
+    assert type(select_update()) is FusedUpdate
+    assert type(select_update(fused=False)) is PlainUpdate
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
