@@ -37,6 +37,12 @@ def test_heads_and_layers_split(check):
         assert weight == "the weight model.layers.1.ffn_norm.weight itself"
 
 
+def test_totals_on_the_device_and_gradients_in_buckets(check):
+    """With buckets of which some gradients fill one, some share one and some are larger."""
+    choices = {"one_host_read": True, "bucket_bytes": 8 << 10}
+    check(Case("dp=2,ep=2,zero=1", ("sdrop",), accumulation=2, evaluate=True, choices=choices), 2)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", CASES)

@@ -24,6 +24,7 @@ from pathlib import Path
 import mindspore
 import numpy as np
 
+from mixtral_ms.config.loading.step_choices import StepChoices
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
@@ -125,6 +126,7 @@ def run(
     steps: int,
     accumulation: int,
     evaluate: bool,
+    choices: StepChoices,
     started: Path,
 ) -> dict:
     """Train; returns the arrays to write. The file `started` tells that a step is done."""
@@ -132,7 +134,7 @@ def run(
     names = [parameter.name for parameter in network.trainable_params()]
     shards = shard_groups(config, mesh, names) if zero else {}
     optimizer = AdamW(network.trainable_params(), eps=EPS, weight_decay=0.1, shards=shards)
-    step_fn = TrainStep(network, optimizer, accumulation, MAX_NORM)
+    step_fn = TrainStep(network, optimizer, accumulation, MAX_NORM, choices=choices)
     arrays, update = {}, optimizer.update
 
     def keep_and_update(gradients: tuple, rate: float, scale: float) -> None:
@@ -172,6 +174,7 @@ def main() -> None:
     parser.add_argument("--models", default="dropless", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--evaluate", action="store_true", help="after training")
     parser.add_argument("--changes", default="{}", help="model_config keys, as JSON")
+    parser.add_argument("--choices", default="{}", help="of StepChoices, as JSON")
     options = parser.parse_args()
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
     mindspore.set_device("CPU")
@@ -188,6 +191,7 @@ def main() -> None:
             steps=options.steps,
             accumulation=options.accumulation,
             evaluate=options.evaluate,
+            choices=StepChoices(**json.loads(options.choices)),
             started=options.out / f"{model}.started",
         )
         np.savez(options.out / f"{model}.rank_{mesh.rank}.npz", **arrays)

@@ -69,6 +69,8 @@ class Case:
     """Evaluate at the end, too."""
     changes: dict = field(default_factory=dict)
     """Of the model_config."""
+    choices: dict = field(default_factory=dict)
+    """Of StepChoices; one process has none of them."""
 
     @property
     def grid(self) -> ParallelConfig:
@@ -90,6 +92,7 @@ class Case:
         order = [str(WORKER), str(folder), "--grid", self.grid_text, "--steps", str(steps)]
         order += ["--accumulation", str(self.accumulation), "--models", ",".join(self.models)]
         order += ["--changes", json.dumps(self.changes)]
+        order += ["--choices", json.dumps(self.choices)]
         order += ["--sequence-parallel"] if self.sequence_parallel else []
         order += ["--evaluate"] if self.evaluate else []
         folder.mkdir(parents=True)
@@ -99,7 +102,7 @@ class Case:
 
     def alone(self) -> "Case":
         """The same micro batches on one process."""
-        one = replace(self, grid_text="dp=1", sequence_parallel=False)
+        one = replace(self, grid_text="dp=1", sequence_parallel=False, choices={})
         return replace(one, accumulation=self.accumulation * self.grid.data_parallel)
 
 

@@ -45,6 +45,7 @@ _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
     ("runner_wrapper.scale_sense.scale_window", 1, None),
     ("runner_wrapper.scale_sense.min_loss_scale", ">0", None),
     ("context.device_id", 0, 4095),
+    ("parallel.gradient_bucket_mb", 0, 2047),
     ("parallel_config.data_parallel", 1, None),
     ("parallel_config.model_parallel", 1, None),
     ("parallel_config.expert_parallel", 1, None),

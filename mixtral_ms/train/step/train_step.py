@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Tensor
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.loading.step_choices import StepChoices
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.parallel.comm.gradient_buckets import GradientReduction
 from mixtral_ms.parallel.comm.gradient_reduction import gradient_rules
 from mixtral_ms.parallel.comm.process_groups import gather_objects
 from mixtral_ms.parallel.grid.sharding_rules import adapter_shapes, parameter_shapes
@@ -65,6 +66,7 @@ class TrainStep:
         names = [parameter.name for parameter in network.trainable_params()]
         zero = bool(optimizer.shards)
         self._rules = gradient_rules(network.config, self.mesh, names, zero=zero)
+        self._reduce = GradientReduction(list(self._rules.values()), choices.bucket_bytes)
         stages = self.mesh.grid.pipeline_stage
         kind = PipelineGradients if stages > 1 else MicroBatchGradients
         self._gradients = kind(self.objective, accumulation)
@@ -119,16 +121,6 @@ class TrainStep:
                 own = name
                 break
         return first_of_ranks(self.network, own)
-
-    def _reduce(self, gradients: list[Tensor]) -> list[Tensor]:
-        """One by one and in place, so that only one gradient is there twice."""
-        for index, rule in enumerate(self._rules.values()):
-            own, reduced = gradients[index], rule.reduce(gradients[index])
-            if reduced is not own and isinstance(own, Parameter) and own.shape == reduced.shape:
-                ops.assign(own, reduced)  # sums of micro batches stay where they are
-            else:
-                gradients[index] = reduced
-        return gradients
 
     def _counted(self, gradients: list[Tensor]) -> list[Tensor]:
         """Those whose squares this rank adds to the norm."""

@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor
 
 from mixtral_ms.config.derived.parameter_table import EMBEDDING
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
+from mixtral_ms.parallel.comm.gradient_buckets import GradientReduction
 from mixtral_ms.parallel.comm.gradient_reduction import gradient_rules, shard_groups
 from mixtral_ms.parallel.grid.grid_text import parse_grid
 from mixtral_ms.parallel.grid.mesh import Mesh
@@ -80,6 +81,55 @@ def test_each_value_counts_once_and_each_shard_is_where_the_layout_says(text, ze
                 assert region[0].stop - region[0].start == rows
     for name, count in counted.items():
         assert (count == 1).all(), name
+
+
+BUCKET = 3000
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("text", GRIDS)
+def test_ranks_that_add_fill_the_same_buckets(text, zero):
+    """Each rank of a group sends it the same gradients in the same order, or all wait for ever."""
+    grid, sent, shared = parse_grid(text)[0], {}, 0
+    for mesh in ranks_of(grid):
+        here = names_on(mesh.stage, grid)[1]
+        rules = gradient_rules(MODEL, mesh, here, zero=zero)
+        shapes = [local_shape(name, shape, grid) for name, shape in here.items()]
+        names, found = list(here), GradientReduction(list(rules.values()), BUCKET)
+        buckets = list(found.buckets(shapes))
+        assert sorted(n for one in buckets for n in one.numbers) == list(range(len(names)))
+        shared += sum(len(one.numbers) > 1 for one in buckets)
+        for bucket in buckets:
+            assert bucket.bytes <= BUCKET or len(bucket.numbers) == 1
+            members = [names[number] for number in bucket.numbers]
+            for group in bucket.rule.groups:
+                sent.setdefault((group.ranks, mesh.rank), []).append(members)
+    assert shared or mesh.world_size == 1
+    for (ranks, rank), messages in sent.items():
+        assert messages == sent[ranks, ranks[0]], (ranks, rank)
+
+
+@pytest.mark.usefixtures("pynative")
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_bucket_gives_each_gradient_what_it_gets_by_itself(zero):
+    """On a rank without the others a sum is what it is of; what is cut is cut."""
+    grid = ParallelConfig(data_parallel=4)
+    shapes = names_on(0, grid)[1]
+    rules = list(gradient_rules(MODEL, Mesh(grid, 2), shapes, zero=zero).values())
+    draw = np.random.default_rng(0).standard_normal
+    values = [draw(shape).astype(np.float32) for shape in shapes.values()]
+
+    def reduced(bucket_bytes):
+        given = [Tensor(value) for value in values]
+        given[1::2] = [Parameter(Tensor(value)) for value in values[1::2]]  # as sums are
+        return given[1::2], GradientReduction(rules, bucket_bytes)(list(given))
+
+    _, expected = reduced(0)
+    sums, got = reduced(BUCKET)
+    for name, one, other in zip(shapes, got, expected, strict=True):
+        np.testing.assert_array_equal(one.asnumpy(), other.asnumpy(), err_msg=name)
+    stayed = [one is own for one, own in zip(got[1::2], sums, strict=True)]
+    assert all(stayed) if not zero else not any(stayed)
 
 
 def summed(name, rank, **grid):

@@ -17,7 +17,7 @@ FLOAT16 = "model.model_config.compute_dtype=float16"
 def test_empty_keys_follow_the_device():
     assert step_choices(load_config(TINY, [])) == StepChoices()
     assert step_choices(load_config(LARGE, ["context.device_target=CPU"])) == StepChoices()
-    assert step_choices(load_config(LARGE, [])) == StepChoices(True, True, True)
+    assert step_choices(load_config(LARGE, [])) == StepChoices(True, True, True, 64 << 20)
     float32 = "model.model_config.compute_dtype=float32"
     assert not step_choices(load_config(LARGE, [float32])).working_weights
 
