@@ -108,6 +108,12 @@ def build_train_step(
         get_logger().info(
             "runner_wrapper.working_weights True has no effect: weights are used in float32"
         )
+    sharding = config.parallel.parallel_optimizer_config
+    if sharding.gradient_accumulation_shard and not choices.cut_sums:
+        get_logger().info(
+            "parallel.parallel_optimizer_config.gradient_accumulation_shard True has no effect: "
+            "without enable_parallel_optimizer no moments are cut"
+        )
     accumulation = micro_batches(config)
     return TrainStep(network, optimizer, accumulation, norm, objective, choices, working)
 

@@ -127,6 +127,13 @@ def _switches() -> dict[str, GraphCase]:
         "sample answers, jitter": TinyRun((samples, "moe_config.router_jitter=0.01")),
         "cp 2, packed": TinyRun((PACKED,), {"context_parallel": 2}),
         "ep 2, capacity, recompute, evaluation": TinyRun((*CAPACITY, *every_key[:2]), pairs),
+        "sums of gradients cut": TinyRun(
+            (
+                "parallel.enable_parallel_optimizer=True",
+                "parallel.parallel_optimizer_config.gradient_accumulation_shard=True",
+            ),
+            {"data_parallel": 2},
+        ),
         "run_mode eval": TinyRun(("run_mode=eval",), pairs),
         "predict": TinyRun(config=PREDICT_TINY),
         "predict, tp 2, ep 2, float16": TinyRun(

@@ -44,6 +44,14 @@ def test_totals_on_the_device_and_gradients_in_buckets(check):
 
 
 @pytest.mark.long
+def test_sums_of_gradients_that_are_cut_in_every_micro_batch(check):
+    """The embedding's ends are added to each other at the end of the step only."""
+    choices = {"cut_sums": True, "bucket_bytes": 8 << 10}
+    case = Case("dp=2,pp=2,zero=1", ("tied",), accumulation=2, choices=choices)
+    check(case, 2)
+
+
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", CASES)
 def test_every_layout(name, check):

@@ -25,7 +25,10 @@ ParallelMode = Literal[
 class ParallelOptimizerConfig:
     """`parallel.parallel_optimizer_config`."""
 
-    gradient_accumulation_shard: bool = inert(False, "gradients are kept whole on each rank")
+    gradient_accumulation_shard: bool = False
+    """Keep of gradients' sums only the part whose moments the rank has (ZeRO-2): each micro batch
+    reduces its own, in its graph, while the backward pass goes on. Less memory, and as many times
+    the bytes sent as there are micro batches. Needs enable_parallel_optimizer."""
     parallel_optimizer_threshold: int = inert(64, "optimizer state is split whatever its size")
     optimizer_weight_shard_size: int = inert(-1, "optimizer state is split over data_parallel")
 

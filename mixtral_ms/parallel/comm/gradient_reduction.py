@@ -7,14 +7,14 @@ them met the parameter with a part of the work: of the sequence, or of a LoRA pr
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mindspore import Tensor
 
 from mixtral_ms.config.derived.parameter_table import row_of
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.parallel.comm.process_groups import own_part, sum_and_scatter, sum_tensor
-from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
+from mixtral_ms.parallel.grid.mesh import ALONE, Mesh, ProcessGroup
 from mixtral_ms.parallel.grid.placement import Placement
 from mixtral_ms.parallel.grid.sharding_rules import MOMENTS, placements
 
@@ -30,12 +30,21 @@ class GradientRule:
     counted: bool
     """Whether this rank's part of the sum counts in the norm; of equal parts one does."""
 
+    @property
+    def scatters(self) -> bool:
+        """Whether the ranks over which it is first added are those that share its moments out."""
+        return self.shard is not None and self.shard.ranks == self.groups[0].ranks
+
+    def after_scatter(self) -> "GradientRule":
+        """What is left to do for a gradient that was added and cut over the first group."""
+        return replace(self, groups=(ALONE, *self.groups[1:]), shard=None)
+
     def reduce(self, gradient: Tensor) -> Tensor:
         """The part of the summed gradient that this rank's moments are of."""
         first, *others = self.groups
         if self.shard is None:
             gradient = sum_tensor(first, gradient)
-        elif self.shard.ranks == first.ranks:
+        elif self.scatters:
             gradient = sum_and_scatter(first, gradient)
         else:
             gradient = own_part(self.shard, sum_tensor(first, gradient))

@@ -3,7 +3,7 @@
 Legend: B batch, S sequence, L layers, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import mindspore
 import numpy as np
@@ -11,7 +11,9 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.data.loader.batch import Batch
+from mixtral_ms.parallel.comm import transports
 from mixtral_ms.parallel.comm.process_groups import compile_together
+from mixtral_ms.parallel.grid.mesh import ALONE, ProcessGroup
 from mixtral_ms.train.objectives.objective import Objective, batch_tensors
 
 Graphs = dict[nn.Cell, tuple[Tensor | None, ...]]
@@ -24,11 +26,14 @@ class MicroBatchGradients:
     Args:
         objective: of the model, whose shapes are those of one micro batch.
         accumulation: micro batches a step.
+        shards: see `GradientSums`.
     """
 
-    def __init__(self, objective: Objective, accumulation: int) -> None:
+    def __init__(
+        self, objective: Objective, accumulation: int, shards: Mapping[str, ProcessGroup]
+    ) -> None:
         self.objective = objective
-        self.graph = _Gradients(objective, add=accumulation > 1)
+        self.graph = _Gradients(objective, add=accumulation > 1 or bool(shards), shards=shards)
         self._sums, self._compiled = self.graph.sums, False
 
     def graphs(self, batch: Batch) -> Graphs:
@@ -69,10 +74,12 @@ class MicroBatchGradients:
 class _Gradients(nn.Cell):
     """Parts of one micro batch's loss, and its gradients where they are not added to sums."""
 
-    def __init__(self, objective: Objective, *, add: bool) -> None:
+    def __init__(
+        self, objective: Objective, *, add: bool, shards: Mapping[str, ProcessGroup]
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.weights = ParameterTuple(objective.network.trainable_params())
-        self.sums = GradientSums(self.weights) if add else None
+        self.sums = GradientSums(self.weights, shards) if add else None
         self.narrow = _narrow(self.weights)
         self.differentiate = mindspore.value_and_grad(objective, None, self.weights, has_aux=True)
 
@@ -91,21 +98,23 @@ class _Gradients(nn.Cell):
 
 
 class GradientSums(nn.Cell):
-    """Gradient accumulation: of each parameter the sum so far, added to inside a graph."""
+    """Gradient accumulation: of each parameter the sum so far, added to inside a graph.
 
-    def __init__(self, weights: ParameterTuple) -> None:
+    Args:
+        weights: whose gradients they are.
+        shards: by name, the ranks that first add a gradient and then have a part each of it
+            (ZeRO-2, section 5.2 of arXiv 1910.02054). The sum is of the own part.
+    """
+
+    def __init__(self, weights: ParameterTuple, shards: Mapping[str, ProcessGroup]) -> None:
         super().__init__(auto_prefix=False)
+        groups = [shards.get(p.name, ALONE) for p in weights]
         self.values = ParameterTuple(
-            [
-                Parameter(
-                    Tensor.from_numpy(np.zeros(p.shape, np.float32)),
-                    f"grad_sum.{p.name}",
-                    requires_grad=False,
-                )
-                for p in weights
-            ]
+            [_zero_sum(p, group.size) for p, group in zip(weights, groups, strict=True)]
         )
-        self.narrow = _narrow(weights)
+        self.narrow, self.cuts = _narrow(weights), bool(shards)
+        if self.cuts:
+            self.own_parts = nn.CellList([_OwnPart(group) for group in groups])
 
     def clear(self) -> None:
         """Set all of them to zero."""
@@ -123,8 +132,31 @@ class GradientSums(nn.Cell):
             gradient = gradients[count - 1 - i]
             if self.narrow:
                 gradient = ops.cast(gradient, mstype.float32)
+            if self.cuts:
+                gradient = self.own_parts[count - 1 - i](gradient)
             ops.assign_add(self.values[count - 1 - i], gradient)
         return True
+
+
+class _OwnPart(nn.Cell):
+    """Of the ranks' gradients the sum, of which each has a part along axis 0."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__()
+        self.ranks = group.size
+        self.scatter = transports.reduce_scatter(group) if self.ranks > 1 else None
+
+    def construct(self, gradient: Tensor) -> Tensor:
+        if self.scatter is None:
+            return gradient
+        rows = gradient.shape[0] // self.ranks
+        return self.scatter(ops.reshape(gradient, (self.ranks, rows) + gradient.shape[1:]))
+
+
+def _zero_sum(weight: Parameter, parts: int) -> Parameter:
+    first, *others = weight.shape
+    zeros = Tensor.from_numpy(np.zeros((first // parts, *others), np.float32))
+    return Parameter(zeros, f"grad_sum.{weight.name}", requires_grad=False)
 
 
 def _narrow(weights: ParameterTuple) -> bool:

@@ -6,7 +6,7 @@ under way only the stage's input is kept. The last stage needs the second graph 
 Legend: B batch, S sequence, D hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import mindspore
 import numpy as np
@@ -17,6 +17,7 @@ from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.model.nn.compute_dtype import compute_type
 from mixtral_ms.parallel.comm.process_groups import compile_together, send_recv
+from mixtral_ms.parallel.grid.mesh import ProcessGroup
 from mixtral_ms.parallel.pipeline_schedule import Compute, SendRecv, one_forward_one_backward
 from mixtral_ms.train.objectives.objective import Objective, batch_tensors
 from mixtral_ms.train.step.gradients import GradientSums, Graphs
@@ -66,11 +67,13 @@ class Neighbours:
 class PipelineGradients:
     """As `MicroBatchGradients`, on a network with pipeline stages."""
 
-    def __init__(self, objective: Objective, accumulation: int) -> None:
+    def __init__(
+        self, objective: Objective, accumulation: int, shards: Mapping[str, ProcessGroup]
+    ) -> None:
         self.objective, mesh = objective, objective.network.mesh
         self._actions = one_forward_one_backward(mesh.stage, mesh.grid.pipeline_stage, accumulation)
         self._forward = None if mesh.is_last_stage else _StageForward(objective)
-        self._backward = _StageBackward(objective)
+        self._backward = _StageBackward(objective, shards)
         self._sums, self._compiled = self._backward.sums, False
 
     def graphs(self, batch: Batch) -> Graphs:
@@ -170,10 +173,10 @@ class _StageForward(nn.Cell):
 class _StageBackward(nn.Cell):
     """Parts of the loss, the gradient of the stage's input; adds weights' gradients to sums."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, shards: Mapping[str, ProcessGroup]) -> None:
         super().__init__(auto_prefix=False)
         self.weights = ParameterTuple(objective.network.trainable_params())
-        self.sums = GradientSums(self.weights)
+        self.sums = GradientSums(self.weights, shards)
         self.is_first_stage = objective.network.mesh.is_first_stage
         self.differentiate = mindspore.value_and_grad(
             objective, None if self.is_first_stage else 0, self.weights, has_aux=True

@@ -66,10 +66,13 @@ class TrainStep:
         names = [parameter.name for parameter in network.trainable_params()]
         zero = bool(optimizer.shards)
         self._rules = gradient_rules(network.config, self.mesh, names, zero=zero)
-        self._reduce = GradientReduction(list(self._rules.values()), choices.bucket_bytes)
+        cut = {n: rule for n, rule in self._rules.items() if choices.cut_sums and rule.scatters}
+        left = self._rules | {name: rule.after_scatter() for name, rule in cut.items()}
+        self._reduce = GradientReduction(list(left.values()), choices.bucket_bytes)
         stages = self.mesh.grid.pipeline_stage
         kind = PipelineGradients if stages > 1 else MicroBatchGradients
-        self._gradients = kind(self.objective, accumulation)
+        shards = {name: rule.groups[0] for name, rule in cut.items()}
+        self._gradients = kind(self.objective, accumulation, shards)
         kind_of_totals = DeviceTotals if choices.one_host_read else HostTotals
         self.totals = kind_of_totals(self.objective, optimizer.kernels)
         self._last_gradients: list[Tensor] = []

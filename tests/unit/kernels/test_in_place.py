@@ -143,7 +143,7 @@ def batch_of(seed):
 
 def gradients_of(network, batches):
     network.set_train()
-    gradients = MicroBatchGradients(CausalLMObjective(network), len(batches))
+    gradients = MicroBatchGradients(CausalLMObjective(network), len(batches), shards={})
     weights = Tensor(0.1, mindspore.float32), Tensor(0.5, mindspore.float32)
     outputs, sums = gradients(batches, weights, lambda index: None)
     return [float(parts[0]) for parts in outputs], [one.asnumpy().copy() for one in sums]

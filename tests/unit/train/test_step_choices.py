@@ -29,6 +29,14 @@ def test_keys_that_are_given_win(key):
         assert getattr(choices, key) == given
 
 
+def test_sums_are_cut_where_moments_are():
+    shard = "parallel.parallel_optimizer_config.gradient_accumulation_shard=True"
+    assert step_choices(load_config(LARGE, [shard])).cut_sums
+    assert not step_choices(load_config(LARGE, [])).cut_sums
+    off = "parallel.enable_parallel_optimizer=False"
+    assert not step_choices(load_config(LARGE, [shard, off])).cut_sums
+
+
 def step_of(*changes):
     config = load_config(TINY, ["model.model_config.num_layers=1", *changes])
     network = build_network(config, Mesh(), values=False)
