@@ -10,6 +10,7 @@ from mindspore import Tensor, nn
 
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
+from mixtral_ms.config.derived.prediction import PREFILL_CHUNK
 from mixtral_ms.config.loading.resolve import (
     effective_parallel,
     micro_batch_size,
@@ -18,7 +19,6 @@ from mixtral_ms.config.sections.data_section import DatasetSection
 from mixtral_ms.config.sections.training_section import SampleMonitorSection
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.data.mindrecord.reader import MindRecords
-from mixtral_ms.infer.engine.engine import PREFILL_CHUNK
 from mixtral_ms.infer.runners.base import StepInput
 from mixtral_ms.infer.runners.graph_runner import GraphRunner
 from mixtral_ms.infer.runners.infer_weights import empty_weights

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mixtral_ms.config import RunConfig
+from mixtral_ms.config.derived.prediction import prediction_batch
 from mixtral_ms.config.loading.resolve import effective_parallel
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.convert.run_weights import find_run_weights, open_run_weights, run_tokenizer
@@ -17,8 +18,6 @@ from mixtral_ms.infer.runners.select_runner import select_runner
 from mixtral_ms.log import get_logger
 from mixtral_ms.parallel.comm.launched import is_launched
 from mixtral_ms.parallel.grid.mesh import Mesh
-
-_USUAL_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ def load_model(config: RunConfig, mesh: Mesh | None = None) -> LoadedModel:
     weights = load_weights(open_run_weights(config, found), network, config.weight_dtype, mesh)
     backend = "auto" if config.context.device_target == "CPU" else "graph"
     runner = select_runner(network, weights, backend=backend, mesh=mesh)
-    batch = config.predict_batch_size or _USUAL_BATCH
-    engine = Engine(runner, tokenizer, network, max_batch_size=batch)
+    engine = Engine(runner, tokenizer, network, max_batch_size=prediction_batch(config))
     seconds = time.monotonic() - start
     get_logger().info(
         "%s runner, %s weights from %s, loaded in %.1f s",

@@ -20,6 +20,8 @@ from mixtral_ms.config.loading.resolve import rank_count
 from mixtral_ms.parallel.planner.memory_model import memory_plan
 
 BIG = ROOT / "research/mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
+PREDICT = ROOT / "research/mixtral_8x7b/predict_mixtral-8x7b.yaml"
+TWO = ("--devices", "2", "--memory", "64GB")
 SIXTEEN = ("--config", BIG, "--devices", "16", "--memory", "64GB")
 
 
@@ -45,6 +47,7 @@ def test_the_documents_commands(document, tmp_path, monkeypatch, capsys):
     (tmp_path / "research").symlink_to(ROOT / "research")
     monkeypatch.chdir(tmp_path)
     for command in commands:
+        Path("layout.yaml").unlink(missing_ok=True)
         assert plan(*shlex.split(command)) == 0
         assert "grids fit" in capsys.readouterr().out
         assert Path("layout.yaml").exists() == ("--write" in command)
@@ -116,6 +119,24 @@ def test_json_holds_what_the_table_shows(capsys):
     assert data["cluster"]["memory"] == 0.9 * 64 * 2**30
 
 
+def test_mixtral_answers_on_two_devices_in_float16(capsys):
+    flags = ("--set", "parallel_config.model_parallel=2", "--set", "weight_dtype=float16")
+    assert plan("--config", PREDICT, "--run_mode", "predict", *TWO, *flags, "--json") == 0
+    own = json.loads(capsys.readouterr().out)["own"]
+    assert own["memory"]["total"] < 0.9 * 64 * 2**30
+    alone, batch = own["steps"]
+    assert alone["bound_by"] == batch["bound_by"] == "weights"
+    # half of what a token meets, without the embedding; half of all for 32 sequences
+    met, rows = 12_879_925_248, 32000 * 4096
+    assert alone["weight_bytes"] == pytest.approx(met - rows, rel=0.01)
+    assert batch["weight_bytes"] == pytest.approx(46_702_792_704 - rows, rel=0.01)
+    assert alone["weights"] > 0.8 * alone["seconds"]
+    assert plan("--config", PREDICT, *TWO, "--set", "weight_dtype=float32", "--top", "1") == 0
+    said = capsys.readouterr().out
+    assert "mp=2,ep=1, weight_dtype float32: 87.9 GiB of 57.6 GiB" in said
+    assert "estimates; assumed:" in said and "read at 1,600 GB/s" in said
+
+
 def test_nothing_fits(tmp_path, capsys):
     written = tmp_path / "layout.yaml"
     small = ("--config", BIG, "--devices", "2", "--memory", "64GB")
@@ -142,7 +163,8 @@ def test_a_run_without_use_parallel_is_planned_too(tmp_path, capsys):
     [
         (("--fix", "tp=2"), "--fix 'tp=2'"),
         (("--fix", "mp"), "--fix 'mp'"),
-        (("--set", "run_mode=predict"), "run_mode predict: layouts are planned for training"),
+        (("--set", "run_mode=eval"), "run_mode eval: layouts are planned for training and for"),
+        (("--run_mode", "predict", "--write", "layout.yaml"), "--write with run_mode predict"),
         (("--set", "parallel_config.data_paralel=2"), "did you mean"),
         (("--set", "moe_config.num_experts_chosen=9"), "num_experts_chosen 9 is more than"),
         (("--set", "model.model_config.pet_config={target_modules: '('}"), "not a regular"),

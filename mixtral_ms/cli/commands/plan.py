@@ -9,21 +9,23 @@ from pathlib import Path
 
 from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, run_command
 from mixtral_ms.cli.support.flags import whole_number
-from mixtral_ms.cli.support.plan_report import as_data, as_text, as_yaml
+from mixtral_ms.cli.support.plan.plan_predict_report import predict_as_data, predict_as_text
+from mixtral_ms.cli.support.plan.plan_report import as_data, as_text, as_yaml
 from mixtral_ms.config import RunConfig, load_config
 from mixtral_ms.config.checks.check_config import find_contradictions
 from mixtral_ms.config.loading.resolve import rank_count
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
 from mixtral_ms.parallel.planner.layout_search import Layout, LayoutPlan, judge, plan_layouts
+from mixtral_ms.parallel.planner.predict_layouts import judge_prediction, plan_prediction
 from mixtral_ms.parallel.planner.time_model import Cluster
 from mixtral_ms.train.report.flops import flops_per_token
 
 _DESCRIPTION = """\
-Which rank grids a training run can have on a cluster, the fastest first, what each needs of every
-device, and why the others do not fit. Memory and bytes sent are counted; times are estimates of an
-analytic model (docs/parallel.md) whose defaults are round figures of an Atlas 800T A2: rank by
-them, then measure.
+Which rank grids a run can have on a cluster, the fastest first, what each needs of every device,
+and why the others do not fit: of training, or with run_mode predict of answering, in every
+weight_dtype. Memory and bytes sent are counted; times are estimates of an analytic model
+(docs/parallel.md) whose defaults are round figures of an Atlas 800T A2: rank by them, then measure.
 """
 _EXAMPLE = """\
 examples:
@@ -32,6 +34,9 @@ examples:
   without context parallel, and the second layout of the table written to a file:
   python -m mixtral_ms plan --config run.yaml --devices 16 --memory 64GB --fix cp=1 \\
       --choose 2 --write layout.yaml
+  tokens a second and memory of a network that answers:
+  python -m mixtral_ms plan --config research/mixtral_8x7b/predict_mixtral-8x7b.yaml \\
+      --run_mode predict --devices 2 --memory 64GB
 """
 _UNITS = {"": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 _KEYS = {
@@ -46,8 +51,10 @@ _KEYS = {
 def main(argv: Sequence[str]) -> int:
     """The command; returns 0, or 1 when no layout fits. Raises UserError for bad input."""
     arguments = _parser().parse_args(argv)
-    config = _training_run(arguments)
     cluster = _cluster(arguments)
+    config = _run(arguments)
+    if config.mode.answers:
+        return _plan_prediction(config, cluster, arguments)
     model = config.model.model_config
     token_flops = flops_per_token(model, model.seq_length)
     plan = plan_layouts(
@@ -76,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", type=Path, required=True, metavar="YAML", help="the training run")
+    add("--config", type=Path, required=True, metavar="YAML", help="the run")
+    add("--run_mode", choices=("train", "finetune", "predict"), help="(default: the YAML's)")
     add("--devices", type=whole_number, required=True, metavar="N", help="devices of the cluster")
     add("--memory", type=_size, required=True, metavar="SIZE", help="of a device, such as 64GB")
     add(
@@ -163,12 +171,13 @@ def _size(text: str) -> float:
     return _positive(number) * _UNITS[unit]
 
 
-def _training_run(arguments: argparse.Namespace) -> RunConfig:
-    config = load_config(arguments.config, arguments.set)
-    if not config.mode.trains:
+def _run(arguments: argparse.Namespace) -> RunConfig:
+    mode = [f"run_mode={arguments.run_mode}"] if arguments.run_mode else []
+    config = load_config(arguments.config, [*arguments.set, *mode])
+    if not config.mode.trains and not config.mode.answers:
         raise UserError(
-            f"run_mode {config.run_mode}: layouts are planned for training; give the YAML of a "
-            "training run, or --set run_mode=train"
+            f"run_mode {config.run_mode}: layouts are planned for training and for prediction; "
+            "give --run_mode train or predict"
         )
     # what is wrong without a grid is wrong on every one
     alone = replace(
@@ -179,6 +188,20 @@ def _training_run(arguments: argparse.Namespace) -> RunConfig:
     if problems := find_contradictions(alone):
         raise UserError(problems[0])
     return config
+
+
+def _plan_prediction(config: RunConfig, cluster: Cluster, arguments: argparse.Namespace) -> int:
+    for flag in ("write", "global_batch"):
+        if getattr(arguments, flag) is not None:
+            raise UserError(f"--{flag} with run_mode predict: it is for layouts of training")
+    on_device = replace(config, context=replace(config.context, device_target="Ascend"))
+    plan = plan_prediction(on_device, cluster, _fixed(arguments.fix))
+    own = _not_on(config, cluster) or judge_prediction(on_device, cluster)
+    if arguments.json:
+        print(json.dumps(predict_as_data(plan, cluster, own, arguments.top), indent=2))
+    else:
+        print(predict_as_text(plan, cluster, own, arguments.top))
+    return 0 if plan.fitting else 1
 
 
 def _cluster(arguments: argparse.Namespace) -> Cluster:
@@ -206,12 +229,15 @@ def _fixed(text: str) -> dict[str, int]:
 
 def _own(config: RunConfig, cluster: Cluster, token_flops: dict[str, float]) -> Layout | str:
     """The file's layout as it stands, or why it cannot be judged on this cluster."""
+    return _not_on(config, cluster) or judge(config, cluster, token_flops)
+
+
+def _not_on(config: RunConfig, cluster: Cluster) -> str:
+    """Why the file's layout cannot be judged on this cluster; empty where it can."""
     ranks = rank_count(config)
     if ranks != cluster.devices:
         return f"for {ranks} device{'s' * (ranks > 1)}"
-    if problems := find_contradictions(config):
-        return problems[0]
-    return judge(config, cluster, token_flops)
+    return next(iter(find_contradictions(config)), "")
 
 
 def _write(arguments: argparse.Namespace, plan: LayoutPlan) -> None:

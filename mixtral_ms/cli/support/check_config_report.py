@@ -10,17 +10,16 @@ from mixtral_ms.convert.run_weights import find_run_weights, run_tokenizer
 from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid.sharding_rules import active_parameter_count, parameter_count
 from mixtral_ms.parallel.planner.memory_model import (
-    RankMemory,
     format_bytes,
     format_memory_plan,
     memory_plan,
 )
+from mixtral_ms.parallel.planner.predict_memory import format_predict_memory, predict_memory
 
 
 def describe(config: RunConfig) -> str:
     """The resolved YAML, parameter count, batch, memory of each rank, and files still missing."""
     model = config.model.model_config
-    plan = memory_plan(config)
     lines = [
         render_config(config),
         f"parameters: {parameter_count(model):,}, of which a token meets "
@@ -29,8 +28,7 @@ def describe(config: RunConfig) -> str:
     ]
     if config.mode.trains:
         lines.append(_batch(config))
-    lines += ["memory of each rank, estimated:", format_memory_plan(plan)]
-    lines += _too_large(config, plan)
+    lines += ["memory of each rank, estimated:", *_memory(config)]
     if config.context.device_target == "Ascend":
         lines.append(
             "its graphs, compiled without a device: python -m mixtral_ms check-graphs --help"
@@ -60,14 +58,22 @@ def _batch(config: RunConfig) -> str:
     return f"one step: {sequences:,} sequences, {tokens:,} tokens"
 
 
-def _too_large(config: RunConfig, plan: list[RankMemory]) -> list[str]:
-    """Stages that will not fit what an Ascend device may use."""
+def _memory(config: RunConfig) -> list[str]:
+    """The plan, and what will not fit what an Ascend device may use."""
+    if config.mode.answers:
+        memory = predict_memory(config)
+        needs = [("each rank", memory.total)]
+        table, help_text = format_predict_memory(memory), "more ranks or a smaller weight_dtype"
+    else:
+        plan = memory_plan(config)
+        needs = [(f"stage {rank.stage}", rank.total) for rank in plan]
+        table, help_text = format_memory_plan(plan), "more ranks, recompute or a smaller batch_size"
     if config.context.device_target != "Ascend":
-        return []
+        return [table]
     limit = float(config.context.max_device_memory.removesuffix("GB")) * 2**30
-    return [
-        f"stage {rank.stage} needs {format_bytes(rank.total)}, but context.max_device_memory is "
-        f"{config.context.max_device_memory}: more ranks, recompute or a smaller batch_size help"
-        for rank in plan
-        if rank.total > limit
+    return [table] + [
+        f"{who} needs {format_bytes(size)}, but context.max_device_memory is "
+        f"{config.context.max_device_memory}: {help_text} help"
+        for who, size in needs
+        if size > limit
     ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from mixtral_ms.config.derived.prediction import PREFILL_CHUNK
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.infer.engine.beam_cache import reserved_blocks
@@ -25,8 +26,6 @@ from mixtral_ms.infer.engine.step_batch import step_input, wants_logits
 from mixtral_ms.infer.runners.base import Runner
 from mixtral_ms.infer.text.detokenizer import TextStream, TokenizerLike
 
-PREFILL_CHUNK = 512
-"""Tokens of a prompt that are taken at a time."""
 Prompt = str | Sequence[int]
 """Text, before which bos is put, or ids, which are taken as they are."""
 

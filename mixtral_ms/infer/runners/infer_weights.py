@@ -4,7 +4,7 @@ Legend: D hidden, F intermediate, E experts.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,9 +14,9 @@ from mixtral_ms.checkpoint.formats.regions import Region
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.checkpoint.shards.part_source import PartSource
 from mixtral_ms.config.derived.parameter_row import ParameterRow
-from mixtral_ms.config.derived.parameter_table import bias_of, row_of
+from mixtral_ms.config.derived.parameter_table import bias_of
+from mixtral_ms.config.derived.prediction import prediction_grid, stored_dtype
 from mixtral_ms.config.sections.model_section import MixtralConfig
-from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.parallel.grid.sharding_rules import parameter_shapes, placement_on_stage
@@ -80,7 +80,7 @@ def load_weights(
     scales: dict[str, np.ndarray] = {}
     problems: list[str] = []
     for name, shape in shapes.items():
-        wanted = _dtype_of(name, weight_dtype)
+        wanted = stored_dtype(name, weight_dtype)
         bad = 0
         if source.infos[name].dtype == wanted:
             # A view of a file is copied only where its values do not lie at whole addresses.
@@ -106,12 +106,12 @@ def load_weights(
 
 def empty_weights(config: MixtralConfig, weight_dtype: WeightDtype, mesh: Mesh) -> InferWeights:
     """Zeros in place of what `load_weights` gives."""
-    grid = _prediction_grid(mesh)
+    grid = prediction_grid(mesh.grid)
     shapes = {
         name: placement_on_stage(name, len(shape), grid).local_shape(shape)
         for name, shape in parameter_shapes(config).items()
     }
-    dtypes = {name: _dtype_of(name, weight_dtype) for name in shapes}
+    dtypes = {name: stored_dtype(name, weight_dtype) for name in shapes}
     scaled = [name for name, dtype in dtypes.items() if dtype == "int8"]
     return InferWeights(
         weight_dtype,
@@ -120,21 +120,12 @@ def empty_weights(config: MixtralConfig, weight_dtype: WeightDtype, mesh: Mesh) 
     )
 
 
-def _dtype_of(name: str, weight_dtype: WeightDtype) -> WeightDtype:
-    return "float32" if row_of(name).always_float32 else weight_dtype
-
-
 def _regions(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> dict[str, Region]:
-    grid = _prediction_grid(mesh)
+    grid = prediction_grid(mesh.grid)
     return {
         name: placement_on_stage(name, len(shape), grid).region(shape, mesh.rank)
         for name, shape in shapes.items()
     }
-
-
-def _prediction_grid(mesh: Mesh) -> ParallelConfig:
-    """A rank needs what it has in training, but of the embedding everything."""
-    return replace(mesh.grid, vocab_emb_dp=True)
 
 
 def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]]) -> None:
