@@ -10,7 +10,7 @@ from mindspore import Tensor, nn
 
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
-from mixtral_ms.config.derived.prediction import PREFILL_CHUNK
+from mixtral_ms.config.derived.prediction import prediction_batch
 from mixtral_ms.config.loading.resolve import (
     effective_parallel,
     micro_batch_size,
@@ -19,9 +19,9 @@ from mixtral_ms.config.sections.data_section import DatasetSection
 from mixtral_ms.config.sections.training_section import SampleMonitorSection
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.data.mindrecord.reader import MindRecords
-from mixtral_ms.infer.runners.base import StepInput
-from mixtral_ms.infer.runners.graph_runner import GraphRunner
 from mixtral_ms.infer.runners.infer_weights import empty_weights
+from mixtral_ms.infer.runners.paged_runner import PagedRunner
+from mixtral_ms.infer.runners.select_runner import select_runner
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.train.builders import (
@@ -106,28 +106,16 @@ def _evaluation(config: RunConfig, network: MixtralForCausalLM) -> RunGraph:
 
 
 def _predicting(config: RunConfig, mesh: Mesh) -> Iterator[RunGraph]:
-    """Of the many shapes that prediction rounds to the largest: a piece of a prompt, a token."""
+    """Of the shapes that prediction rounds to the largest of each kind."""
     model = config.model.model_config
     weights = empty_weights(model, config.weight_dtype, mesh)
-    runner = GraphRunner(model, weights, model.num_blocks, model.block_size, mesh)
-    piece = runner.graphs(_last_tokens(config, min(PREFILL_CHUNK, model.seq_length)))
-    token = runner.graphs(_last_tokens(config, 1))
-    for name, (cell, inputs) in zip(("prefill", "decode"), (piece[0], token[0]), strict=True):
-        yield RunGraph(name, cell, inputs)
-    yield RunGraph("head", *token[-1])
-
-
-def _last_tokens(config: RunConfig, count: int) -> StepInput:
-    """The last tokens of a sequence that fills the context."""
-    model = config.model.model_config
-    blocks = -(-model.seq_length // model.block_size)
-    return StepInput(
-        np.zeros(count, np.int32),
-        np.arange(model.seq_length - count, model.seq_length, dtype=np.int32),
-        np.array([0, count], np.int32),
-        np.zeros((1, blocks), np.int32),
-        np.zeros(1, np.int32),
+    runner = select_runner(
+        model, weights, backend="graph", mesh=mesh, batch=prediction_batch(config)
     )
+    if not isinstance(runner, PagedRunner):
+        raise RuntimeError("these are no graphs of an Ascend device")
+    for name, (cell, inputs) in runner.graphs().items():
+        yield RunGraph(name, cell, inputs)
 
 
 class _NoData:

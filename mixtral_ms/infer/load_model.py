@@ -81,8 +81,9 @@ def load_model(config: RunConfig, mesh: Mesh | None = None) -> LoadedModel:
     mesh = mesh or _meet(config)
     weights = load_weights(open_run_weights(config, found), network, config.weight_dtype, mesh)
     backend = "auto" if config.context.device_target == "CPU" else "graph"
-    runner = select_runner(network, weights, backend=backend, mesh=mesh)
-    engine = Engine(runner, tokenizer, network, max_batch_size=prediction_batch(config))
+    batch = prediction_batch(config)
+    runner = select_runner(network, weights, backend=backend, mesh=mesh, batch=batch)
+    engine = Engine(runner, tokenizer, network, max_batch_size=batch)
     seconds = time.monotonic() - start
     get_logger().info(
         "%s runner, %s weights from %s, loaded in %.1f s",

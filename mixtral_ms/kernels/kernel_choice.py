@@ -6,14 +6,16 @@ Legend: E experts, V vocabulary, D hidden.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
-from mindspore import Parameter, nn
+from mindspore import Parameter, Tensor, nn
 
 from mixtral_ms.kernels.cells.attention import (
     AttentionSizes,
     NativeRotaryAttention,
     PlainRotaryAttention,
 )
+from mixtral_ms.kernels.cells.cache_sizes import CacheSizes, Keys
 from mixtral_ms.kernels.cells.context_attention import ContextAttention
 from mixtral_ms.kernels.cells.cross_entropy import LinearCrossEntropy, ZeroCopyCrossEntropy
 from mixtral_ms.kernels.cells.experts import Experts, PackedExperts, PaddedExperts, ZeroCopyExperts
@@ -21,6 +23,34 @@ from mixtral_ms.kernels.cells.lora_experts import LowRankExperts
 from mixtral_ms.kernels.cells.rms_norm import NativeRMSNorm, PlainRMSNorm
 from mixtral_ms.kernels.native import custom_ops
 from mixtral_ms.parallel.grid.mesh import ALONE, ProcessGroup
+
+
+class PagedCache(Protocol):
+    """A layer's KV cache as a backend wants it, and attention over it."""
+
+    sizes: CacheSizes
+    reads: str
+    """How keys are read when sequences get a token each, for the log."""
+    table: bool
+    """Whether that is by the sequences' block tables (keys "table"); else by slots ("cached")."""
+
+    def shape(self, blocks: int) -> tuple[int, ...]:
+        """Of the parameter that holds all keys, or all values."""
+        ...
+
+    def own_limit(self) -> Tensor:
+        """What attention is given as `limit` where tokens see each other only: for all layers."""
+        ...
+
+    def attention(self, where: Keys, keys: Parameter, values: Parameter) -> nn.Cell:
+        """Writes the tokens' keys and values to the cache and attends.
+
+        The cell takes rotated q_THd, k_TKd, v_TKd in the cache's dtype; slots_T (int32) to write
+        to; `seen` and `limit`, which say what of the cache each sequence sees: for "table" block
+        tables (N, M) and lengths (N,) in int32, for "cached" slots (N, S) in int32 and a mask
+        (N, 1, t, S), True to hide, for "own" None and `own_limit`. It returns (T, H * d).
+        """
+        ...
 
 
 class KernelChoice:
@@ -76,6 +106,14 @@ class KernelChoice:
         """What attention is given of packed samples, made once for all layers of segment ids.
 
         None where it takes the segment ids themselves.
+        """
+        return None
+
+    def paged_cache(self, sizes: CacheSizes) -> "PagedCache | None":
+        """Attention over a paged KV cache, for prediction on a device.
+
+        None where the backend has none: prediction then computes in float32 and in the CPU's own
+        form, in which a token's numbers do not depend on what else is in the batch.
         """
         return None
 

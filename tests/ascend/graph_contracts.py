@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from ascend.cache_contracts import CACHE_OPERATORS
 from ascend.operator_contracts import OPERATORS, tensors
 
 from mixtral_ms.graphs.graph_facts import BOOKKEEPING, Constant
 from mixtral_ms.graphs.typed_graph import TypedGraph
 
+ALL_OPERATORS = OPERATORS | CACHE_OPERATORS
 MOST_CONSTANT = 64 << 20
 """Bytes of one constant: it lies in every rank's memory, once for each graph and layer."""
 _AXES_OF_HIDDEN = 3
@@ -53,13 +55,13 @@ Rule = Callable[[CompiledGraph], Iterator[str]]
 def operators_are_known(one: CompiledGraph) -> Iterator[str]:
     """Nothing runs whose documentation was not read."""
     names = {node.primitive for node in one.graph.nodes}
-    yield from sorted(names - BOOKKEEPING - OPERATORS.keys())
+    yield from sorted(names - BOOKKEEPING - ALL_OPERATORS.keys())
 
 
 def operators_get_what_they_document(one: CompiledGraph) -> Iterator[str]:
     """Dtypes and shapes."""
     for node in one.graph.nodes:
-        for problem in OPERATORS.get(node.primitive, lambda _: ())(node):
+        for problem in ALL_OPERATORS.get(node.primitive, lambda _: ())(node):
             yield f"{node.primitive} ({node.line}): {problem}"
 
 
@@ -107,6 +109,9 @@ def _is_square(shape: tuple[int, ...], one: CompiledGraph) -> bool:
 def flash_attention_in_every_layer(one: CompiledGraph) -> Iterator[str]:
     """Once forward, once more where the layer is computed again, once backward."""
     if one.predicts:
+        found = len(one.graph.of("FlashAttentionScore")) + len(one.graph.of("PagedAttention"))
+        if found != one.layers:
+            yield f"{found} fused attentions in {one.layers} layers"
         return
     trains = one.name == "forward and backward"
     expected = {

@@ -9,7 +9,8 @@ from mixtral_ms.config.sections.run_section import RunConfig
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt that are taken at a time."""
-_USUAL_BATCH = 32
+USUAL_BATCH = 32
+"""Sequences that are answered at once, where nothing else is said."""
 _SIXTEEN_BITS = ("float16", "bfloat16")
 _ATTENTION_OF_FLOAT32 = "bfloat16"  # Ascend's attention takes 16 bits only
 
@@ -59,4 +60,4 @@ def prediction_grid(grid: ParallelConfig) -> ParallelConfig:
 
 def prediction_batch(config: RunConfig) -> int:
     """Most sequences that are answered at once."""
-    return config.predict_batch_size or _USUAL_BATCH
+    return config.predict_batch_size or USUAL_BATCH

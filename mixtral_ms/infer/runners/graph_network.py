@@ -52,16 +52,18 @@ DECODE_TOKENS = 8
 
 
 class Weight(nn.Cell):
-    """A tensor of `InferWeights`, as float32."""
+    """A tensor of `InferWeights`, as it is computed with."""
 
-    def __init__(self, value: Parameter, scale: Parameter | None) -> None:
+    def __init__(self, value: Parameter, scale: Parameter | None, dtype: mstype.Type) -> None:
         super().__init__(auto_prefix=False)
-        self.value, self.scale = value, scale
+        self.value, self.scale, self.dtype = value, scale, dtype
 
     def construct(self) -> Tensor:
         """The values, times their rows' scales."""
-        value = ops.cast(self.value, mstype.float32)
-        return value if self.scale is None else value * ops.expand_dims(self.scale, -1)
+        value = ops.cast(self.value, self.dtype)
+        if self.scale is None:
+            return value
+        return value * ops.expand_dims(ops.cast(self.scale, self.dtype), -1)
 
 
 @dataclass(frozen=True)
@@ -71,18 +73,23 @@ class SharedParameters:
     tensors: Mapping[str, Parameter]
     scales: Mapping[str, Parameter]
     keys: tuple[Parameter, ...]
-    """(P, K, d) of each layer."""
+    """The KV cache of each layer, here (P, K, d)."""
     values: tuple[Parameter, ...]
     mesh: Mesh = field(default_factory=Mesh)
+    dtype: mstype.Type = mstype.float32
+    """Of the products; the router's is float32."""
+    tokens_are_columns: bool = True
+    """Whether products are weight @ x^T, for batch invariance."""
 
     def weight(self, row: ParameterRow, layer: int = 0) -> Weight:
         """The cell of one tensor."""
         name = row.at(layer)
-        return Weight(self.tensors[name], self.scales.get(name))
+        dtype = mstype.float32 if row.always_float32 else self.dtype
+        return Weight(self.tensors[name], self.scales.get(name), dtype)
 
 
 class Projection(nn.Cell):
-    """y = x W^T + b, computed as W x^T; `terms` are the ranks whose products are summed."""
+    """y = x W^T + b; `terms` are the ranks whose products are summed."""
 
     def __init__(
         self,
@@ -98,13 +105,17 @@ class Projection(nn.Cell):
         if bias is not None and bias.at(layer) in shared.tensors:
             self.bias = shared.weight(bias, layer)
         self.product = ops.MatMul(transpose_b=True)
+        self.tokens_are_columns = shared.tokens_are_columns
 
     def construct(self, x_TD: Tensor) -> Tensor:
         """Returns (T, outputs)."""
-        y = ops.transpose(self.product(self.weight(), x_TD), (1, 0))
+        if self.tokens_are_columns:
+            y = ops.transpose(self.product(self.weight(), x_TD), (1, 0))
+        else:
+            y = self.product(x_TD, self.weight())
         if self.sum is not None:
             y = self.sum(y)
-        return y if self.bias is None else y + self.bias()
+        return y if self.bias is None else y + ops.cast(self.bias(), y.dtype)
 
 
 class CachedAttention(nn.Cell):
@@ -171,7 +182,8 @@ class Routing(nn.Cell):
 
     def construct(self, x_TD: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """Returns gates_Tk and expert_Tk (int32)."""
-        return self.choose(self.score(self.dense(x_TD)), positions_T)
+        logits_TE = self.dense(ops.cast(x_TD, mstype.float32))
+        return self.choose(self.score(logits_TE), positions_T)
 
 
 class _Experts(nn.Cell):
@@ -183,7 +195,7 @@ class _Experts(nn.Cell):
         self.w1, self.w2, self.w3 = (
             shared.weight(row, layer) for row in (EXPERT_GATE, EXPERT_DOWN, EXPERT_UP)
         )
-        self.experts = config.moe_config.expert_num
+        self.experts, self.dtype = config.moe_config.expert_num, shared.dtype
         mesh = shared.mesh
         count = self.experts // mesh.grid.expert_parallel
         self.first, self.end = mesh.expert_part * count, (mesh.expert_part + 1) * count
@@ -191,7 +203,8 @@ class _Experts(nn.Cell):
         self.sum = transports.all_reduce(ranks) if ranks.size > 1 else None
 
     def summed(self, y: Tensor) -> Tensor:
-        """What the experts of all ranks add up to."""
+        """What the experts of all ranks add up to; gates are float32, and so is `y`."""
+        y = ops.cast(y, self.dtype)
         return y if self.sum is None else self.sum(y)
 
 

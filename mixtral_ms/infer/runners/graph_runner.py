@@ -1,4 +1,4 @@
-"""The runner in MindSpore operators: for devices, and machines without a C++ compiler.
+"""The runner in MindSpore operators on a CPU: over ranks, and without a C++ compiler.
 
 Legend: as graph_network.py.
 """
@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 import mindspore
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, ops
 
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.infer.runners.base import Runner, StepInput
+from mixtral_ms.infer.runners.first_runs import FirstRuns
 from mixtral_ms.infer.runners.graph_network import (
     DECODE_TOKENS,
     CachedNetwork,
@@ -70,19 +71,12 @@ class GraphRunner(Runner):
         self._cos, self._sin = rotary_tables(config.seq_length, config.head_dim, config.theta)
         self._networks: dict[tuple[int, int, int], CachedNetwork] = {}
         self._head = Head(config, self._shared)
+        self._first_runs = FirstRuns()
 
     def step(self, inputs: StepInput) -> np.ndarray:
         """As `Runner.step`."""
         groups = [self._run(inputs, *group) for group in _groups(inputs)]
         return self._logits(np.concatenate(groups)[inputs.logit_tokens_R])
-
-    def graphs(self, inputs: StepInput) -> list[tuple[nn.Cell, tuple[Tensor, ...]]]:
-        """What a step runs, the head last, each with its inputs."""
-        hidden = Tensor(np.zeros((DECODE_TOKENS, self._config.hidden_size), np.float32))
-        found: list[tuple[nn.Cell, tuple[Tensor, ...]]] = [
-            self._prepared(inputs, *group) for group in _groups(inputs)
-        ]
-        return [*found, (self._head, (hidden,))]
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """As `Runner.copy_blocks`."""
@@ -98,7 +92,8 @@ class GraphRunner(Runner):
         """Hidden states (tokens, D) of the chosen ones, padded to `sequences` of `per` tokens."""
         network, tensors = self._prepared(inputs, chosen, sequences, per)
         tokens = inputs.starts[chosen.stop] - inputs.starts[chosen.start]
-        return network(*tensors).asnumpy()[:tokens]
+        what = f"{sequences} x {per} tokens over {tensors[-1].shape[-1]} positions"
+        return self._first_runs(network, tensors, what)[:tokens]
 
     def _prepared(
         self, inputs: StepInput, chosen: slice, sequences: int, per: int
@@ -158,9 +153,8 @@ class GraphRunner(Runner):
             group = hidden_RD[begin : begin + DECODE_TOKENS]
             padded = np.zeros((DECODE_TOKENS, group.shape[1]), np.float32)
             padded[: len(group)] = group
-            logits_RV[begin : begin + len(group)] = (
-                self._head(Tensor(padded)).asnumpy().T[: len(group)]
-            )
+            logits_VT = self._first_runs(self._head, (Tensor(padded),), "the head")
+            logits_RV[begin : begin + len(group)] = logits_VT.T[: len(group)]
         return logits_RV
 
 

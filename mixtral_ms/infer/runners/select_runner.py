@@ -1,5 +1,6 @@
 """The choice of what runs the network for generation."""
 
+from mixtral_ms.config.derived.prediction import USUAL_BATCH
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.infer.runners.base import Runner, RunnerUnavailableError
@@ -18,10 +19,11 @@ def select_runner(
     *,
     backend: str = "auto",
     mesh: Mesh | None = None,
+    batch: int = USUAL_BATCH,
 ) -> Runner:
-    """The C++ runner where it can be had, else the graph runner; the log says which.
+    """The C++ runner where it can be had, else a graph runner; the log says which.
 
-    Over several ranks it is the graph runner.
+    Over several ranks it is a graph runner: the paged one where the kernels have a paged cache.
 
     Args:
         config: the network's sizes.
@@ -30,6 +32,7 @@ def select_runner(
         block_size: positions in a block; None takes `block_size` of the configuration.
         backend: "auto", or "C++" or "graph" for that one and no other.
         mesh: the ranks; None for one process.
+        batch: most sequences that are answered at once.
 
     Raises:
         UserError: another backend.
@@ -50,6 +53,13 @@ def select_runner(
             if backend == "C++":
                 raise
             get_logger().info("the C++ runner cannot be used: %s", error)
-    from mixtral_ms.infer.runners.graph_runner import GraphRunner  # noqa: PLC0415 - imports MindSpore
+    # these import MindSpore
+    from mixtral_ms.infer.runners.graph_runner import GraphRunner  # noqa: PLC0415
+    from mixtral_ms.infer.runners.paged_runner import PagedRunner, open_cache  # noqa: PLC0415
+    from mixtral_ms.kernels.select import select_kernels  # noqa: PLC0415
 
+    kernels = select_kernels(dropless=True)
+    cache = open_cache(config, weights, block_size, kernels, mesh)
+    if cache is not None:
+        return PagedRunner(config, weights, num_blocks, cache, kernels, batch, mesh)
     return GraphRunner(config, weights, num_blocks, block_size, mesh)

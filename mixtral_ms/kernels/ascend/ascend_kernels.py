@@ -5,14 +5,16 @@ from collections.abc import Callable
 from mindspore import Parameter, nn
 
 from mixtral_ms.errors import UserError
+from mixtral_ms.kernels.ascend.cached_attention import AscendCache
 from mixtral_ms.kernels.ascend.flash_attention import FlashRotaryAttention
 from mixtral_ms.kernels.ascend.fused_rms_norm import FusedRMSNorm
 from mixtral_ms.kernels.ascend.grouped_experts import GroupedExperts
 from mixtral_ms.kernels.ascend.packed_samples import HiddenKeys, SampleEnds
 from mixtral_ms.kernels.cells.attention import AttentionSizes
+from mixtral_ms.kernels.cells.cache_sizes import CacheSizes
 from mixtral_ms.kernels.cells.experts import Experts, PaddedExperts
 from mixtral_ms.kernels.cells.lora_experts import MergedExperts
-from mixtral_ms.kernels.kernel_choice import KernelChoice
+from mixtral_ms.kernels.kernel_choice import KernelChoice, PagedCache
 from mixtral_ms.parallel.grid.mesh import ProcessGroup
 
 
@@ -54,6 +56,10 @@ class AscendKernels(KernelChoice):
         if group.size == 1 and sizes.window is None:
             return SampleEnds(batch_size, sizes.seq_length)
         return HiddenKeys(sizes, group)
+
+    def paged_cache(self, sizes: CacheSizes) -> PagedCache | None:
+        """As `KernelChoice.paged_cache`."""
+        return AscendCache(sizes)
 
     def rms_norm(self, eps: float) -> nn.Cell:
         """As `KernelChoice.rms_norm`."""

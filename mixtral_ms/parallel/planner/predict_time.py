@@ -75,7 +75,8 @@ def token_step(config: RunConfig, cluster: Cluster, sequences: int) -> TokenStep
         sequences=sequences,
         context=context,
         weights=read / bandwidth,
-        casts=2 * weights.cast / bandwidth,
+        # written, read to be scaled, written and read
+        casts=4 * weights.cast / bandwidth,
         cache=sequences * context * position_bytes(config) / bandwidth,
         compute=flops / (cluster.flops * cluster.efficiency),
         collectives=_collective_seconds(config, cluster, sequences),
