@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 """Lines of code are those of this package."""
 
-_NODE = re.compile(r"\s*(?:%\d+\(.*?\) = )?(?:PrimFunc_)?([A-Za-z@]\w*)\((.*)$")
+_NODE = re.compile(r"\s*(?:(%\d+)\(.*?\) = )?(?:PrimFunc_)?([A-Za-z@]\w*)\((.*)$")
 _NODE_START = re.compile(r"\s+(?:%\d+\(|Return\()")
 _TYPES = re.compile(r"\s+: \((?:<|\) -> )")
 _PARAMETER = re.compile(r"%para\d+_(\S+): (<.*>)")
@@ -56,6 +56,7 @@ class Node:
         attributes: of the operator, as the IR writes them.
         line: `file.py:12`, the innermost line of this package that it is from; "" where the IR
             names none, as for most of a backward pass.
+        name: what other operators' arguments call its result: `%12`.
     """
 
     primitive: str
@@ -64,6 +65,7 @@ class Node:
     outputs: tuple[TensorType, ...]
     attributes: str
     line: str
+    name: str = ""
 
     def constants(self) -> Iterator[TensorType]:
         """Tensors whose values are part of the graph."""
@@ -130,13 +132,14 @@ def _node(lines: list[str]) -> Node | None:
     found = _NODE.match(lines[0])
     if found is None:
         return None
-    given_to, rest = _enclosed(found[2])
+    given_to, rest = _enclosed(found[3])
     types = next((line for line in lines[1:] if _TYPES.match(line)), ": () -> ()")
     given, _, made = types.strip().removeprefix(": ").partition(" -> ")
     inputs = tuple(tuple(tensor_types(one)) for one in split_outside(given[1:-1]))
     outputs = tuple(tensor_types(made[1:-1])) if made.strip("()") else ()
     arguments = tuple(split_outside(given_to))
-    return Node(found[1], arguments, inputs, outputs, rest, _line_of_code(lines[1:]))
+    line = _line_of_code(lines[1:])
+    return Node(found[2], arguments, inputs, outputs, rest, line, found[1] or "")
 
 
 def _line_of_code(lines: list[str]) -> str:

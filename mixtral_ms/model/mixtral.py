@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.derived.parameter_table import LAYER, layer_of
-from mixtral_ms.config.derived.pipeline_stages import stage_layers
+from mixtral_ms.config.derived.pipeline_stages import keeps_layer_inputs, stage_layers
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.kernels.cells.elementwise import rotary_tables
 from mixtral_ms.kernels.cells.experts import share_kept
@@ -118,18 +118,34 @@ class MixtralModel(nn.Cell):
 
         hidden_BSD is what the stage before gave; the first stage does not read it.
         """
-        x, valid_T = hidden_BSD, self.valid_tokens(input_ids_BS)
-        if self.is_first_stage:
-            x = self.tok_embeddings(input_ids_BS)
-        packed = segment_ids_BS
-        if packed is not None and self.packed_samples is not None:
-            packed = self.packed_samples(packed)
-        routings: tuple[tuple, ...] = ()
-        for layer in self.layers:
-            x, routing = layer(x, valid_T, self.cos, self.sin, positions_BS, packed)
-            routings += (routing,)
+        x, valid_T = self.stage_input(input_ids_BS, hidden_BSD), self.valid_tokens(input_ids_BS)
+        _, x, routings = self.through_layers(x, valid_T, segment_ids_BS, positions_BS)
         if self.norm_out is not None:
             x = self.norm_out(x)
+        return (x, *self.router_losses(*routings, valid_T))
+
+    def stage_input(self, input_ids_BS: Tensor, hidden_BSD: Tensor | None) -> Tensor:
+        """The first layer's input: what the stage before gave, or the embedding's rows."""
+        return self.tok_embeddings(input_ids_BS) if self.is_first_stage else hidden_BSD
+
+    def through_layers(
+        self,
+        x_BSD: Tensor,
+        valid_T: Tensor,
+        segment_ids_BS: Tensor | None,
+        positions_BS: Tensor | None,
+    ) -> tuple:
+        """Returns the inputs of all layers, what the last one gives, and what the routers decided.
+
+        The latter as `RouterLosses` takes it: probs_LTE, logits_LTE and the two counts.
+        """
+        packed = self.prepared(segment_ids_BS)
+        inputs: tuple[Tensor, ...] = ()
+        routings: tuple[tuple, ...] = ()
+        for layer in self.layers:
+            inputs += (x_BSD,)
+            x_BSD, routing = layer(x_BSD, valid_T, self.cos, self.sin, positions_BS, packed)
+            routings += (routing,)
         probs_L, logits_L, tokens_per_expert_L, kept_tokens_per_expert_L = zip(*routings)  # noqa: B905 - graph mode
         stacks = (
             ops.stack(probs_L),
@@ -137,7 +153,13 @@ class MixtralModel(nn.Cell):
             ops.stack(tokens_per_expert_L),
             ops.stack(kept_tokens_per_expert_L),
         )
-        return (x, *self.router_losses(*stacks, valid_T))
+        return inputs, x_BSD, stacks
+
+    def prepared(self, segment_ids_BS: Tensor | None) -> Tensor | None:
+        """What attention is given of packed samples, made once for all layers."""
+        if segment_ids_BS is None or self.packed_samples is None:
+            return segment_ids_BS
+        return self.packed_samples(segment_ids_BS)
 
     def valid_tokens(self, input_ids_BS: Tensor) -> Tensor:
         """The padding mask: which tokens (T) are not padding."""
@@ -288,7 +310,12 @@ class MixtralForCausalLM(nn.Cell):
                 setattr(cell, attribute, theirs[f"{path}.{attribute}"])
 
     def recompute_layers(self) -> None:
-        """Keep only each layer's input for the backward pass and compute the rest again."""
+        """Keep only each layer's input for the backward pass and compute the rest again.
+
+        Nothing is left to do on a pipeline stage that does so anyway.
+        """
+        if keeps_layer_inputs(self.mesh.grid, self.mesh.stage):
+            return
         for layer in self.model.layers:
             layer.recompute()
         share_kept([layer.feed_forward.routed_experts.experts for layer in self.model.layers])

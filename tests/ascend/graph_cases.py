@@ -55,15 +55,15 @@ class TinyRun:
     grid: dict = field(default_factory=dict)
     config: str = TINY
 
-    def job(self, rank: int = 0) -> RankJob:
-        """One of its ranks."""
+    def job(self, rank: int = 0, layers: int = 1) -> RankJob:
+        """One of its ranks, with so many layers of it."""
         sizes = {f"model.model_config.{key}": value for key, value in _SIZES.items()}
         keys = {"context.device_target": "Ascend", "runner_config.batch_size": 1, **sizes}
         if self.grid:
             keys |= {"use_parallel": True}
             keys |= {f"parallel_config.{key}": value for key, value in self.grid.items()}
         texts = tuple(f"{key}={json.dumps(value)}" for key, value in keys.items())
-        return RankJob(self.config, texts + self.overrides, rank, layers=1)
+        return RankJob(self.config, texts + self.overrides, rank, layers)
 
 
 def _of_layout(name: str, model: str) -> TinyRun:
@@ -145,10 +145,17 @@ def _switches() -> dict[str, GraphCase]:
     }
     short = {"recompute, packed, evaluation", "adapters of experts", "predict, int8"}
     short |= {"ep 2, capacity, recompute, evaluation", "window", "sample answers, jitter"}
-    return {
+    found = {
         name: GraphCase(run.job(1 if run.grid else 0), name not in short)
         for name, run in runs.items()
     }
+    # the rank before the last stage, and layers enough to see in which order they go back
+    stages = TinyRun(
+        (*every_key[:1], *CAPACITY, "model.model_config.num_layers=4"),
+        {"data_parallel": 2, "expert_parallel": 2, "pipeline_stage": 2, "micro_batch_num": 2},
+    )
+    found["pp 2, ep 2, capacity, recompute"] = GraphCase(stages.job(0, layers=2))
+    return found
 
 
 GRAPH_CASES = {**_switches(), **_layouts(), **_shipped()}

@@ -4,6 +4,7 @@ RULES are checked on each compiled graph, KNOWN says where one is broken today a
 break exactly the rules that KNOWN says: what is mended leaves the list in the same change.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ ALL_OPERATORS = OPERATORS | CACHE_OPERATORS
 MOST_CONSTANT = 64 << 20
 """Bytes of one constant: it lies in every rank's memory, once for each graph and layer."""
 _AXES_OF_HIDDEN = 3
+_NAME = re.compile(r"%\d+")
 _EXPERT_WEIGHTS = (".ffn.w1.weight", ".ffn.w2.weight", ".ffn.w3.weight")
 
 
@@ -30,7 +32,8 @@ class CompiledGraph:
         name: what it computes.
         layers: decoder layers in it.
         sequence, part: S, and how much of it this rank has.
-        recompute: whether layers are computed again in the backward pass.
+        recompute: whether layers go forward and are then computed again in the backward pass.
+        layer_inputs: whether they are only computed again, from inputs that were kept.
         drops: whether tokens are dropped, so that every size is known before it runs.
         predicts: whether it works on a cache, token by token.
         working: whether it computes with a copy of the matrices in the compute dtype.
@@ -43,6 +46,7 @@ class CompiledGraph:
     sequence: int = 80
     part: int = 80
     recompute: bool = False
+    layer_inputs: bool = False
     drops: bool = False
     predicts: bool = False
     working: bool = False
@@ -123,6 +127,20 @@ def flash_attention_in_every_layer(one: CompiledGraph) -> Iterator[str]:
             yield f"{primitive} {found} times, not {count}"
 
 
+def layers_are_computed_again_one_by_one(one: CompiledGraph) -> Iterator[str]:
+    """Each waits for the gradient of the one behind: all of them at once would fill the memory."""
+    if one.name != "forward and backward" or not (one.recompute or one.layer_inputs):
+        return
+    behind: set[str] = set()  # what waits for a gradient of attention
+    for node in one.graph.nodes:
+        names = {name for argument in node.arguments for name in _NAME.findall(argument)}
+        if node.primitive == "FlashAttentionScoreGrad" or names & behind:
+            behind.add(node.name)
+    waiting = [node for node in one.graph.of("FlashAttentionScore") if node.name in behind]
+    if len(waiting) < one.layers - 1:
+        yield f"{len(waiting)} of {one.layers} layers wait for the one behind"
+
+
 def expert_weights_are_not_copied_transposed(one: CompiledGraph) -> Iterator[str]:
     """A view will do (TransposeExtView): a copy reads and writes all experts."""
     shapes = {
@@ -161,6 +179,7 @@ RULES: dict[str, Rule] = {
         no_square_constant,
         no_square_tensor,
         flash_attention_in_every_layer,
+        layers_are_computed_again_one_by_one,
         expert_weights_are_not_copied_transposed,
         experts_are_working_weights,
         sizes_are_known,

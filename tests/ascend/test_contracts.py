@@ -7,6 +7,7 @@ from ascend.graph_cases import ALL_CASES, GRAPH_CASES
 from ascend.graph_contracts import CompiledGraph, broken_by, known_of
 
 from mixtral_ms.config import load_config
+from mixtral_ms.config.derived.pipeline_stages import keeps_layer_inputs
 from mixtral_ms.config.loading.resolve import effective_parallel
 from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.graphs.rank_worker import on_ascend
@@ -17,15 +18,17 @@ def graphs_to_judge(case, result):
     """The graphs of a case, with what their rules ask for."""
     job = GRAPH_CASES[case].job
     config = load_config(job.config, job.overrides)
-    length = config.model.model_config.seq_length
+    length, grid = config.model.model_config.seq_length, effective_parallel(config)
+    layer_inputs = keeps_layer_inputs(grid, result.stage)
     for graph in result.graphs:
         yield CompiledGraph(
             graph=read_typed_graph(Path(graph.file)),
             name=graph.name,
             layers=result.compiled_layers,
             sequence=length,
-            part=length // effective_parallel(config).context_parallel,
-            recompute=config.recompute_config.recompute,
+            part=length // grid.context_parallel,
+            recompute=config.recompute_config.recompute and not layer_inputs,
+            layer_inputs=layer_inputs,
             drops=not config.moe_config.dropless and "forward" in graph.name,
             predicts=config.run_mode == "predict",
             working=step_choices(on_ascend(config)).working_weights and "forward" in graph.name,

@@ -128,6 +128,7 @@ def compiled(*nodes, parameters=(), **facts):
 
 
 SQUARE = tensor("Float32", 1, 4, 80, 80)
+
 GRAPHS = {
     "operators_are_known": compiled(node("Nonsense")),
     "operators_get_what_they_document": compiled(BAD["int32 counts"]),
@@ -168,7 +169,7 @@ def test_what_is_square():
         assert bool(list(rule(one))) == wrong, (dtype, shape)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", GRAPHS)
 def test_rules_find_what_they_are_for(rule):
     assert set(broken_by(GRAPHS[rule])) == {rule}
 
@@ -180,6 +181,26 @@ def test_recomputed_layers_attend_twice():
     rule = RULES["flash_attention_in_every_layer"]
     assert list(rule(good)) == []
     assert list(rule(dataclasses.replace(good, recompute=False))) != []
+
+
+def test_layers_are_computed_again_when_the_one_behind_went_back():
+    def graph(input_of_second):
+        attends, returns = "FlashAttentionScore", "FlashAttentionScoreGrad"
+        of = [(attends, "%1"), (returns, "%2"), ("Depend", "%1, %3"), (attends, input_of_second)]
+        nodes = [
+            Node(primitive, (reads,), (), (), "", "", f"%{number}")
+            for number, (primitive, reads) in enumerate(of, 2)
+        ]
+        return TypedGraph({}, tuple(nodes), ())
+
+    rule = RULES["layers_are_computed_again_one_by_one"]
+    for name, wrong in (("%4", False), ("%1", True)):
+        one = CompiledGraph(graph(name), "forward and backward", layers=2, layer_inputs=True)
+        assert bool(list(rule(one))) == wrong, name
+
+
+def test_every_rule_has_a_graph_that_breaks_it():
+    assert RULES.keys() - GRAPHS.keys() == {"layers_are_computed_again_one_by_one"}
 
 
 def test_what_is_known_is_of_rules_and_cases_that_are_there():

@@ -1,6 +1,7 @@
 """How decoder layers are shared out over pipeline stages."""
 
 from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.errors import UserError
 
 
@@ -42,3 +43,11 @@ def stage_layers(config: MixtralConfig, stages: int, stage: int) -> range:
     counts = layers_per_stage(config, stages)
     begin = sum(counts[:stage])
     return range(begin, begin + counts[stage])
+
+
+def keeps_layer_inputs(grid: ParallelConfig, stage: int) -> bool:
+    """Whether a stage computes each layer again from its input, which it kept, and no more often.
+
+    The last stage goes back as soon as it went forward: there is nothing to be kept.
+    """
+    return grid.stage_keeps == "layer_inputs" and stage < grid.pipeline_stage - 1

@@ -20,6 +20,8 @@ ParallelMode = Literal[
     "hybrid_parallel",
 ]
 
+StageKeeps = Literal["layer_inputs", "stage_input"]
+
 
 @dataclass
 class ParallelOptimizerConfig:
@@ -93,6 +95,10 @@ class ParallelConfig:
     """Ranks over which the sequence is split."""
     micro_batch_num: int = 1
     """Micro batches of one step in the pipeline; at least pipeline_stage."""
+    stage_keeps: StageKeeps = "layer_inputs"
+    """What pipeline stages before the last keep of a micro batch under way: "layer_inputs", of
+    which each layer is computed again just before its backward, whatever recompute says; or
+    "stage_input", of which the whole stage is, and with recompute each layer once more."""
     use_seq_parallel: bool = False
     """Split the norms' activations along the sequence over the model-parallel ranks."""
     vocab_emb_dp: bool = True

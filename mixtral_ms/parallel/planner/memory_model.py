@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from mixtral_ms.config.derived.expert_grid import exchange_ranks, expert_matrix
 from mixtral_ms.config.derived.parameter_table import row_of
-from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
+from mixtral_ms.config.derived.pipeline_stages import keeps_layer_inputs, layers_per_stage
 from mixtral_ms.config.loading.resolve import effective_parallel, is_zero, micro_batches
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
@@ -223,14 +223,16 @@ def _activation_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> in
     fused = config.context.device_target == "Ascend"
     per_layer = tokens * _layer_values_per_token(model, grid, fused=fused) * width
     layer_input, kept = tokens * _hidden(model, grid) * width, per_layer * layers
-    if config.recompute_config.recompute:
+    routing = tokens * 2 * model.moe_config.expert_num * 4  # float32
+    own_inputs = keeps_layer_inputs(grid, stage)
+    if config.recompute_config.recompute or own_inputs:
         # layers' inputs stay, and what the router's losses read; one layer at a time is redone
-        routing = tokens * 2 * model.moe_config.expert_num * 4  # float32
         kept = (layer_input + routing) * (layers - 1) + per_layer
     # 1F1B: the first stage has as many micro batches under way as there are stages, and keeps of
-    # all but the one that is computed its own input only
+    # all but the one that is computed the layers' inputs, or its own input only
     under_way = min(grid.pipeline_stage - stage, max(grid.micro_batch_num, 1))
-    kept += layer_input * (under_way - 1)
+    waiting = (layer_input + routing) * layers if own_inputs else layer_input
+    kept += waiting * (under_way - 1)
     if stage == grid.pipeline_stage - 1:  # float32 logits and their gradient
         kept += 2 * 4 * tokens * model.vocab_size // grid.model_parallel
     return kept

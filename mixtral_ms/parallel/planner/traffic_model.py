@@ -10,7 +10,7 @@ Legend: T tokens of a micro batch on a rank, D hidden, K kv heads, d head_dim, k
 from dataclasses import dataclass, fields
 
 from mixtral_ms.config.derived.expert_grid import exchange_ranks, expert_matrix
-from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
+from mixtral_ms.config.derived.pipeline_stages import keeps_layer_inputs, layers_per_stage
 from mixtral_ms.config.loading.resolve import effective_parallel, is_zero, micro_batches
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
@@ -116,9 +116,11 @@ def _share(ranks: int) -> float:
 def passes(config: RunConfig, grid: ParallelConfig, stage: int) -> int:
     """Times that a layer and its collectives run for one micro batch.
 
-    Forwards and backwards; forwards once more where layers are recomputed, and once more on every
-    stage but the last, which keeps the stage's input only until its gradient comes.
+    Forwards and backwards; forwards once more where layers are recomputed, as on every stage but
+    the last that keeps their inputs; one that keeps its own input only goes forwards once more.
     """
+    if keeps_layer_inputs(grid, stage):
+        return 3
     return 2 + config.recompute_config.recompute + (stage < grid.pipeline_stage - 1)
 
 

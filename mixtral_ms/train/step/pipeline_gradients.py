@@ -1,7 +1,8 @@
 """Gradient accumulation over the micro batches that go through the pipeline stages.
 
-A stage is compiled twice: forwards, and backwards with the forward in it, so that of a micro batch
-under way only the stage's input is kept. The last stage needs the second graph alone.
+A stage is compiled twice: forwards, and backwards with what is computed again in it. Of a micro
+batch under way the layers' inputs are kept (layer_gradients.py), or the stage's input alone. The
+last stage needs the second graph alone.
 
 Legend: B batch, S sequence, D hidden.
 """
@@ -13,6 +14,7 @@ import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from mixtral_ms.config.derived.pipeline_stages import keeps_layer_inputs
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.model.nn.compute_dtype import compute_type
@@ -21,6 +23,7 @@ from mixtral_ms.parallel.grid.mesh import ProcessGroup
 from mixtral_ms.parallel.pipeline_schedule import Compute, SendRecv, one_forward_one_backward
 from mixtral_ms.train.objectives.objective import Objective, batch_tensors
 from mixtral_ms.train.step.gradients import GradientSums, Graphs
+from mixtral_ms.train.step.layer_gradients import LayersBackward, LayersForward, kept_like
 
 
 class Neighbours:
@@ -72,8 +75,14 @@ class PipelineGradients:
     ) -> None:
         self.objective, mesh = objective, objective.network.mesh
         self._actions = one_forward_one_backward(mesh.stage, mesh.grid.pipeline_stage, accumulation)
-        self._forward = None if mesh.is_last_stage else _StageForward(objective)
-        self._backward = _StageBackward(objective, shards)
+        self._forward: nn.Cell | None = None
+        self._backward: _StageBackward | LayersBackward
+        if keeps_layer_inputs(mesh.grid, mesh.stage):
+            self._forward = LayersForward(objective)
+            self._backward = LayersBackward(objective, shards)
+        else:
+            self._forward = None if mesh.is_last_stage else _StageForward(objective)
+            self._backward = _StageBackward(objective, shards)
         self._sums, self._compiled = self._backward.sums, False
 
     def graphs(self, batch: Batch) -> Graphs:
@@ -83,7 +92,10 @@ class PipelineGradients:
         hidden = neighbours.empty_input()
         dy = _NOTHING if network.mesh.is_last_stage else neighbours.empty()
         inputs = batch_tensors(self.objective, batch)
-        found: Graphs = {self._backward: (hidden, dy, weight, weight, *inputs)}
+        kept: tuple[Tensor, ...] = ()
+        if isinstance(self._backward, LayersBackward):
+            kept = kept_like(network, dy, batch)
+        found: Graphs = {self._backward: (hidden, dy, weight, weight, *kept, *inputs)}
         if self._forward is not None:
             found[self._forward] = (hidden, *inputs)
         return found
@@ -131,6 +143,7 @@ class _Step:
         self.micro_batches = micro_batches
         self.outputs: list[tuple[Tensor, ...]] = []
         self.inputs: dict[int, Tensor] = {}
+        self.kept: dict[int, list[Tensor]] = {}
         self.to_send: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
 
@@ -144,12 +157,14 @@ class _Step:
 
     def forward(self, action: Compute, cell: nn.Cell) -> None:
         hidden_BSD = self.inputs.get(action.micro, _NOTHING)
-        self.to_send[action.micro] = cell(hidden_BSD, *self._tensors(action.micro))
+        tensors = self._tensors(action.micro)
+        self.to_send[action.micro], *self.kept[action.micro] = cell(hidden_BSD, *tensors)
 
     def backward(self, action: Compute, cell: nn.Cell, weights: tuple[Tensor, Tensor]) -> None:
         hidden_BSD = self.inputs.pop(action.micro, _NOTHING)
         dy_BSD = self.gradients.pop(action.micro, _NOTHING)
-        parts, dx_BSD = cell(hidden_BSD, dy_BSD, *weights, *self._tensors(action.micro))
+        tensors = (*self.kept.pop(action.micro, ()), *self._tensors(action.micro))
+        parts, dx_BSD = cell(hidden_BSD, dy_BSD, *weights, *tensors)
         self.outputs.append(parts)
         if self.stage > 0:
             self.to_send[action.micro] = dx_BSD
@@ -165,9 +180,9 @@ class _StageForward(nn.Cell):
         super().__init__(auto_prefix=False)
         self.objective = objective
 
-    def construct(self, *inputs: Tensor | None) -> Tensor:
+    def construct(self, *inputs: Tensor | None) -> tuple[Tensor]:
         """Of what `Objective.stage_parts` takes."""
-        return self.objective.stage_parts(*inputs)[0]
+        return (self.objective.stage_parts(*inputs)[0],)
 
 
 class _StageBackward(nn.Cell):

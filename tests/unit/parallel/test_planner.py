@@ -18,7 +18,7 @@ from mixtral_ms.parallel.grid import sharding_rules as layout
 from mixtral_ms.parallel.planner.layout_search import judge, plan_layouts
 from mixtral_ms.parallel.planner.memory_model import NetworkTensors, memory_plan
 from mixtral_ms.parallel.planner.time_model import Cluster
-from mixtral_ms.parallel.planner.traffic_model import Group, traffic_groups, traffic_plan
+from mixtral_ms.parallel.planner.traffic_model import Group, passes, traffic_groups, traffic_plan
 from mixtral_ms.train.report.flops import flops_per_token
 
 BIG = Path(__file__).parents[3] / "research/mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
@@ -247,6 +247,36 @@ def test_bytes_sent_for_activations(recompute, passes):
     # T / 2 tokens' keys and values of 4 heads of 4
     context = sent(ParallelConfig(context_parallel=2))
     assert context.context_parallel == passes * LAYERS * 32 * (2 * 4 * 4) * 4
+
+
+@pytest.mark.parametrize(
+    "keeps, recompute, first, last",
+    [
+        ("layer_inputs", False, 3, 2),
+        ("layer_inputs", True, 3, 3),
+        ("stage_input", False, 3, 2),
+        ("stage_input", True, 4, 3),
+    ],
+)
+def test_passes_of_pipeline_stages(keeps, recompute, first, last):
+    grid = ParallelConfig(pipeline_stage=2, micro_batch_num=2, stage_keeps=keeps)
+    config = run(grid, recompute=recompute)
+    assert [passes(config, grid, stage) for stage in (0, 1)] == [first, last]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_of_what_a_stage_keeps(recompute):
+    def first_two(keeps):
+        grid = ParallelConfig(pipeline_stage=4, micro_batch_num=8, stage_keeps=keeps)
+        return [one.activations for one in memory_plan(run(grid, recompute=recompute))[:2]]
+
+    inputs, whole = first_two("layer_inputs"), first_two("stage_input")
+    # one more micro batch under way: the inputs of 2 layers, probabilities and logits of 4 experts
+    routing = 2 * 64 * 4 * 4
+    assert inputs[0] - inputs[1] == 2 * (TD + routing)
+    assert whole[0] - whole[1] == TD
+    # without recompute a stage that is computed again is there with all its layers
+    assert (whole[0] > inputs[0]) != recompute
 
 
 def test_bytes_sent_between_stages():
