@@ -70,12 +70,12 @@ def graphs_of(config: RunConfig, mesh: Mesh) -> list[RunGraph]:
         return list(_predicting(config, mesh))
     if config.mode.trains:
         return list(_training(config, mesh))
-    network = build_network(without_adapters(config), mesh, values=False)
+    network = build_network(without_adapters(config), mesh, values="none")
     return [_evaluation(config, network)]
 
 
 def _training(config: RunConfig, mesh: Mesh) -> Iterator[RunGraph]:
-    network = build_network(config, mesh, values=False)
+    network = build_network(config, mesh, values="none")
     step = build_train_step(config, network, build_optimizer(config, network))
     if (samples := callback(config, SampleMonitorSection)) and not _split(mesh):
         ids_NS = np.zeros((samples.rows, network.config.seq_length), np.int32)

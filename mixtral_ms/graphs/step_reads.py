@@ -33,7 +33,7 @@ def reads_of_step(config: RunConfig, rank: int) -> int:
     """
     config = _tiny(config)
     mesh = Mesh(effective_parallel(config), rank)  # without groups: what is sent is only counted
-    network = build_network(config, mesh, values=False)
+    network = build_network(config, mesh, values="none")
     optimizer = build_optimizer(config, network)
     step = build_train_step(config, network, optimizer)
     zeros = [Tensor(np.zeros(one.shape, np.float32)) for one in network.trainable_params()]

@@ -12,8 +12,9 @@ from mixtral_ms.kernels.cells.attention import AttentionSizes
 from mixtral_ms.kernels.kernel_choice import KernelChoice
 from mixtral_ms.model.moe.routed_experts import MoEFeedForward
 from mixtral_ms.model.nn.compute_dtype import compute_type
-from mixtral_ms.model.nn.linear import Linear, empty_parameter
+from mixtral_ms.model.nn.linear import Linear
 from mixtral_ms.parallel.comm.collectives import EnterSplit, LeaveSplit
+from mixtral_ms.parallel.comm.device import zero_parameter
 from mixtral_ms.parallel.grid.mesh import Mesh
 
 
@@ -23,7 +24,7 @@ class RMSNorm(nn.Cell):
     def __init__(self, hidden_size: int, eps: float, kernels: KernelChoice) -> None:
         super().__init__()
         self.norm = kernels.rms_norm(eps)
-        self.weight = empty_parameter("weight", hidden_size)
+        self.weight = zero_parameter("weight", hidden_size)
 
     def construct(self, x: Tensor) -> Tensor:
         """Normalises the last axis."""

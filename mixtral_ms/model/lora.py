@@ -20,7 +20,8 @@ from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.kernels.kernel_choice import KernelChoice
 from mixtral_ms.model.moe.routed_experts import ExpertWeight, RoutedExperts
 from mixtral_ms.model.nn.hash_noise import hash_uniform
-from mixtral_ms.model.nn.linear import Linear, empty_parameter
+from mixtral_ms.model.nn.linear import Linear
+from mixtral_ms.parallel.comm.device import zero_parameter
 from mixtral_ms.parallel.comm.graph_primitives import zeros_like
 
 _KEY = ".lora_key"
@@ -44,8 +45,8 @@ class LoraLinear(Linear):
         bias = linear.bias is not None
         super().__init__(inputs, outputs, bias, linear.compute_dtype, linear.join)
         self.scale, self.dropout, self.salt = pet.scale, pet.lora_dropout, salt
-        self.lora_a = empty_parameter("lora_a", pet.lora_rank, inputs)
-        self.lora_b = empty_parameter("lora_b", outputs, pet.lora_rank)
+        self.lora_a = zero_parameter("lora_a", pet.lora_rank, inputs)
+        self.lora_b = zero_parameter("lora_b", outputs, pet.lora_rank)
         if self.dropout > 0:
             self.lora_key = Parameter(
                 Tensor(0, mstype.float32), name="lora_key", requires_grad=False
@@ -91,8 +92,8 @@ def _adapt_experts(
         weight: ExpertWeight = getattr(routed.ffn, name)
         experts, outputs, inputs = weight.weight.shape
         if name in names:
-            weight.lora_a = empty_parameter("lora_a", experts, pet.lora_rank, inputs)
-            weight.lora_b = empty_parameter("lora_b", experts, outputs, pet.lora_rank)
+            weight.lora_a = zero_parameter("lora_a", experts, pet.lora_rank, inputs)
+            weight.lora_b = zero_parameter("lora_b", experts, outputs, pet.lora_rank)
         else:
             weight.lora_a = weight.lora_b = Tensor([0.0], mstype.float32)
     adapted = ("w1" in names, "w3" in names, "w2" in names)

@@ -20,7 +20,7 @@ from mixtral_ms.model.decoder_layer import DecoderLayer, RMSNorm, attention_size
 from mixtral_ms.model.lora import add_adapters, freeze_weights
 from mixtral_ms.model.moe.router import RouterLosses
 from mixtral_ms.model.nn.compute_dtype import compute_type
-from mixtral_ms.model.nn.linear import Linear, empty_parameter
+from mixtral_ms.model.nn.linear import Linear
 from mixtral_ms.model.nn.weight_init import initialize
 from mixtral_ms.parallel.comm.collectives import (
     EnterSplit,
@@ -28,6 +28,7 @@ from mixtral_ms.parallel.comm.collectives import (
     LeaveSplit,
     SplitToRanks,
 )
+from mixtral_ms.parallel.comm.device import zero_parameter
 from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.parallel.grid.sharding_rules import parameter_shapes
 
@@ -54,7 +55,7 @@ class TokenEmbedding(nn.Cell):
             self.join = LeaveSplit(ranks, sequence=sequence)
         elif ranks.size > 1 and sequence:
             self.join = SplitToRanks(ranks, 1)
-        self.embedding_weight = empty_parameter("embedding_weight", self.ids, hidden_size)
+        self.embedding_weight = zero_parameter("embedding_weight", self.ids, hidden_size)
 
     def construct(self, input_ids_BS: Tensor) -> Tensor:
         """Returns (B, S, D)."""
@@ -175,7 +176,7 @@ class MixtralForCausalLM(nn.Cell):
         config: the network's configuration; `batch_size` and `seq_length` fix the graph's shapes
             unless given here.
         seed: seed of the initial weights; the same seed gives the same weights on every layout.
-            None leaves them zero.
+            None leaves all parameters zero, for a file's values or for `initialize`.
         backend: kernels to use, see `kernels.select_kernels`.
         share: another network, of the same sizes, whose parameters this one uses as its own.
         mesh: the ranks, of which each has its part of the network; one process has it whole.

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from mindspore import dtype as mstype
 
@@ -27,6 +27,7 @@ from mixtral_ms.data.loader.record_loader import RecordLoader
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
+from mixtral_ms.model.nn.weight_init import initialize
 from mixtral_ms.parallel.comm.gradient_reduction import shard_groups
 from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
@@ -57,26 +58,34 @@ def without_adapters(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, model_config=plain))
 
 
-def build_network(config: RunConfig, mesh: Mesh, *, values: bool = True) -> MixtralForCausalLM:
-    """The rank's part of the network, its weights fresh or from load_checkpoint.
+Values = Literal["initial", "restored", "none"]
+"""Of a network's parameters: `initial` are drawn, or read where the configuration names a file;
+`restored` are a checkpoint's, which is put in afterwards; `none` are zeros that nobody reads."""
 
-    Its shapes are those of a micro batch. Without `values` its weights are zeros.
+
+def build_network(
+    config: RunConfig, mesh: Mesh, *, values: Values = "initial"
+) -> MixtralForCausalLM:
+    """The rank's part of the network. Its shapes are those of a micro batch.
+
+    Nothing is drawn that a file or a checkpoint then overwrites.
     """
     network = MixtralForCausalLM(
-        config.model.model_config,
-        seed=config.seed if values else None,
-        batch_size=micro_batch_size(config),
-        mesh=mesh,
+        config.model.model_config, seed=None, batch_size=micro_batch_size(config), mesh=mesh
     )
     _recompute(config, network)
-    if not values:
+    if values == "none":
         return network
+    initial = values == "initial"
     adapters = network.config.pet_config is not None
-    if config.load_checkpoint and (adapters or not config.resume_training):
+    if initial:
+        loaded = bool(config.load_checkpoint) and not config.allow_partial
+        initialize(network, network.config, config.seed, mesh, adapters_only=loaded)
+    if config.load_checkpoint and (adapters or initial):
         weights = open_network_weights(config)
         load_parameters(network, weights, partial=config.allow_partial)
         get_logger().info("weights from %s", weights.path)
-    if adapters and config.adapter and not config.resume_training:
+    if adapters and config.adapter and initial:
         adapter = open_adapter(Path(config.adapter), network.config)
         load_parameters(network, adapter.tensors, adapters=True)
         get_logger().info("adapter from %s", adapter.path)

@@ -111,7 +111,7 @@ class TrainingRun:
             held_back = dataset_of(config, training=False)
             eval_loader = build_loader(config, held_back, mesh, training=False)
         self._require_same_files(eval_loader.fingerprint if eval_loader else None, checkpoint)
-        self.network = build_network(config, mesh)
+        self.network = build_network(config, mesh, values="restored" if checkpoint else "initial")
         self.base = base_of(config, self.network) if config.model.model_config.pet_config else None
         self.optimizer = build_optimizer(config, self.network)
         self.loss_scale = build_loss_scale(config.runner_wrapper.scale_sense)

@@ -21,8 +21,8 @@ from mixtral_ms.model.moe.token_dispatch import (
     PermuteTokens,
     expert_capacity,
 )
-from mixtral_ms.model.nn.linear import empty_parameter
 from mixtral_ms.parallel.comm.collectives import CopyToRanks, EnterSplit, LeaveSplit
+from mixtral_ms.parallel.comm.device import zero_parameter
 from mixtral_ms.parallel.comm.graph_primitives import zeros_like
 from mixtral_ms.parallel.grid.mesh import Mesh
 
@@ -32,7 +32,7 @@ class ExpertWeight(nn.Cell):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = empty_parameter("weight", *shape)
+        self.weight = zero_parameter("weight", *shape)
         self.lora_a = self.lora_b = None  # set by model/lora.py
 
 

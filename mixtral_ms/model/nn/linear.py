@@ -1,16 +1,9 @@
 """Dense layer with MindFormers' parameter names and (out, in) weights."""
 
-import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-
-def empty_parameter(name: str, *shape: int) -> Parameter:
-    """A float32 parameter of zeros, filled later by weight_init.py or a checkpoint.
-
-    `Tensor(array)` would keep a copy on the host beside the one the graph uses.
-    """
-    return Parameter(Tensor.from_numpy(np.zeros(shape, np.float32)), name=name)
+from mixtral_ms.parallel.comm.device import zero_parameter
 
 
 class Linear(nn.Cell):
@@ -34,8 +27,8 @@ class Linear(nn.Cell):
     ) -> None:
         super().__init__()
         self.inputs, self.outputs, self.compute_dtype = inputs, outputs, compute_dtype
-        self.weight = empty_parameter("weight", outputs, inputs)
-        self.bias = empty_parameter("bias", outputs) if bias else None
+        self.weight = zero_parameter("weight", outputs, inputs)
+        self.bias = zero_parameter("bias", outputs) if bias else None
         self.join, self.complete = join, join is None and not bias
         self.product = ops.MatMul(transpose_b=True)
 

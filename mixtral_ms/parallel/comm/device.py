@@ -4,6 +4,10 @@ import functools
 import os
 
 import mindspore
+import numpy as np
+from mindspore import Parameter, Tensor
+from mindspore.common.initializer import initializer
+from mindspore.nn.utils import no_init_parameters
 
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.errors import UserError
@@ -45,3 +49,20 @@ def _take(target: str, device_id: int, memory: str, deterministic: bool) -> None
             f"context.device_target {target}, device {device_id}, max_device_memory {memory}, "
             f"cannot be used: {reason} (set --device_target CPU where there is no such device)"
         ) from error
+
+
+def zero_parameter(name: str, *shape: int, requires_grad: bool = True) -> Parameter:
+    """A float32 parameter of zeros, made by an accelerator in its own memory.
+
+    Parameter(Tensor) would make an array of the host of it, to be kept there and copied back.
+    """
+    if mindspore.get_context("device_target") == "CPU":
+        zeros = Tensor.from_numpy(np.zeros(shape, np.float32))
+        return Parameter(zeros, name=name, requires_grad=requires_grad)
+    with no_init_parameters():
+        without_memory = initializer("zeros", shape, mindspore.float32)
+        parameter = Parameter(without_memory, name=name, requires_grad=requires_grad)
+    parameter.set_data(mindspore.ops.zeros(shape, mindspore.float32))
+    if not parameter.has_init:
+        parameter.init_mode = None  # copies would begin with it
+    return parameter

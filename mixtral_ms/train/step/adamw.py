@@ -7,6 +7,7 @@ from mindspore import Parameter, Tensor, ops
 
 from mixtral_ms.errors import UserError
 from mixtral_ms.kernels.select import select_update
+from mixtral_ms.parallel.comm.device import zero_parameter
 from mixtral_ms.parallel.comm.process_groups import gather_tensors, own_part
 from mixtral_ms.parallel.grid.mesh import ProcessGroup
 from mixtral_ms.parallel.grid.sharding_rules import MOMENTS
@@ -88,8 +89,7 @@ class AdamW:
         first, *others = parameter.shape
         group = self.shards.get(parameter.name)
         shape = (first // (group.size if group else 1), *others)
-        zeros = Tensor.from_numpy(np.zeros(shape, np.float32))
-        return Parameter(zeros, name=prefix + parameter.name, requires_grad=False)
+        return zero_parameter(prefix + parameter.name, *shape, requires_grad=False)
 
     def state_tensors(self) -> dict[str, np.ndarray]:
         """This rank's moments by name: `adam_m.<parameter>` and `adam_v.<parameter>`."""

@@ -6,12 +6,12 @@ Legend: B batch, S sequence, L layers, E experts.
 from collections.abc import Callable, Mapping
 
 import mindspore
-import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.parallel.comm import transports
+from mixtral_ms.parallel.comm.device import zero_parameter
 from mixtral_ms.parallel.comm.process_groups import compile_together
 from mixtral_ms.parallel.grid.mesh import ALONE, ProcessGroup
 from mixtral_ms.train.objectives.objective import Objective, batch_tensors
@@ -155,8 +155,7 @@ class _OwnPart(nn.Cell):
 
 def _zero_sum(weight: Parameter, parts: int) -> Parameter:
     first, *others = weight.shape
-    zeros = Tensor.from_numpy(np.zeros((first // parts, *others), np.float32))
-    return Parameter(zeros, f"grad_sum.{weight.name}", requires_grad=False)
+    return zero_parameter(f"grad_sum.{weight.name}", first // parts, *others, requires_grad=False)
 
 
 def _narrow(weights: ParameterTuple) -> bool:

@@ -24,7 +24,7 @@ from mixtral_ms.infer.runners.base import RunnerUnavailableError
 from mixtral_ms.infer.runners.cpp import decoder_library
 from mixtral_ms.infer.runners.cpp_runner import CppRunner
 from mixtral_ms.infer.runners.infer_weights import InferWeights
-from mixtral_ms.model.nn.weight_init import initial_value
+from mixtral_ms.model.nn.weight_init import initial_part
 from mixtral_ms.parallel.grid import sharding_rules as layout
 
 PACKAGE = Path(mixtral_ms.__file__).parent
@@ -77,7 +77,8 @@ def test_a_row_is_adapted_and_filled(with_shared):
     grid = ParallelConfig(model_parallel=2)
     assert layout.local_shape(module + ".lora_a", (3, 24), grid) == (3, 24)
     assert layout.local_shape(module + ".lora_b", (40, 3), grid) == (20, 3)
-    np.testing.assert_array_equal(initial_value(NAME, (2, 2), 0.02, 0), np.ones((2, 2)))
+    part = initial_part(NAME, (2, 2), (slice(0, 2), slice(1, 2)), 0.02, 0)
+    np.testing.assert_array_equal(part, np.ones((2, 1)))
 
 
 def test_a_row_is_converted(tmp_path, with_shared):

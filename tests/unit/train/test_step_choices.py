@@ -39,7 +39,7 @@ def test_sums_are_cut_where_moments_are():
 
 def step_of(*changes):
     config = load_config(TINY, ["model.model_config.num_layers=1", *changes])
-    network = build_network(config, Mesh(), values=False)
+    network = build_network(config, Mesh(), values="none")
     return network, build_train_step(config, network, build_optimizer(config, network))
 
 
