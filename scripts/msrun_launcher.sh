@@ -43,6 +43,11 @@ environment:
   GLOG_v              what MindSpore logs: 3 errors, 2 warnings, 1 everything (default: 3)
   MSRUN_TIME_LIMIT    end the run with status 124 after so many seconds (default: none)
   MSRUN_GRACE         seconds between SIGTERM and SIGKILL when the run is ended (default: 30)
+  MSRUN_BIND_CORE     True gives each process an equal share of this machine's cores to itself
+                      (default: False)
+  HCCL_CONNECT_TIMEOUT, HCCL_EXEC_TIMEOUT
+                      seconds that Ascend's ranks wait for one another, to connect and in a
+                      collective (default: 7200 each; HCCL's own would be 120 and about 1800)
 
 examples:
   bash scripts/msrun_launcher.sh "run_mindformer.py --config a.yaml --use_parallel True" 4

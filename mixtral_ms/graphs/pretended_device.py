@@ -30,7 +30,7 @@ class PretendedAscend:
     groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Ranks of each group that was asked for, by name."""
 
-    def connect(self, ranks: tuple[int, ...]) -> str:
+    def connect(self, ranks: tuple[int, ...], _kind: str) -> str:
         """Name a group, as `Mesh` asks."""
         name = "ranks_" + "_".join(map(str, ranks))
         self.groups[name] = ranks

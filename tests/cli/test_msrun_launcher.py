@@ -314,6 +314,28 @@ def test_time_limit(tmp_path, program, port):
     assert processes_in(tmp_path) == []
 
 
+def test_cores_are_shared_out_and_hccl_waits(tmp_path, program, port):
+    """Both ranks get other cores, of equal number; waits are those of the environment if it has."""
+    names = "('HCCL_CONNECT_TIMEOUT', 'HCCL_EXEC_TIMEOUT')"
+    program(
+        "print('cores', *sorted(os.sched_getaffinity(0)))\n"
+        f"print('waits', *(os.environ[name] for name in {names}))\n"
+    )
+    bound = {"MSRUN_BIND_CORE": "True", "HCCL_EXEC_TIMEOUT": "600"}
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        refused = launch(tmp_path, "worker.py", "2", port, *LOGS, **bound)
+        assert refused.returncode == 2 and "cannot have a core each" in refused.stderr
+        return
+    assert launch(tmp_path, "worker.py", "2", port, *LOGS, **bound).returncode == 0
+    logs = [(tmp_path / "logs" / f"worker_{rank}.log").read_text() for rank in (0, 1)]
+    share = len(cores) // 2
+    for log, own in zip(logs, (cores[:share], cores[share : 2 * share]), strict=True):
+        assert f"cores {' '.join(map(str, own))}\nwaits 7200 600\n" in log
+    wrong = launch(tmp_path, "worker.py", "2", port, *LOGS, MSRUN_BIND_CORE="8")
+    assert wrong.returncode == 2 and "MSRUN_BIND_CORE '8' must be True or False" in wrong.stderr
+
+
 def test_a_port_in_use_is_named(tmp_path, program):
     program("")
     with socket.socket() as other:

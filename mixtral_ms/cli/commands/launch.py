@@ -16,6 +16,7 @@ from typing import TypeVar
 from mixtral_ms.cli.support.exit_status import run_command
 from mixtral_ms.cli.support.worker_processes import Worker, watch
 from mixtral_ms.errors import UserError
+from mixtral_ms.parallel.comm.launched import HCCL_WAITS
 
 T = TypeVar("T")
 
@@ -203,20 +204,44 @@ def _processes(
     job: MsrunJob, command: Sequence[str], folder: Path
 ) -> tuple[Worker | None, list[Worker]]:
     """The scheduler, which only the first machine has, and the workers; not yet started."""
-    base = _DEFAULTS | dict(os.environ)
+    base = _DEFAULTS | HCCL_WAITS | dict(os.environ)
+    shares = _shares_of_cores(job.local_worker) if _binds_cores() else [None] * job.local_worker
     workers = [
         Worker(
             f"rank {rank}",
             command,
             base | job.worker_environment(rank),
             folder / f"worker_{rank}.log",
+            cores,
         )
-        for rank in job.ranks
+        for rank, cores in zip(job.ranks, shares, strict=True)
     ]
     if job.node_rank:
         return None, workers
     environment = base | job.scheduler_environment()
     return Worker("the scheduler", command, environment, folder / "scheduler.log"), workers
+
+
+def _binds_cores() -> bool:
+    text = os.environ.get("MSRUN_BIND_CORE") or "False"
+    if text.lower() not in ("true", "false"):
+        raise UserError(f"MSRUN_BIND_CORE {text!r} must be True or False")
+    return text.lower() == "true"
+
+
+def _shares_of_cores(workers: int) -> list[list[int]]:
+    """Of the cores that this process may use, as many equal runs of neighbours as workers.
+
+    Devices and memory nodes are numbered in the same order as cores on the usual machines.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // workers
+    if not share:
+        raise UserError(
+            f"MSRUN_BIND_CORE True: {workers} processes cannot have a core each, as there are "
+            f"{len(cores)}: leave it out"
+        )
+    return [cores[i * share : (i + 1) * share] for i in range(workers)]
 
 
 def _started(job: MsrunJob, workers: Sequence[Worker], shown: Sequence[Worker]) -> str:

@@ -99,7 +99,7 @@ FLAGS: tuple[Flag, ...] = (
         int,
         "micro batches in a step",
     ),
-    flag("sink_mode", "runner_config.sink_mode", bool, "device queue; on Ascend only"),
+    flag("sink_mode", "runner_config.sink_mode", bool, "accepted without effect"),
     flag("num_samples", _TRAIN_SAMPLES, int, "records to use", keys=(_EVAL_SAMPLES,)),
     flag("mode", "context.mode", int, "0 graph, 1 operator by operator"),
     flag("device_target", "context.device_target", str, "CPU or Ascend"),

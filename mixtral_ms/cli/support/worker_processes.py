@@ -38,12 +38,18 @@ class Worker:
         command: the program and its arguments.
         environment: all of it.
         log: where its output goes; overwritten.
+        cores: it may run on these alone; None lets it run on all.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        cores: Sequence[int] | None = None,
     ) -> None:
-        self.name, self.log = name, log
+        self.name, self.log, self._cores = name, log, cores
         self._command, self._environment = command, environment
         self._process: subprocess.Popen | None = None
         self._shown = 0
@@ -59,6 +65,8 @@ class Worker:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
+            if self._cores:
+                os.sched_setaffinity(0, self._cores)
 
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603 - the user's own program

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from mixtral_ms.config.sections.parallel_section import HcclBuffers
 from mixtral_ms.config.sections.run_section import RunConfig
 
 _MAX_SEED = 2**32 - 1
@@ -25,6 +26,10 @@ _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
     ("runner_config.stop_at_step", 1, None),
     ("runner_config.peak_tflops", ">0", None),
     ("runner_wrapper.max_skipped_steps", 1, None),
+    *(
+        (f"parallel_config.hccl_buffer_size.{kind.name}", 1, None)
+        for kind in dataclasses.fields(HcclBuffers)
+    ),
     ("optimizer.learning_rate", 0, None),
     ("optimizer.beta1", 0, "<1"),
     ("optimizer.beta2", 0, "<1"),

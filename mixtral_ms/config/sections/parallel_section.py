@@ -80,6 +80,32 @@ class ParallelContext:
 
 
 @dataclass
+class HcclBuffers:
+    """`parallel_config.hccl_buffer_size`: MB of each of the two buffers that HCCL has for a group.
+
+    Empty keeps HCCL's own size: HCCL_BUFFSIZE of the environment, else 200. Messages that are
+    larger go in pieces. The group of all ranks always has HCCL's own.
+    """
+
+    tensor: int | None = None
+    """Ranks that split heads, widths and vocabulary."""
+    context: int | None = None
+    """Ranks that split the sequence."""
+    tokens: int | None = None
+    """Ranks with other tokens for the same weights."""
+    stage_ranks: int | None = None
+    """Ranks of a pipeline stage."""
+    exchange: int | None = None
+    """Ranks that exchange tokens for experts."""
+    expert_copies: int | None = None
+    """Ranks with the same experts."""
+    expert_ranks: int | None = None
+    """Ranks that have all experts together."""
+    pair: int | None = None
+    """Neighbours in the pipeline."""
+
+
+@dataclass
 class ParallelConfig:
     """`parallel_config`: sizes of the rank grid."""
 
@@ -103,6 +129,7 @@ class ParallelConfig:
     """Split the norms' activations along the sequence over the model-parallel ranks."""
     vocab_emb_dp: bool = True
     """Keep the embedding whole on each rank; False splits it over model_parallel."""
+    hccl_buffer_size: HcclBuffers | None = None
     optimizer_shard: bool | None = inert(None, "parallel.enable_parallel_optimizer says it")
     gradient_aggregation_group: int = inert(4, "parallel.gradient_bucket_mb says it")
     context_parallel_algo: str = inert("colossalai_cp", "one algorithm is implemented")

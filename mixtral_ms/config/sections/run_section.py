@@ -28,8 +28,8 @@ from mixtral_ms.config.sections.training_section import (
     TensorBoardTopSection,
 )
 
-_ASCEND = "it acts on Ascend only"
 _MINDSPORE = "MindSpore's own setting is kept"
+_BY_ENVIRONMENT = "MindSpore reads it from the environment: "
 _NO_LAYER_SCALE = "all layers have one learning rate"
 _NO_AUTO_TUNE = "data loading needs no tuning"
 _NO_PROFILE = "use MindSpore's profiler around the run"
@@ -63,25 +63,46 @@ class ModelSection:
 class JitConfig:
     """`context.jit_config`."""
 
-    jit_level: Literal["O0", "O1", "O2"] = inert("O0", _MINDSPORE)
-    infer_boost: Literal["on", "off"] = inert("off", _ASCEND)
+    jit_level: Literal["O0", "O1", "O2"] = "O0"
+    """How far an Ascend's graphs are optimised: O1 fuses small operators, O2 gives whole graphs to
+    CANN's engine. A CPU has one level."""
+    infer_boost: Literal["on", "off"] = inert("off", "prediction chooses its own kernels")
 
 
 @dataclass
 class AscendConfig:
-    """`context.ascend_config`."""
+    """`context.ascend_config`: what an Ascend's operators may do; told to MindSpore as given.
 
-    precision_mode: Literal[
-        "force_fp16", "allow_fp32_to_fp16", "allow_mix_precision", "must_keep_origin_dtype"
-    ] = inert("must_keep_origin_dtype", _MINDSPORE)
-    jit_compile: bool = inert(False, _ASCEND)
-    parallel_speed_up_json_path: str | None = inert(None, _ASCEND)
-    atomic_clean_policy: int = inert(1, _ASCEND)
-    matmul_allow_hf32: bool = inert(False, _ASCEND)
-    conv_allow_hf32: bool = inert(False, _ASCEND)
-    op_precision_mode: str | None = inert(None, _ASCEND)
-    topo_order: dict | None = inert(None, _ASCEND)
-    hccl_watchdog: bool = inert(True, _ASCEND)
+    Empty keeps MindSpore's own setting. A CPU is told none of it.
+    """
+
+    precision_mode: (
+        Literal[
+            "force_fp16",
+            "allow_fp32_to_fp16",
+            "allow_mix_precision",
+            "must_keep_origin_dtype",
+            "force_fp32",
+            "allow_fp32_to_bf16",
+            "allow_mix_precision_fp16",
+            "allow_mix_precision_bf16",
+        ]
+        | None
+    ) = None
+    """Whether operators may compute in another format than they are given."""
+    jit_compile: bool | None = None
+    """Build operators for the shapes they get, instead of taking those that CANN brings."""
+    atomic_clean_policy: Literal[0, 1] | None = None
+    """0 clears the memory of operators that add up in it all at once, 1 one by one."""
+    matmul_allow_hf32: bool | None = None
+    """Let products of float32 matrices compute in HF32, which has 11 bits."""
+    op_precision_mode: str | None = None
+    """A file of CANN that says the precision of single operators."""
+    hccl_watchdog: bool | None = None
+    """End the process when a collective has failed on another rank."""
+    conv_allow_hf32: bool = inert(False, "there are no convolutions")
+    parallel_speed_up_json_path: str | None = inert(None, "ranks and messages are explicit here")
+    topo_order: dict | None = inert(None, "exec_order says it for all graphs")
 
 
 @dataclass
@@ -99,21 +120,31 @@ class ContextSection:
     """ON gives the same bits in every run on Ascend, slower; a CPU always does."""
     jit_config: JitConfig = field(default_factory=JitConfig)
     ascend_config: AscendConfig = field(default_factory=AscendConfig)
-    memory_optimize_level: Literal["O0", "O1"] = inert("O0", _MINDSPORE)
-    mempool_block_size: str = inert("1GB", _MINDSPORE)
-    save_graphs: bool | Literal[0, 1, 2, 3] = inert(False, _MINDSPORE)
-    save_graphs_path: str = inert("./graph", _MINDSPORE)
-    enable_graph_kernel: bool = inert(False, _ASCEND)
-    graph_kernel_flags: str = inert("", _ASCEND)
-    affinity_cpu_list: list | dict | None = inert(None, _ASCEND)
+    exec_order: Literal["bfs", "dfs"] | None = None
+    """Order of a graph's operators on Ascend: bfs takes all that are ready, dfs follows one result
+    to its end, which holds fewer at once. Empty keeps MindSpore's own."""
+    memory_optimize_level: Literal["O0", "O1"] = "O0"
+    """O1 lets an Ascend's graphs use memory again more eagerly."""
+    mempool_block_size: str | None = None
+    """By how much an Ascend's memory pool grows, such as "1GB"; empty keeps MindSpore's own."""
+    save_graphs: bool | Literal[0, 1, 2, 3] = False
+    """Write the graphs that are compiled, to report a fault: True is 2, 3 writes most."""
+    save_graphs_path: str = "./graph"
+    """Where save_graphs writes them."""
+    enable_graph_kernel: bool = inert(False, "jit_config.jit_level O1 fuses operators")
+    graph_kernel_flags: str = inert("", _BY_ENVIRONMENT + "MS_DEV_GRAPH_KERNEL_FLAGS")
+    affinity_cpu_list: list[str] | dict | None = None
+    """Cores that an Ascend's process runs on: ranges such as "0-23", or a list of them for each
+    device, {device0: ["0-23"], ...}. MSRUN_BIND_CORE of the launcher shares them out evenly."""
     runtime_num_threads: int | None = inert(None, "OMP_NUM_THREADS says it")
-    enable_reduce_precision: bool = inert(True, _ASCEND)
-    enable_compile_cache: bool = inert(False, "graphs compile in seconds")
-    compile_cache_path: str | None = inert(None, "graphs compile in seconds")
+    enable_reduce_precision: bool = inert(True, "ascend_config.precision_mode says it")
+    enable_compile_cache: bool = inert(False, _BY_ENVIRONMENT + "MS_COMPILER_CACHE_ENABLE")
+    compile_cache_path: str | None = inert(None, _BY_ENVIRONMENT + "MS_COMPILER_CACHE_PATH")
     print_file_path: str | None = inert(None, "the log goes to stderr")
-    save_dump_path: str | None = inert(None, _ASCEND)
-    enable_dump: bool = inert(False, _ASCEND)
-    pynative_synchronize: bool = inert(False, _ASCEND)
+    save_dump_path: str | None = inert(None, _BY_ENVIRONMENT + "MINDSPORE_DUMP_CONFIG")
+    enable_dump: bool = inert(False, _BY_ENVIRONMENT + "MINDSPORE_DUMP_CONFIG")
+    pynative_synchronize: bool = False
+    """Wait for every operator on Ascend, so that an error names the one that failed; slow."""
 
 
 @dataclass

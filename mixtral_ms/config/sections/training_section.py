@@ -28,8 +28,7 @@ class RunnerConfig:
     """Stop early at this step with a checkpoint; the schedule stays as it is."""
     peak_tflops: float | None = None
     """The device's peak in TFLOP/s, for the MFU; empty measures a CPU, and gives none elsewhere."""
-    sink_mode: bool = False
-    """Feed data from the device's queue; has an effect on Ascend only."""
+    sink_mode: bool = inert(False, "the host gives every step its batches, which are few bytes")
     sink_size: int = inert(1, "a step is one optimizer step, sink mode or not")
     num_classes: int | None = inert(None, "there are vocab_size classes")
     image_size: int | None = inert(None, "there are no images")

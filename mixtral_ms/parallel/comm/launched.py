@@ -2,6 +2,12 @@
 
 import os
 
+HCCL_WAITS = {"HCCL_CONNECT_TIMEOUT": "7200", "HCCL_EXEC_TIMEOUT": "7200"}
+"""Seconds that an Ascend's ranks wait for one another, to connect and in a collective, unless the
+environment says others. HCCL's own, 120 and about 1800, end a run in which one rank reads its
+checkpoint from a slow disk or compiles for longer than the others. 7200 is HCCL's most to connect.
+"""
+
 
 def is_launched() -> bool:
     """Whether a launcher started this process, be it the only one."""

@@ -6,6 +6,7 @@ Collectives inside the compiled network are in collectives.py.
 import atexit
 import contextlib
 import ctypes
+import dataclasses
 import os
 import socket
 import time
@@ -17,8 +18,10 @@ import mindspore
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mixtral_ms.config.sections.parallel_section import ParallelConfig
+from mixtral_ms.config.sections.parallel_section import HcclBuffers, ParallelConfig
 from mixtral_ms.errors import UserError
+from mixtral_ms.log import get_logger
+from mixtral_ms.parallel.comm.device import hccl_options
 from mixtral_ms.parallel.comm.launched import own_rank, started_processes
 from mixtral_ms.parallel.comm.transports import count, is_simulated
 from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
@@ -49,11 +52,18 @@ def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = N
     on_cpu = mindspore.get_context("device_target") == "CPU"
     init("mccl" if on_cpu else None)
 
-    def make(ranks: tuple[int, ...]) -> str:
+    made: dict[tuple[int, ...], str] = {}
+
+    def make(ranks: tuple[int, ...], kind: str) -> str:
+        made[ranks] = kind
         if len(ranks) == started_processes():
             return "mccl_world_group" if on_cpu else "hccl_world_group"
         name = "ranks_" + "_".join(map(str, ranks))
-        create_group(name, list(ranks))
+        size = getattr(grid.hccl_buffer_size, kind, None)
+        if on_cpu or size is None:
+            create_group(name, list(ranks))
+        else:
+            create_group(name, list(ranks), hccl_options(size))
         return name
 
     mesh = Mesh(grid, own_rank(), make)
@@ -71,7 +81,23 @@ def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = N
             mesh.pair(mesh.beside(2 * stage + 1 - mesh.stage))
     if mesh.stage in (0, grid.pipeline_stage - 1) and grid.pipeline_stage > 2:  # noqa: PLR2004
         mesh.pair(mesh.beside(grid.pipeline_stage - 1 - mesh.stage))  # a tied embedding's two ends
+    _say_which_buffers_are_shared(mesh, made)
     return mesh
+
+
+def _say_which_buffers_are_shared(mesh: Mesh, made: Mapping[tuple[int, ...], str]) -> None:
+    """Of kinds with the same ranks there is one group, and its buffers are as the first says."""
+    sizes = mesh.grid.hccl_buffer_size
+    for ranks, first in made.items():
+        for field in dataclasses.fields(HcclBuffers):
+            group = None if field.name == "pair" else getattr(mesh, field.name)
+            shared = group is not None and group.ranks == ranks and field.name != first
+            if shared and getattr(sizes, field.name, None) is not None:
+                get_logger().warning(
+                    "parallel_config.hccl_buffer_size.%s has no effect: its ranks are those of %s",
+                    field.name,
+                    first,
+                )
 
 
 class _Barrier:

@@ -32,7 +32,7 @@ class ProcessGroup:
 
 
 ALONE = ProcessGroup((0,), 0)
-Connect = Callable[[tuple[int, ...]], str]
+Connect = Callable[[tuple[int, ...], str], str]
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Mesh:
     Args:
         grid: sizes of the rank grid.
         rank: this process.
-        connect: makes MindSpore's group of some ranks and returns its name
-            (`comm.process_groups`); None for a rank that is only simulated.
+        connect: makes MindSpore's group of some ranks, for what `ProcessGroup.kind` says, and
+            returns its name (`comm.process_groups`); None for a rank that is only simulated.
     """
 
     grid: ParallelConfig = field(default_factory=ParallelConfig)
@@ -179,5 +179,5 @@ class Mesh:
         ranks = tuple(ranks)
         if ranks not in self._names:
             meets = self.connect if len(ranks) > 1 else None
-            self._names[ranks] = "" if meets is None else meets(ranks)
+            self._names[ranks] = "" if meets is None else meets(ranks, kind)
         return ProcessGroup(ranks, ranks.index(self.rank), self._names[ranks], kind)

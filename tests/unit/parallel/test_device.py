@@ -1,14 +1,20 @@
 """Which device a process takes, and when; what MindSpore is told stands in for the devices."""
 
+import os
+
 import mindspore
 import pytest
+from mindspore import communication
 
 from mixtral_ms.config import RunConfig
+from mixtral_ms.config.sections.parallel_section import HcclBuffers, ParallelConfig
 from mixtral_ms.errors import UserError
+from mixtral_ms.graphs.pretended_device import PretendedAscend
 from mixtral_ms.infer import load_model as load
 from mixtral_ms.parallel.comm import device
 from mixtral_ms.parallel.comm import process_groups as connection
 from mixtral_ms.parallel.comm.device import set_up_device
+from mixtral_ms.parallel.comm.launched import HCCL_WAITS
 
 
 @pytest.fixture
@@ -21,13 +27,16 @@ def told(monkeypatch):
             raise RuntimeError("can not be set repeatedly.\n- C++ call stack")
         said.append(("set_deterministic", value))
 
+    def heard(name):
+        return lambda *given, **named: said.append((name, *given, *named.items()))
+
     for name in ("set_device", "set_context"):
-        monkeypatch.setattr(
-            mindspore, name, lambda *given, name=name, **_: said.append((name, *given))
-        )
+        monkeypatch.setattr(mindspore, name, heard(name))
+    for name in ("set_cpu_affinity", "launch_blocking"):
+        monkeypatch.setattr(mindspore.runtime, name, heard(name))
     monkeypatch.setattr(mindspore, "set_deterministic", set_deterministic)
     monkeypatch.setattr(connection, "connect", lambda _: said.append(("connect",)))
-    for name in ("DEVICE_ID", "MS_ROLE"):
+    for name in ("DEVICE_ID", "MS_ROLE", *HCCL_WAITS):
         monkeypatch.delenv(name, raising=False)
     device._take.cache_clear()
     yield said
@@ -80,3 +89,80 @@ def test_a_session_that_has_its_device_is_left_alone(told, config):
     config.context.device_target = "CPU"  # as in this process, where operators may have run
     set_up_device(config)
     assert {name for name, *_ in told} == {"set_context"}
+
+
+def test_a_device_is_told_what_the_yaml_says(told, config):
+    context = config.context
+    context.jit_config.jit_level, context.exec_order = "O1", "dfs"
+    context.memory_optimize_level, context.mempool_block_size = "O1", "2GB"
+    context.ascend_config.precision_mode = "must_keep_origin_dtype"
+    context.ascend_config.matmul_allow_hf32 = False
+    context.affinity_cpu_list, context.pynative_synchronize = {"device5": ["0-9"]}, True
+    context.save_graphs, context.save_graphs_path = True, "/graphs"
+    set_up_device(config)
+    assert told[1] == ("set_context", ("save_graphs", True), ("save_graphs_path", "/graphs"))
+    settings = dict(one[1] for one in told[2:] if one[0] == "set_context")
+    assert settings == {
+        "max_device_memory": "1024GB",
+        "memory_optimize_level": "O1",
+        "mempool_block_size": "2GB",
+        "jit_config": {"jit_level": "O1"},
+        "exec_order": "dfs",
+        "ascend_config": {"precision_mode": "must_keep_origin_dtype", "matmul_allow_hf32": False},
+    }
+    assert ("set_cpu_affinity", True, {"device5": ["0-9"]}) in told
+    assert ("launch_blocking",) in told
+
+
+def test_what_is_left_empty_is_mindspores_own(told, config):
+    set_up_device(config)
+    settings = dict(one[1] for one in told[1:] if one[0] == "set_context")
+    assert settings.keys() == {"max_device_memory", "memory_optimize_level", "jit_config"}
+    assert not {"set_cpu_affinity", "launch_blocking"} & {name for name, *_ in told}
+
+
+def test_a_cpu_is_told_none_of_it_and_the_log_says_so(told, config, caplog):
+    config.context.device_target = "CPU"
+    set_up_device(config)
+    assert "has no effect" not in caplog.text
+    config.context.jit_config.jit_level, config.context.exec_order = "O1", "dfs"
+    config.context.ascend_config.jit_compile = True
+    with caplog.at_level("INFO", "mixtral_ms"):
+        set_up_device(config)
+    for key in ("exec_order dfs", "jit_config.jit_level O1", "ascend_config.jit_compile True"):
+        assert f"context.{key} has no effect on CPU" in caplog.text
+    assert [one[1] for one in told if one[0] == "set_context"] == [("mode", 0)] * 2
+
+
+@pytest.mark.parametrize("own", [None, "300"])
+def test_ranks_wait_for_slow_ones_unless_the_environment_says_less(told, config, monkeypatch, own):
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "1")  # so that what is set here goes with the test
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "1")
+    for name in HCCL_WAITS:
+        os.environ.pop(name)
+        if own:
+            os.environ[name] = own
+    set_up_device(config)
+    assert {name: os.environ[name] for name in HCCL_WAITS} == (
+        dict.fromkeys(HCCL_WAITS, own) if own else HCCL_WAITS
+    )
+
+
+def test_groups_have_the_buffers_that_are_asked_for(monkeypatch, caplog):
+    """Of two data-parallel ranks on two stages; the exchange has the ranks of `tokens`."""
+    groups = {}
+
+    def create_group(_name, ranks, options=None):
+        groups[tuple(ranks)] = options and options.hccl_config["hccl_buffer_size"]
+
+    for name, value in {"MS_WORKER_NUM": "4", "RANK_ID": "1", "MS_ROLE": "MS_WORKER"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(communication, "init", lambda _: None)
+    monkeypatch.setattr(communication, "create_group", create_group)
+    grid = ParallelConfig(data_parallel=2, pipeline_stage=2, expert_parallel=2)
+    grid.hccl_buffer_size = HcclBuffers(tokens=100, exchange=50, pair=32)
+    with PretendedAscend(1).in_place():
+        connection.connect(grid)
+    assert groups == {(0, 1): 100, (1, 3): 32}
+    assert "hccl_buffer_size.exchange has no effect: its ranks are those of tokens" in caplog.text
