@@ -14,6 +14,7 @@ from mixtral_ms.cli.support.plan.plan_report import as_data, as_text, as_yaml
 from mixtral_ms.config import RunConfig, load_config
 from mixtral_ms.config.checks.check_config import find_contradictions
 from mixtral_ms.config.loading.resolve import rank_count
+from mixtral_ms.config.sections.run_modes import RUN_MODES
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
 from mixtral_ms.parallel.planner.layout_search import Layout, LayoutPlan, judge, plan_layouts
@@ -84,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", type=Path, required=True, metavar="YAML", help="the run")
-    add("--run_mode", choices=("train", "finetune", "predict"), help="(default: the YAML's)")
+    planned = [name for name, mode in RUN_MODES.items() if mode.trains or mode.answers]
+    add("--run_mode", choices=planned, help="(default: the YAML's)")
     add("--devices", type=whole_number, required=True, metavar="N", help="devices of the cluster")
     add("--memory", type=_size, required=True, metavar="SIZE", help="of a device, such as 64GB")
     add(
