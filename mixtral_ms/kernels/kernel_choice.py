@@ -13,6 +13,7 @@ from mindspore import Parameter, Tensor, nn
 from mixtral_ms.kernels.cells.attention import (
     AttentionSizes,
     NativeRotaryAttention,
+    PackedSamples,
     PlainRotaryAttention,
 )
 from mixtral_ms.kernels.cells.cache_sizes import CacheSizes, Keys
@@ -102,8 +103,8 @@ class KernelChoice:
 
     def packed_samples(
         self, batch_size: int, sizes: AttentionSizes, group: ProcessGroup
-    ) -> nn.Cell | None:
-        """What attention is given of packed samples, made once for all layers of segment ids.
+    ) -> PackedSamples | None:
+        """What attention is given of packed samples, once for all layers.
 
         None where it takes the segment ids themselves.
         """

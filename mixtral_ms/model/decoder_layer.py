@@ -83,7 +83,7 @@ class Attention(nn.Cell):
     ) -> Tensor:
         """Returns (B, S, D)."""
         if self.enter is not None:
-            x_BSD = self.enter(x_BSD)[0]
+            x_BSD = self.enter(x_BSD)
         q = self.wq(x_BSD)
         k = self.wk(x_BSD)
         v = self.wv(x_BSD)

@@ -232,7 +232,8 @@ class MixtralForCausalLM(nn.Cell):
 
         Args:
             input_ids_BS: int32 ids; `pad_token_id` marks padding.
-            segment_ids_BS: packed samples see only positions of their own segment.
+            segment_ids_BS: packed samples see only positions of their own segment. Where the
+                kernels have `model.packed_samples`, what its `prepared` gives of segment ids.
             positions_BS: position of each token in its sample; None counts from 0.
         """
         hidden = self.model(input_ids_BS, segment_ids_BS, positions_BS)[0]
@@ -246,7 +247,7 @@ class MixtralForCausalLM(nn.Cell):
             labels_BS: the id that follows each position; `ignore_token_id` where there is none.
         """
         if self.enter_head is not None:
-            hidden_BSD = self.enter_head(hidden_BSD)[0]
+            hidden_BSD = self.enter_head(hidden_BSD)
         hidden_TD = ops.reshape(hidden_BSD, (-1, hidden_BSD.shape[-1]))
         return self.cross_entropy(
             ops.cast(hidden_TD, self.dtype),
@@ -264,7 +265,7 @@ class MixtralForCausalLM(nn.Cell):
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """Scores over the whole vocabulary, in the compute dtype."""
         if self.enter_head is not None:
-            hidden_BSD = self.enter_head(hidden_BSD)[0]
+            hidden_BSD = self.enter_head(hidden_BSD)
         flat = ops.reshape(ops.cast(hidden_BSD, self.dtype), (-1, hidden_BSD.shape[-1]))
         scores = self.head_product(flat, ops.cast(self.head_weight(), self.dtype))
         if self.whole_vocabulary is not None:

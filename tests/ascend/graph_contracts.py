@@ -196,20 +196,8 @@ class Known:
     graphs: tuple[str, ...]
 
 
-KNOWN = (
-    Known(
-        "no_square_tensor",
-        "the operator takes samples by their ends in whole sequences without a window only: "
-        "elsewhere packed samples have a mask of S x S, one for all layers",
-        ("cp 2, packed / *", "window, packed / *"),
-    ),
-    Known(
-        "no_large_constant",
-        "EnterSplit gives two results, and where one is not used its gradient is a constant of "
-        "zeros: with a split sequence as large as the whole hidden states",
-        ("pretrain_mixtral-8x7b_32k |* / forward and backward",),
-    ),
-)
+KNOWN: tuple[Known, ...] = ()
+"""None today."""
 
 
 def known_of(case: str, graph: str) -> set[str]:

@@ -12,8 +12,10 @@ from mindspore import Tensor
 
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.errors import UserError
+from mixtral_ms.kernels.ascend import packed_samples
 from mixtral_ms.kernels.ascend.flash_attention import FlashRotaryAttention
-from mixtral_ms.kernels.ascend.packed_samples import HiddenKeys, SampleEnds, most_samples
+from mixtral_ms.kernels.ascend.packed_samples import SampleEnds
+from mixtral_ms.kernels.ascend.window_blocks import HiddenInBlocks
 from mixtral_ms.kernels.cells.attention import AttentionSizes, PlainRotaryAttention
 from mixtral_ms.kernels.cells.elementwise import rotary_tables
 from mixtral_ms.model.mixtral import MixtralForCausalLM
@@ -62,18 +64,26 @@ def with_gradients(attention, tensors, *rest):
     return [one.asnumpy() for one in (out, *grads)]
 
 
+def prepared(sizes, context, segments, positions):
+    """As the host prepares a micro batch, and the graph makes it ready for all layers."""
+    if sizes.window is None:
+        cell = SampleEnds(len(segments), sizes, context)
+    else:
+        cell = HiddenInBlocks(sizes.seq_length, sizes.window, context)
+    return cell(Tensor(cell.prepared(segments, positions)))
+
+
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 def test_output_and_gradients(window, packed):
     tensors, sizes = inputs(), sizes_of(window)
-    segments, positions, prepared = None, None, None
+    segments, positions, ready = None, None, None
     if packed:
-        segments, positions = Tensor(SAMPLES), Tensor(positions_of(SAMPLES))
-        ends = SampleEnds(BATCH, LENGTH)
-        mask = HiddenKeys(sizes, ProcessGroup((0,), 0))
-        prepared = (mask if window else ends)(segments)
+        given = positions_of(SAMPLES)
+        ready = prepared(sizes, ProcessGroup((0,), 0), SAMPLES, given)
+        segments, positions = Tensor(SAMPLES), Tensor(given)
     expected = with_gradients(PlainRotaryAttention(sizes), tensors, positions, segments)
-    got = with_gradients(FlashRotaryAttention(sizes), tensors, positions, prepared)
+    got = with_gradients(FlashRotaryAttention(sizes), tensors, positions, ready)
     for what, ours, theirs in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
         assert_close(ours, theirs, TOLERANCE, what)
 
@@ -94,44 +104,62 @@ class Whole(mindspore.nn.Cell):
 @pytest.mark.parametrize("window", [None, 7, 15])
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_part_of_the_sequence(rank, window, packed):
+def test_a_part_of_the_sequence(rank, window, packed, monkeypatch):
+    monkeypatch.setattr(packed_samples, "_SHORTEST_MEAN", 2)  # so short a part may hold 4 samples
     tensors, context = inputs(), ProcessGroup((0, 1, 2), rank)
     q, k, v, cos, sin = tensors
     part = slice(rank * LENGTH // 3, (rank + 1) * LENGTH // 3)
-    segments = Tensor(SAMPLES) if packed else None
-    positions = Tensor(positions_of(SAMPLES)) if packed else None
-    expected = PlainRotaryAttention(sizes_of(window))(*tensors, positions, segments)
-    whole_positions = positions if packed else Tensor(np.arange(LENGTH, dtype=np.int32)[None])
-    tables = [Tensor(table.asnumpy()[whole_positions.asnumpy()][:, None]) for table in (cos, sin)]
+    positions = positions_of(SAMPLES)
+    given = (Tensor(positions), Tensor(SAMPLES)) if packed else (None, None)
+    expected = PlainRotaryAttention(sizes_of(window))(*tensors, *given)
+    whole = positions if packed else np.arange(LENGTH, dtype=np.int32)[None]
+    tables = [Tensor(table.asnumpy()[whole][:, None]) for table in (cos, sin)]
     rotated = FlashRotaryAttention(sizes_of(window))._rotated(k, KV_HEADS, *tables)
 
     sizes = sizes_of(window, LENGTH // 3)
     attention = FlashRotaryAttention(sizes, context)
     attention.gather = Whole(rotated, v)
-    own, prepared = None, None
+    own, ready = None, None
     if packed:
-        mask = HiddenKeys(sizes, context)
-        mask.gather = Whole(Tensor(SAMPLES.reshape(BATCH, 3, -1).swapaxes(0, 1).astype(np.float32)))
-        own, prepared = positions[:, part], mask(segments[:, part])
-    got = attention(q[:, part], k[:, part], v[:, part], cos, sin, own, prepared)
+        ready = prepared(sizes, context, SAMPLES[:, part], positions[:, part])
+        own = Tensor(positions[:, part])
+    got = attention(q[:, part], k[:, part], v[:, part], cos, sin, own, ready)
     assert_close(got.asnumpy(), expected.asnumpy()[:, part], TOLERANCE, "out")
 
 
 def test_ends_of_samples():
-    ends = SampleEnds(BATCH, LENGTH)(Tensor(SAMPLES)).asnumpy()
-    tokens, most = BATCH * LENGTH, most_samples(BATCH * LENGTH)
+    cell = SampleEnds(BATCH, sizes_of(None), ProcessGroup((0,), 0))
+    ends = cell.prepared(SAMPLES, positions_of(SAMPLES))
     assert ends[:6].tolist() == [5, 6, 24, 44, 46, 48]
     assert (np.diff(ends) > 0).all()
-    assert ends[-1] == tokens + most
-    assert len(ends) == most
+    assert ends[-1] == BATCH * LENGTH + cell.most
+    assert len(ends) == cell.most
+
+
+def test_ends_of_samples_that_began_on_another_rank():
+    """Row 0: of 8 keys before, 2 of its first sample; row 1: all of its one sample."""
+    cell = SampleEnds(BATCH, sizes_of(None, 8), ProcessGroup((0, 1, 2), 1))
+    queries, keys = cell.prepared(SAMPLES[:, 8:16], positions_of(SAMPLES)[:, 8:16])
+    assert queries[:4].tolist() == [1, 9, 10, 18]
+    assert keys[:4].tolist() == [1 + 6, 17, 17 + 1, 34]
+    assert queries[-1] == 18 + cell.most
+    assert keys[-1] == 34 + cell.most
+    assert (np.diff(queries) > 0).all()
+    assert (np.diff(keys) >= np.diff(queries)).all()
 
 
 def test_as_many_samples_as_there_may_be():
-    most = most_samples(BATCH * LENGTH)
-    segments = np.minimum(np.arange(LENGTH), most - 3)[None].repeat(BATCH, 0).astype(np.int32)
+    cell = SampleEnds(BATCH, sizes_of(None), ProcessGroup((0,), 0))
+    segments = np.minimum(np.arange(LENGTH), cell.limit - 2)[None].repeat(BATCH, 0)
     segments[1] = 0
-    ends = SampleEnds(BATCH, LENGTH)(Tensor(segments)).asnumpy()
-    assert ends.tolist() == [*range(1, most - 2), 24, 48, 48 + most]
+    ends = cell.prepared(segments, positions_of(segments)).tolist()
+    assert ends == [*range(1, cell.limit - 1), 24, 48, 48 + cell.most]
+
+
+def test_segment_ids_are_refused_where_ends_belong():
+    cell = SampleEnds(BATCH, sizes_of(None), ProcessGroup((0,), 0))
+    with pytest.raises(ValueError, match="as `prepared` gives them"):
+        cell(Tensor(SAMPLES))
 
 
 def test_more_samples_than_the_operator_takes():

@@ -71,9 +71,12 @@ def check_all(group):
     gather = collectives.GatherFromRanks(group, 1, partial=False)
     check(gather, [own], d_alike, whole, d_alike[:, part])
     both = (dout[me], d_alike)
-    enter = collectives.EnterSplit(group, sequence=False)
-    check(enter, [alike], both, alike, dout.sum(0) + d_alike)
+    check(collectives.EnterSplit(group, sequence=False), [alike], dout[me], alike, dout.sum(0))
     enter = collectives.EnterSplit(group, sequence=True)
+    check(enter, [own], dout[me], whole, dout.sum(0)[:, part])
+    enter = collectives.EnterSplitTwice(group, sequence=False)
+    check(enter, [alike], both, alike, dout.sum(0) + d_alike)
+    enter = collectives.EnterSplitTwice(group, sequence=True)
     check(enter, [own], both, whole, (dout.sum(0) + d_alike)[:, part])
 
 

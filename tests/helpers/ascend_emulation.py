@@ -19,7 +19,7 @@ from mixtral_ms.kernels.ascend import flash_attention, fused_adamw, grouped_expe
 from mixtral_ms.parallel.comm.graph_primitives import zeros_like
 
 FLOATS = (mstype.float16, mstype.bfloat16, mstype.float32)
-CAUSAL, RIGHT_DOWN, BAND = 2, 3, 4
+WHOLE, CAUSAL, RIGHT_DOWN, BAND = 1, 2, 3, 4
 
 
 def require(condition: bool, rule: str) -> None:
@@ -207,13 +207,14 @@ def flash_attention_score(  # noqa: PLR0913, PLR0917 - the operator's
 
 def _hidden_mask(mode, mask, queries, keys, head_num, pre_tokens, next_tokens):
     """(S, W) or what was given, True where a query must not see a key."""
-    if mode == 0:
+    if mode == WHOLE:
         require(
             mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1] in (1, head_num)),
-            "mode 0 takes (S, W), (B, 1, S, W) or (B, N, S, W)",
+            "mode 1 takes (S, W), (B, 1, S, W) or (B, N, S, W)",
         )
-        require(mask.shape[-2:] == (queries, keys), "mode 0 takes the whole mask")
+        require(mask.shape[-2:] == (queries, keys), "mode 1 takes the whole mask")
         return mask
+    require(mode in (CAUSAL, RIGHT_DOWN, BAND), f"sparse_mode {mode} is not emulated")
     # distance of a query from a key, counted from the upper left or the lower right corner
     offset = 0 if mode == CAUSAL else keys - queries
     distance = np.arange(queries)[:, None] + offset - np.arange(keys)[None, :]
@@ -238,23 +239,35 @@ def _attend_samples(  # noqa: PLR0913, PLR0917 - the operator's
     query, key, value, head_num, q_ends, kv_ends, scale, pre_tokens, next_tokens, mode
 ):
     """TND: samples behind each other, given by their ends."""
-    tokens, heads, head_dim = query.shape
+    (tokens, heads, head_dim), keys = query.shape, key.shape[0]
     require(heads == head_num and head_dim % 16 == 0, "TND is (T, N, d), d a multiple of 16")
     require(mode in (CAUSAL, RIGHT_DOWN), "TND has modes 2 and 3")
     require(next_tokens == 0 and pre_tokens >= tokens, "TND has next_tokens 0 and all pre_tokens")
     require(q_ends.shape == kv_ends.shape and q_ends.shape[0] <= 1024, "at most 1024 samples")
-    require(key.shape[0] == tokens, "the emulation knows queries and keys of the same tokens")
     if mindspore.get_context("mode") == mindspore.PYNATIVE_MODE:
-        ends = q_ends.asnumpy()
-        require((kv_ends.asnumpy() == ends).all(), "the emulation knows equal lengths")
-        require((np.diff(ends, prepend=0) > 0).all(), "no sample is empty")
-        require(ends[-1] == tokens, "the last end is T")
-    number_T = Tensor(np.arange(tokens))
-    sample_T = ops.reduce_sum(
-        ops.cast(ops.expand_dims(number_T, 1) >= ops.expand_dims(q_ends, 0), mstype.int32), 1
-    )
-    other_TT = ops.not_equal(ops.expand_dims(sample_T, 1), ops.expand_dims(sample_T, 0))
-    later_TT = ops.expand_dims(number_T, 1) < ops.expand_dims(number_T, 0)
+        _require_ends(q_ends.asnumpy(), kv_ends.asnumpy(), tokens, keys, mode)
+    of_query, before_end_q = _samples(q_ends, tokens)
+    of_key, before_end_k = _samples(kv_ends, keys)
+    other = ops.not_equal(ops.expand_dims(of_query, 1), ops.expand_dims(of_key, 0))
+    later = ops.expand_dims(before_end_q, 1) > ops.expand_dims(before_end_k, 0)
     q, k, v = (ops.expand_dims(ops.transpose(x, (1, 0, 2)), 0) for x in (query, key, value))
-    out_BNTd = _attend(q, k, v, ops.logical_or(other_TT, later_TT), scale)
+    out_BNTd = _attend(q, k, v, ops.logical_or(other, later), scale)
     return ops.transpose(out_BNTd[0], (1, 0, 2))
+
+
+def _require_ends(q_ends, kv_ends, tokens, keys, mode):
+    q_lengths, kv_lengths = np.diff(q_ends, prepend=0), np.diff(kv_ends, prepend=0)
+    require((q_lengths > 0).all() and (kv_lengths > 0).all(), "no sample is empty")
+    require((q_ends[-1], kv_ends[-1]) == (tokens, keys), "the last ends are T1 and T2")
+    if mode == RIGHT_DOWN:
+        require((q_lengths <= kv_lengths).all(), "mode 3: no more queries than keys in a sample")
+    else:
+        require((q_lengths == kv_lengths).all(), "the emulation knows mode 2 for equal lengths")
+
+
+def _samples(ends, tokens):
+    """Of each token its sample, and how many of the sample follow it."""
+    number_T = Tensor(np.arange(tokens))
+    passed = ops.expand_dims(number_T, 1) >= ops.expand_dims(ends, 0)
+    sample_T = ops.reduce_sum(ops.cast(passed, mstype.int32), 1)
+    return sample_T, ops.gather(ends, sample_T, 0) - number_T

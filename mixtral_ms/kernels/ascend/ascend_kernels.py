@@ -9,8 +9,9 @@ from mixtral_ms.kernels.ascend.cached_attention import AscendCache
 from mixtral_ms.kernels.ascend.flash_attention import FlashRotaryAttention
 from mixtral_ms.kernels.ascend.fused_rms_norm import FusedRMSNorm
 from mixtral_ms.kernels.ascend.grouped_experts import GroupedExperts
-from mixtral_ms.kernels.ascend.packed_samples import HiddenKeys, SampleEnds
-from mixtral_ms.kernels.cells.attention import AttentionSizes
+from mixtral_ms.kernels.ascend.packed_samples import SampleEnds
+from mixtral_ms.kernels.ascend.window_blocks import HiddenInBlocks
+from mixtral_ms.kernels.cells.attention import AttentionSizes, PackedSamples
 from mixtral_ms.kernels.cells.cache_sizes import CacheSizes
 from mixtral_ms.kernels.cells.experts import Experts, PaddedExperts
 from mixtral_ms.kernels.cells.lora_experts import MergedExperts
@@ -51,11 +52,11 @@ class AscendKernels(KernelChoice):
 
     def packed_samples(
         self, batch_size: int, sizes: AttentionSizes, group: ProcessGroup
-    ) -> nn.Cell | None:
+    ) -> PackedSamples:
         """As `KernelChoice.packed_samples`."""
-        if group.size == 1 and sizes.window is None:
-            return SampleEnds(batch_size, sizes.seq_length)
-        return HiddenKeys(sizes, group)
+        if sizes.window is None:
+            return SampleEnds(batch_size, sizes, group)
+        return HiddenInBlocks(sizes.seq_length, sizes.window, group)
 
     def paged_cache(self, sizes: CacheSizes) -> PagedCache | None:
         """As `KernelChoice.paged_cache`."""

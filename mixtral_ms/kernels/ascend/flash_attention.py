@@ -1,14 +1,14 @@
 """Flash attention by Ascend's operator, on one rank or where ranks split the sequence.
 
-Legend: B batch, S positions of this rank, W keys that this rank may see, T = B * S tokens, H heads,
-K kv heads, d head_dim, P positions of the tables, M most samples and a filler.
+Legend: B batch, S positions of this rank, W keys that this rank may see, H heads, K kv heads,
+d head_dim, P positions of the tables, M entries of the operator's lists.
 """
 
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from mixtral_ms.kernels.ascend.packed_samples import hidden_positions, most_samples
+from mixtral_ms.kernels.ascend.window_blocks import HiddenInBlocks, WindowBlocks
 from mixtral_ms.kernels.cells.attention import AttentionSizes
 from mixtral_ms.kernels.cells.elementwise import apply_rotary, tables_at
 from mixtral_ms.parallel.comm.collectives import GatherFromRanks
@@ -17,15 +17,15 @@ from mixtral_ms.parallel.grid.mesh import ALONE, ProcessGroup
 FLOAT32_AS = mstype.bfloat16
 """The operator takes 16 bit only."""
 _COMPRESSED_MASK = 2048  # side of the mask that sparse modes 2, 3 and 4 ask for
-_WHOLE_MASK, _CAUSAL, _RIGHT_DOWN_CAUSAL, _BAND = 0, 2, 3, 4
+_ALL_MASK, _CAUSAL, _RIGHT_DOWN_CAUSAL, _BAND = 1, 2, 3, 4
 
 
 class FlashRotaryAttention(nn.Cell):
-    """Rotary embedding and `ops.flash_attention_score`.
+    """Rotary embedding and `ops.flash_attention_score`, with no mask of S x S anywhere.
 
-    No mask of S x S is ever a constant. Packed samples go as a row of samples with their ends
-    (layout TND), which the operator knows for plain causal attention alone; with a sliding window,
-    and where ranks split the sequence, `packed_samples.HiddenKeys` makes one mask for all layers.
+    Packed samples go as one row of samples with their ends (layout TND). That layout knows no
+    window, and the operator's window is documented for as many keys as queries only: with packed
+    samples, or where ranks split the sequence, a window goes by `window_blocks`.
 
     Args:
         sizes: of this rank's part of the sequence; softmax_dtype is float32 inside the kernel,
@@ -43,12 +43,15 @@ class FlashRotaryAttention(nn.Cell):
         self.compressed_hidden = Tensor(side[:, None] < side[None, :])
         self.gather, self.first = None, context.index * sizes.seq_length
         self.keys = self.first + sizes.seq_length
-        self.band = self.keys if sizes.window is None else sizes.window - 1
         if context.size > 1:
             self.gather = GatherFromRanks(context, 1, partial=True)
         self.positions_S = Tensor(np.arange(self.first, self.keys, dtype=np.int32))
-        self.positions_W = Tensor(np.arange(self.keys, dtype=np.int32))
-        self.packed_as_samples = context.size == 1 and sizes.window is None
+        self.cut: nn.Cell = None  # nobody asks for them without a window
+        self.hidden_in_blocks: nn.Cell = None
+        if sizes.window is not None:
+            self.cut = WindowBlocks(sizes.seq_length, sizes.window)
+            if context.size > 1:
+                self.hidden_in_blocks = HiddenInBlocks(sizes.seq_length, sizes.window, context)
 
     def construct(  # noqa: PLR0913 - the inputs of attention
         self,
@@ -71,22 +74,21 @@ class FlashRotaryAttention(nn.Cell):
         if self.gather is not None:
             rotated_k = self.gather(rotated_k)[:, : self.keys]
             v = self.gather(v)[:, : self.keys]
-        if packed is not None and self.packed_as_samples:
+        if self.window is None and packed is not None:
             out = self._attend_samples(rotated_q, rotated_k, v, packed)
+        elif self.window is None:
+            mode = _RIGHT_DOWN_CAUSAL if self.first > 0 else _CAUSAL
+            out = self._attend(rotated_q, rotated_k, v, self.compressed_hidden, mode, self.keys)
+        elif packed is None and self.gather is None:
+            band = self.window - 1
+            out = self._attend(rotated_q, rotated_k, v, self.compressed_hidden, _BAND, band)
         else:
-            out = self._attend(rotated_q, rotated_k, v, packed)
+            out = self._attend_blocks(rotated_q, rotated_k, v, packed)
         return ops.cast(out, q.dtype)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
-        mode, pre_tokens = _WHOLE_MASK, self.keys
-        if hidden is None and self.window is None:
-            hidden = self.compressed_hidden
-            mode = _CAUSAL if self.gather is None else _RIGHT_DOWN_CAUSAL
-        elif hidden is None and self.gather is None:
-            hidden, mode, pre_tokens = self.compressed_hidden, _BAND, self.band
-        elif hidden is None:
-            # what the band mode means for more keys than queries is not documented
-            hidden = hidden_positions(self.positions_S, self.positions_W, self.window)
+    def _attend(  # noqa: PLR0913, PLR0917 - the operator's
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, mode: int, pre_tokens: int
+    ) -> Tensor:
         return ops.flash_attention_score(
             q,
             k,
@@ -100,29 +102,47 @@ class FlashRotaryAttention(nn.Cell):
             sparse_mode=mode,
         )
 
-    def _attend_samples(self, q: Tensor, k: Tensor, v: Tensor, ends_M: Tensor) -> Tensor:
-        tokens = q.shape[0] * q.shape[1]
+    def _attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+        if hidden is None:
+            one = self.hidden_in_blocks.one_sample
+            hidden = self.hidden_in_blocks(ops.broadcast_to(one, (q.shape[0], one.shape[1])))
+        blocks = ops.reshape(q, (-1, self.cut.queries, q.shape[2]))
+        out = self._attend(blocks, self.cut(k), self.cut(v), hidden, _ALL_MASK, self.cut.keys)
+        return ops.reshape(out, q.shape)
+
+    def _attend_samples(self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+        batch, length, width = q.shape
+        most = ends.shape[-1]
+        query_ends = key_ends = ends
+        if self.first > 0:
+            query_ends, key_ends = ends[0], ends[1]
         out = ops.flash_attention_score(
-            self._with_filler(q, tokens, self.num_heads),
-            self._with_filler(k, tokens, self.n_kv_heads),
-            self._with_filler(v, tokens, self.n_kv_heads),
+            self._row_of_samples(q, self.num_heads, most),
+            self._row_of_samples(k, self.n_kv_heads, most),
+            self._row_of_samples(v, self.n_kv_heads, most),
             self.num_heads,
             attn_mask=self.compressed_hidden,
-            actual_seq_qlen=ends_M,
-            actual_seq_kvlen=ends_M,
+            actual_seq_qlen=query_ends,
+            actual_seq_kvlen=key_ends,
             scalar_value=self.scale,
-            pre_tokens=2 * tokens,
+            pre_tokens=2 * batch * self.keys,
             next_tokens=0,
             input_layout="TND",
-            sparse_mode=_CAUSAL,
+            sparse_mode=_RIGHT_DOWN_CAUSAL if self.first > 0 else _CAUSAL,
         )
-        return ops.reshape(out[:tokens], q.shape)
+        if self.first == 0:
+            return ops.reshape(out[: batch * length], q.shape)
+        rows = batch * (length + 1)
+        return ops.reshape(out[:rows], (batch, length + 1, width))[:, 1:]
 
-    def _with_filler(self, x_BSD: Tensor, tokens: int, heads: int) -> Tensor:
-        """(T + M, heads, d): every sample must have a token, those that are not there too."""
-        x_THd = ops.reshape(x_BSD, (tokens, heads, self.head_dim))
-        filler = ops.zeros((most_samples(tokens), heads, self.head_dim), x_BSD.dtype)
-        return ops.cat((x_THd, filler), 0)
+    def _row_of_samples(self, x_BSD: Tensor, heads: int, filler: int) -> Tensor:
+        """(tokens + M, heads, d): every entry must have a token (`SampleEnds`)."""
+        batch, length, width = x_BSD.shape
+        if self.first > 0:
+            x_BSD = ops.cat((ops.zeros((batch, 1, width), x_BSD.dtype), x_BSD), 1)
+            length += 1
+        x = ops.reshape(x_BSD, (batch * length, heads, self.head_dim))
+        return ops.cat((x, ops.zeros((filler, heads, self.head_dim), x.dtype)), 0)
 
     def _rotated(self, x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, width = x.shape

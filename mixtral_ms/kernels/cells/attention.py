@@ -44,6 +44,17 @@ class AttentionSizes:
     keys: int | None = None
 
 
+class PackedSamples(nn.Cell):
+    """What an attention is given in place of segment ids: of the host, then once for all layers."""
+
+    limit: int | None = None
+    """Samples that a micro batch may hold."""
+
+    def prepared(self, segment_ids_BS: np.ndarray, positions_BS: np.ndarray) -> np.ndarray:
+        """By the host, of a micro batch: the graph's input, of a shape that is always the same."""
+        raise NotImplementedError
+
+
 def visible(query: np.ndarray, key: np.ndarray, window: int | None) -> np.ndarray:
     """Which (query, key) position pairs are allowed: causal, and within the sliding window."""
     distance = query[:, None] - key[None, :]

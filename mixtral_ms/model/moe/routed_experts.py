@@ -21,7 +21,7 @@ from mixtral_ms.model.moe.token_dispatch import (
     PermuteTokens,
     expert_capacity,
 )
-from mixtral_ms.parallel.comm.collectives import CopyToRanks, EnterSplit, LeaveSplit
+from mixtral_ms.parallel.comm.collectives import CopyToRanks, EnterSplitTwice, LeaveSplit
 from mixtral_ms.parallel.comm.device import zero_parameter
 from mixtral_ms.parallel.comm.graph_primitives import zeros_like
 from mixtral_ms.parallel.grid.mesh import Mesh
@@ -101,7 +101,7 @@ class RoutedExperts(nn.Cell):
         That is probs_TE, logits_TE, tokens_per_expert_E and kept_tokens_per_expert_E.
 
         routed_TD is x too, for the router. With tensor-parallel ranks y_TD is a term of the sum
-        over them, and the gradients of the two inputs differ (see `EnterSplit`).
+        over them, and the gradients of the two inputs differ (see `EnterSplitTwice`).
         """
         gates_Tk, expert_Tk, probs_TE, logits_TE = self.router(routed_TD)
         valid_Tk = ops.broadcast_to(ops.expand_dims(valid_T, 1), expert_Tk.shape)
@@ -194,7 +194,7 @@ class MoEFeedForward(nn.Cell):
         self.enter = None
         self.leave: nn.Cell = None  # nobody asks for it without `enter`
         if mesh.tensor.size > 1:
-            self.enter = EnterSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
+            self.enter = EnterSplitTwice(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
             self.leave = LeaveSplit(mesh.tensor, sequence=mesh.grid.use_seq_parallel)
 
     def construct(self, x_BSD: Tensor, valid_T: Tensor) -> tuple:

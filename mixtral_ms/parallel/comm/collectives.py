@@ -110,8 +110,8 @@ class SumScatter(nn.Cell):
 class EnterSplit(nn.Cell):
     """Megatron's f: copy to the tensor-parallel region, where ranks compute different things.
 
-    Gives x twice: for those things, whose gradients are partial, and for what all ranks compute
-    alike. With sequence parallel x is each rank's part of axis 1, and both are the whole sequence.
+    Gradients are partial. With sequence parallel x is each rank's part of axis 1, and the result is
+    the whole sequence.
     """
 
     def __init__(self, group: ProcessGroup, *, sequence: bool) -> None:
@@ -120,6 +120,23 @@ class EnterSplit(nn.Cell):
         self.sum = transports.all_reduce(group)
         self.gather = transports.all_gather(group)
         self.scatter = transports.reduce_scatter(group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x for what differs."""
+        return self.parts.joined(self.gather(x)) if self.sequence else x
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple:
+        """The partial gradients' sum."""
+        if not self.sequence:
+            return (self.sum(dout),)
+        return (self.scatter(self.parts.stacked(dout)),)
+
+
+class EnterSplitTwice(EnterSplit):
+    """As `EnterSplit`, for what all ranks compute alike too, whose gradient is not partial.
+
+    Not for one of both: the gradient of what nobody uses is a constant of zeros as large as x.
+    """
 
     def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x for what differs, x for what does not."""

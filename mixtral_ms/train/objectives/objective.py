@@ -126,18 +126,23 @@ MakeObjective = Callable[[MixtralForCausalLM], Objective]
 """Gives the objective of a network: a subclass of Objective, or a partial one with its factors."""
 
 
-def network_tensors(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def network_tensors(
+    network: MixtralForCausalLM, batch: Batch
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What the network reads of a batch; no segments and positions where rows are one sample."""
-    if batch.segment_ids is None:
+    segments, positions = batch.segment_ids, batch.positions
+    if segments is None or positions is None:
         return Tensor(batch.input_ids), None, None
-    return Tensor(batch.input_ids), Tensor(batch.segment_ids), Tensor(batch.positions)
+    if (packed := network.model.packed_samples) is not None:
+        segments = packed.prepared(segments, positions)
+    return Tensor(batch.input_ids), Tensor(segments), Tensor(positions)
 
 
 def batch_tensors(objective: Objective, batch: Batch) -> tuple[Tensor | None, ...]:
     """What the network and its objective read of a batch, as `Objective.stage_parts` takes it."""
     _require_fitting(objective.network, batch)
     fields = [Tensor(getattr(batch, name)) for name in objective.batch_fields]
-    return (*network_tensors(batch), *fields)
+    return (*network_tensors(objective.network, batch), *fields)
 
 
 def _require_fitting(network: MixtralForCausalLM, batch: Batch) -> None:

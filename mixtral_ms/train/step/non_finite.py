@@ -43,7 +43,9 @@ def _first_weight(network: MixtralForCausalLM) -> str | None:
 def _first_layer(network: MixtralForCausalLM, batch: Batch) -> int | None:
     """Number of the stage's first layer whose output for a batch is not finite."""
     model, mesh = network.model, network.mesh
-    input_ids, segment_ids, positions = network_tensors(batch)
+    input_ids, segment_ids, positions = network_tensors(network, batch)
+    if segment_ids is not None and model.packed_samples is not None:
+        segment_ids = model.packed_samples(segment_ids)
     beside = Neighbours(network, batch)
     x = beside.input_of_stage()
     if mesh.is_first_stage:
