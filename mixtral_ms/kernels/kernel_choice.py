@@ -6,8 +6,10 @@ Legend: E experts, V vocabulary, D hidden.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+import mindspore
 from mindspore import Parameter, Tensor, nn
 
 from mixtral_ms.kernels.cells.attention import (
@@ -24,6 +26,21 @@ from mixtral_ms.kernels.cells.lora_experts import LowRankExperts
 from mixtral_ms.kernels.cells.rms_norm import NativeRMSNorm, PlainRMSNorm
 from mixtral_ms.kernels.native import custom_ops
 from mixtral_ms.parallel.grid.mesh import ALONE, ProcessGroup
+
+
+@dataclass(frozen=True)
+class FusedOperators:
+    """Which of a device's fused operators are used, where there are some.
+
+    Attributes:
+        rotary: the rotary embedding as one.
+        swiglu: the experts' SwiGLU as one.
+        norm_dtype: that norms are computed in; None for their input's.
+    """
+
+    rotary: bool = True
+    swiglu: bool = True
+    norm_dtype: mindspore.Type | None = None
 
 
 class PagedCache(Protocol):

@@ -1,18 +1,30 @@
 """The choice of which implementation of each operator a run uses; nothing else makes it."""
 
+import functools
+
 import mindspore
 from mindspore import dtype as mstype
 
 from mixtral_ms.errors import UserError
 from mixtral_ms.kernels.cells.optimizer_update import NativeUpdate, NumpyUpdate, PlainUpdate
-from mixtral_ms.kernels.kernel_choice import KernelChoice, LibraryKernels, NumpyKernels
+from mixtral_ms.kernels.kernel_choice import (
+    FusedOperators,
+    KernelChoice,
+    LibraryKernels,
+    NumpyKernels,
+)
 from mixtral_ms.kernels.native.build import native_library
+from mixtral_ms.log import get_logger
 
 BACKENDS = ("auto", "plain", "numpy", "C++", "ascend")
 
 
 def select_kernels(
-    backend: str = "auto", *, dropless: bool, dtype: mstype.Type = mstype.float32
+    backend: str = "auto",
+    *,
+    dropless: bool,
+    dtype: mstype.Type = mstype.float32,
+    fused: FusedOperators | None = None,
 ) -> KernelChoice:
     """Kernels of a backend.
 
@@ -22,6 +34,7 @@ def select_kernels(
             other; "plain" are MindSpore's own operators.
         dropless: whether experts have any number of tokens (True) or a fixed capacity.
         dtype: compute dtype.
+        fused: which fused operators are used, of a backend that has some; None for all.
 
     Raises:
         UserError: an unknown backend, or one that cannot be had.
@@ -30,13 +43,15 @@ def select_kernels(
         raise UserError(f"kernel backend {backend!r}: allowed are {', '.join(BACKENDS)}")
     if backend == "auto":
         backend = _backend_of_device(dtype)
-    if backend == "plain":
-        return KernelChoice(dropless)
     if backend == "ascend":
         # only that backend needs them
         from mixtral_ms.kernels.ascend.ascend_kernels import AscendKernels  # noqa: PLC0415
 
-        return AscendKernels(dropless)
+        return AscendKernels(dropless, fused or FusedOperators())
+    if fused is not None and fused.norm_dtype not in (None, mstype.float32):
+        _say_norms_are_float32()
+    if backend == "plain":
+        return KernelChoice(dropless)
     if dtype != mstype.float32:
         raise UserError(f"kernel backend {backend!r} computes in float32, not {dtype}: take plain")
     if backend == "numpy":
@@ -45,6 +60,11 @@ def select_kernels(
     if library is None:
         raise UserError("kernel backend 'C++' cannot be used here; the log says why: take numpy")
     return LibraryKernels(library, dropless)
+
+
+@functools.cache
+def _say_norms_are_float32() -> None:
+    get_logger().info("norms are computed in float32: layernorm_compute_type acts on Ascend only")
 
 
 def _backend_of_device(dtype: mstype.Type) -> str:

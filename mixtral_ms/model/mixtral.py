@@ -14,7 +14,7 @@ from mixtral_ms.config.derived.pipeline_stages import keeps_layer_inputs, stage_
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.kernels.cells.elementwise import rotary_tables
 from mixtral_ms.kernels.cells.experts import share_kept
-from mixtral_ms.kernels.kernel_choice import KernelChoice
+from mixtral_ms.kernels.kernel_choice import FusedOperators, KernelChoice
 from mixtral_ms.kernels.select import select_kernels
 from mixtral_ms.model.decoder_layer import DecoderLayer, RMSNorm, attention_sizes
 from mixtral_ms.model.lora import add_adapters, freeze_weights
@@ -203,7 +203,12 @@ class MixtralForCausalLM(nn.Cell):
         self.dtype = compute_type(config.compute_dtype)
         # of a part of the sequence an expert may have any number of tokens, up to its capacity
         dropless = config.moe_config.dropless or mesh.context.size > 1
-        kernels = select_kernels(backend, dropless=dropless, dtype=self.dtype)
+        fused = FusedOperators(
+            rotary=config.use_fused_rope,
+            swiglu=config.use_fused_swiglu,
+            norm_dtype=compute_type(config.layernorm_compute_type),
+        )
+        kernels = select_kernels(backend, dropless=dropless, dtype=self.dtype, fused=fused)
         self.model = MixtralModel(
             config, batch_size or config.batch_size, seq_length or config.seq_length, kernels, mesh
         )

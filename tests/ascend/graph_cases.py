@@ -122,7 +122,15 @@ def _switches() -> dict[str, GraphCase]:
         "capacity, packed": TinyRun((*CAPACITY, PACKED)),
         "window": TinyRun(("model.model_config.sliding_window=24",)),
         "window, packed": TinyRun(("model.model_config.sliding_window=24", PACKED)),
-        "float16": TinyRun(("model.model_config.compute_dtype=float16",)),
+        "float16, norms too": TinyRun(
+            (
+                "model.model_config.compute_dtype=float16",
+                "model.model_config.layernorm_compute_type=float16",
+            )
+        ),
+        "operators of single steps": TinyRun(
+            tuple(f"model.model_config.use_fused_{one}=False" for one in ("rope", "swiglu"))
+        ),
         "adapters of experts": TinyRun((f"model.model_config.pet_config={json.dumps(lora)}",)),
         "sample answers, jitter": TinyRun((samples, "moe_config.router_jitter=0.01")),
         "cp 2, packed": TinyRun((PACKED,), {"context_parallel": 2}),

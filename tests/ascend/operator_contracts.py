@@ -202,6 +202,45 @@ def rms_norm(node: Node) -> Iterator[str]:
         yield f"epsilon {node.arguments[2]}: above 0, at most 1"
 
 
+def rotary_position_embedding(node: Node) -> Iterator[str]:
+    """RotaryPositionEmbedding(x, cos, sin, mode), and its gradient with dy for x.
+
+    x as in the documentation's example (B, S, N, D); the tables 1S1D, BS1D or BSND.
+    """
+    yield from alike(*FLOATS)(node)
+    x, *tables = tensors(node)
+    for one in (x, *tables):
+        if len(one.shape) != 4:
+            yield f"{list(one.shape)} has not 4 axes"
+            return
+    if number(node.arguments[-1]) != 0:
+        yield f"mode {node.arguments[-1]} turns neighbours, not halves"
+    batch, length, heads, width = x.shape
+    if width % 2 or width >= 896 or max(batch, heads) >= 1000:
+        yield f"{list(x.shape)}: D even and below 896, B and N below 1000"
+    for one in tables:
+        allowed = ((1, batch), (length,), (1, heads), (width,))
+        if any(size not in sizes for size, sizes in zip(one.shape, allowed, strict=True)):
+            yield f"a table {list(one.shape)} for {list(x.shape)}"
+
+
+def swiglu(node: Node) -> Iterator[str]:
+    """Swiglu(input, dim): the axis divides by 2."""
+    (x,) = tensors(node)
+    yield from dtypes(*FLOATS)(node)
+    if x.shape[int(number(node.arguments[1]))] % 2:
+        yield f"{list(x.shape)} has no halves along {node.arguments[1]}"
+
+
+def swiglu_grad(node: Node) -> Iterator[str]:
+    """SwigluGrad(grad_output, input, dim): as the forward, with half as much of a gradient."""
+    yield from alike(*FLOATS)(node)
+    dy, x = tensors(node)
+    axis = int(number(node.arguments[2]))
+    if dy.shape[axis] * 2 != x.shape[axis]:
+        yield f"dy {list(dy.shape)} for {list(x.shape)}"
+
+
 def all_to_all_v(node: Node) -> Iterator[str]:
     """AlltoAllV(input_x, send_numel_list, recv_numel_list): flat, counts of whole blocks."""
     (x,), *counts = node.inputs
@@ -346,6 +385,10 @@ OPERATORS: dict[str, Check] = {
     # norms, softmax, activations
     "RmsNorm": rms_norm,
     "RmsNormGrad": dtypes(*FLOATS),
+    "RotaryPositionEmbedding": rotary_position_embedding,
+    "RotaryPositionEmbeddingGrad": rotary_position_embedding,
+    "Swiglu": swiglu,
+    "SwigluGrad": swiglu_grad,
     "Softmax": _OF_FLOATS,
     "SoftmaxBackward": _OF_FLOATS,
     "Sigmoid": _OF_FLOATS,

@@ -98,6 +98,18 @@ BAD = {
     "gamma of another dtype": node(
         "RmsNorm", [tensor("BFloat16", 2, 8), tensor("Float32", 8), "F32(1e-05)"]
     ),
+    "tables of another dtype": node(
+        "RotaryPositionEmbedding",
+        [tensor("BFloat16", 1, 80, 4, 16), *[tensor("Float32", 1, 80, 1, 16)] * 2, "I64(0)"],
+    ),
+    "tables of other heads": node(
+        "RotaryPositionEmbedding",
+        [tensor("Float32", 1, 80, 4, 16), *[tensor("Float32", 1, 80, 2, 16)] * 2, "I64(0)"],
+    ),
+    "no halves": node("Swiglu", [tensor("BFloat16", 4, 7), "I64(-1)"]),
+    "a gradient of another half": node(
+        "SwigluGrad", [tensor("BFloat16", 4, 3), tensor("BFloat16", 4, 8), "I64(-1)"]
+    ),
     "no epsilon": node("RmsNorm", [tensor("Float32", 2, 8), tensor("Float32", 8), "F32(0)"]),
     "bfloat16 in order": node("TopK", [tensor("BFloat16", 4, 8), "I64(2)"]),
     "int64 summed up": node("CumSum", [tensor("Int64", 4), "I64(0)"]),

@@ -15,7 +15,7 @@ from mindspore import Tensor
 from mixtral_ms.kernels.ascend import grouped_experts
 from mixtral_ms.model.moe.token_dispatch import CombineTokens, Dispatch, PermuteTokens
 
-pytestmark = pytest.mark.usefixtures("pynative")
+pytestmark = pytest.mark.usefixtures("pynative", "ascend_emulation")
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 2, 16, 32
 CHOSEN_TK = np.array([[0, 1], [1, 2], [3, 0], [2, 6]], np.int32)
 

@@ -32,7 +32,8 @@ def emulate_ascend(monkeypatch):
     monkeypatch.setattr(grouped_experts, "GroupedMatmul", GroupedMatmul)
     monkeypatch.setattr(flash_attention, "FLOAT32_AS", mstype.float32)
     monkeypatch.setattr(ops, "flash_attention_score", flash_attention_score)
-    monkeypatch.setattr(ops, "rms_norm", rms_norm)
+    for operator in (rms_norm, rotary_position_embedding, swiglu):
+        monkeypatch.setattr(ops, operator.__name__, operator)
     monkeypatch.setattr(mint, "transpose", transpose)
     monkeypatch.setattr(fused_adamw, "AdamW", AdamW)
 
@@ -99,6 +100,29 @@ def rms_norm(x, gamma, epsilon=1e-6):
     x32 = ops.cast(x, mstype.float32)
     scale = ops.rsqrt(ops.mean(x32 * x32, -1, True) + epsilon)
     return ops.cast(x32 * scale * ops.cast(gamma, mstype.float32), x.dtype), scale
+
+
+def rotary_position_embedding(x, cos, sin, mode=0):
+    """Halves turned; x (B, S, N, d) with tables (1 or B, S, 1, d)."""
+    batch, length, heads, width = x.shape
+    require(mode == 0, "mode 0 turns halves")
+    require(x.dtype in FLOATS, "rotary_position_embedding takes float16, bfloat16 and float32")
+    require(x.dtype == cos.dtype == sin.dtype, "tables have the dtype of x")
+    require(width % 2 == 0 and width < 896, "d is even, below 896")
+    require(max(batch, heads) < 1000, "B and N are below 1000")
+    require(cos.shape == sin.shape, "the tables have one shape")
+    require(cos.shape in ((1, length, 1, width), (batch, length, 1, width)), "1S1D or BS1D")
+    turned = ops.cat((-x[..., width // 2 :], x[..., : width // 2]), -1)
+    return x * cos + turned * sin
+
+
+def swiglu(input, dim=-1):  # noqa: A002 - the operator's
+    """silu of the first half times the second."""
+    require(input.dtype in FLOATS, "swiglu takes float16, bfloat16 and float32")
+    require(dim == -1 and input.shape[-1] % 2 == 0, "an axis that divides by 2; here the last")
+    half = input.shape[-1] // 2
+    gate = input[..., :half]
+    return gate * ops.sigmoid(gate) * input[..., half:]
 
 
 class GroupedMatmul(nn.Cell):

@@ -108,7 +108,16 @@ CASES = [
     ),
     Case("emulated Ascend", (4, 2, 16), (8, 2), "ascend", "graph", sizes={"num_layers": 1}),
     Case(
-        "emulated Ascend, tied", (4, 4, 16), (4, 3), "ascend", sizes={"tie_word_embeddings": True}
+        "emulated Ascend, tied, operators of single steps",
+        (4, 4, 16),
+        (4, 3),
+        "ascend",
+        sizes={
+            "tie_word_embeddings": True,
+            "use_fused_rope": False,
+            "use_fused_swiglu": False,
+            "residual_dtype": "float32",
+        },
     ),
     Case(
         "emulated Ascend, window, padding",

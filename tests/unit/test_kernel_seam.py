@@ -9,8 +9,8 @@ import mixtral_ms
 
 PACKAGE = Path(mixtral_ms.__file__).parent
 OUTSIDE = [path for path in sorted(PACKAGE.rglob("*.py")) if "kernels" not in path.parts]
-# The choice itself, and the sizes that it is asked with.
-CLASSES = {"KernelChoice", "AttentionSizes"}
+# The choice itself, and what it is asked with.
+CLASSES = {"KernelChoice", "AttentionSizes", "FusedOperators"}
 
 
 def kernel_classes(source):

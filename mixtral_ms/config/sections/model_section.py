@@ -136,7 +136,8 @@ class MixtralConfig:
     """Base of the rotary embedding; Mixtral uses 1e6."""
     compute_dtype: Dtype = "float16"
     param_init_type: Dtype = inert("float32", "parameters are kept in float32")
-    layernorm_compute_type: Dtype = inert("float32", "norms are computed in float32")
+    layernorm_compute_type: Dtype = "float32"
+    """In which Ascend computes norms, their weights rounded to it; a CPU does in float32."""
     softmax_compute_type: Dtype = "float32"
     rotary_dtype: Dtype = "float32"
     residual_dtype: Dtype | None = None
@@ -169,6 +170,10 @@ class MixtralConfig:
     do_sample: bool = True
     # execution
     use_flash_attention: bool = inert(False, "the backend chooses its kernels")
+    use_fused_rope: bool = True
+    """Rotary embedding by one operator, on Ascend; other backends choose their own kernels."""
+    use_fused_swiglu: bool = True
+    """SwiGLU of the experts by one operator, on Ascend; other backends choose their own kernels."""
     offset: int | list[int] = 0
     """Uneven pipeline stages: layers added to (or taken from) each stage."""
     pp_interleave_num: int = inert(1, "the pipeline schedule is plain 1F1B")

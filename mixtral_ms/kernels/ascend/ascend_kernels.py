@@ -8,14 +8,14 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.kernels.ascend.cached_attention import AscendCache
 from mixtral_ms.kernels.ascend.flash_attention import FlashRotaryAttention
 from mixtral_ms.kernels.ascend.fused_rms_norm import FusedRMSNorm
-from mixtral_ms.kernels.ascend.grouped_experts import GroupedExperts
+from mixtral_ms.kernels.ascend.grouped_experts import BatchedExperts, GroupedExperts
 from mixtral_ms.kernels.ascend.packed_samples import SampleEnds
 from mixtral_ms.kernels.ascend.window_blocks import HiddenInBlocks
 from mixtral_ms.kernels.cells.attention import AttentionSizes, PackedSamples
 from mixtral_ms.kernels.cells.cache_sizes import CacheSizes
 from mixtral_ms.kernels.cells.experts import Experts, PaddedExperts
 from mixtral_ms.kernels.cells.lora_experts import MergedExperts
-from mixtral_ms.kernels.kernel_choice import KernelChoice, PagedCache
+from mixtral_ms.kernels.kernel_choice import FusedOperators, KernelChoice, PagedCache
 from mixtral_ms.parallel.grid.mesh import ProcessGroup
 
 
@@ -27,9 +27,15 @@ class AscendKernels(KernelChoice):
 
     name = "ascend"
 
+    def __init__(self, dropless: bool, fused: FusedOperators) -> None:
+        super().__init__(dropless)
+        self.fused = fused
+
     def experts(self, weights: Callable[[], tuple[Parameter, ...]] | None = None) -> Experts:
         """As `KernelChoice.experts`."""
-        return GroupedExperts() if self.dropless else PaddedExperts()
+        if self.dropless:
+            return GroupedExperts(fused=self.fused.swiglu)
+        return BatchedExperts() if self.fused.swiglu else PaddedExperts()
 
     def lora_experts(
         self, scale: float, dropout: float, salt: int, adapted: tuple[bool, bool, bool]
@@ -44,11 +50,11 @@ class AscendKernels(KernelChoice):
 
     def attention(self, sizes: AttentionSizes) -> nn.Cell:
         """As `KernelChoice.attention`."""
-        return FlashRotaryAttention(sizes)
+        return FlashRotaryAttention(sizes, fused_rotary=self.fused.rotary)
 
     def context_attention(self, group: ProcessGroup, sizes: AttentionSizes) -> nn.Cell:
         """As `KernelChoice.context_attention`."""
-        return FlashRotaryAttention(sizes, group)
+        return FlashRotaryAttention(sizes, group, fused_rotary=self.fused.rotary)
 
     def packed_samples(
         self, batch_size: int, sizes: AttentionSizes, group: ProcessGroup
@@ -64,4 +70,4 @@ class AscendKernels(KernelChoice):
 
     def rms_norm(self, eps: float) -> nn.Cell:
         """As `KernelChoice.rms_norm`."""
-        return FusedRMSNorm(eps)
+        return FusedRMSNorm(eps, self.fused.norm_dtype)

@@ -31,10 +31,14 @@ class FlashRotaryAttention(nn.Cell):
         sizes: of this rank's part of the sequence; softmax_dtype is float32 inside the kernel,
             whatever they say.
         context: the ranks that split the sequence, whose keys and values are gathered.
+        fused_rotary: whether the rotary embedding is one operator too.
     """
 
-    def __init__(self, sizes: AttentionSizes, context: ProcessGroup = ALONE) -> None:
+    def __init__(
+        self, sizes: AttentionSizes, context: ProcessGroup = ALONE, *, fused_rotary: bool = True
+    ) -> None:
         super().__init__()
+        self.fused_rotary = fused_rotary
         self.num_heads, self.n_kv_heads = sizes.num_heads, sizes.n_kv_heads
         self.head_dim, self.length = sizes.head_dim, sizes.seq_length
         self.scale = 1.0 / float(np.sqrt(sizes.head_dim))
@@ -147,5 +151,12 @@ class FlashRotaryAttention(nn.Cell):
     def _rotated(self, x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, width = x.shape
         x_BSHd = ops.reshape(x, (batch, length, heads, self.head_dim))
+        if self.fused_rotary:
+            # tables and values of one dtype, heads where they lie: nothing is transposed
+            dtype = cos.dtype if x.dtype == cos.dtype else mstype.float32
+            cos = ops.cast(ops.reshape(cos, (-1, length, 1, self.head_dim)), dtype)
+            sin = ops.cast(ops.reshape(sin, (-1, length, 1, self.head_dim)), dtype)
+            turned = ops.rotary_position_embedding(ops.cast(x_BSHd, dtype), cos, sin, 0)
+            return ops.cast(ops.reshape(turned, x.shape), x.dtype)
         x_BHSd = apply_rotary(ops.transpose(x_BSHd, (0, 2, 1, 3)), cos, sin)
         return ops.reshape(ops.transpose(x_BHSd, (0, 2, 1, 3)), (batch, length, width))
