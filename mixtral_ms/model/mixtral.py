@@ -327,6 +327,14 @@ class MixtralForCausalLM(nn.Cell):
             layer.recompute()
         share_kept([layer.feed_forward.routed_experts.experts for layer in self.model.layers])
 
+    def recompute_attention(self, layers: int) -> None:
+        """Compute attention and norms of the first layers again, and keep what experts computed."""
+        for number, layer in enumerate(self.model.layers):
+            if number < layers:
+                layer.attention_norm.recompute()
+                layer.attention.recompute()
+                layer.ffn_norm.recompute()
+
 
 def _global_name(path: str, first_layer: int) -> str:
     """A parameter's name by its path, in which the layers of a stage are counted from 0."""

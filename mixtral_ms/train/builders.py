@@ -8,6 +8,8 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.config import RunConfig
+from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
+from mixtral_ms.config.derived.recomputed_layers import names_operators, selected_layers
 from mixtral_ms.config.loading.resolve import (
     dataset_of,
     is_zero,
@@ -73,6 +75,7 @@ def build_network(
     network = MixtralForCausalLM(
         config.model.model_config, seed=None, batch_size=micro_batch_size(config), mesh=mesh
     )
+    _say_what_is_not_recomputed(config)
     _recompute(config, network)
     if values == "none":
         return network
@@ -93,8 +96,25 @@ def build_network(
 
 
 def _recompute(config: RunConfig, network: MixtralForCausalLM) -> None:
-    if config.recompute_config.recompute:
+    section, mesh = config.recompute_config, network.mesh
+    if section.recompute:
         network.recompute_layers()
+        return
+    layers = layers_per_stage(network.config, mesh.grid.pipeline_stage)
+    network.recompute_attention(selected_layers(section.select_recompute, layers)[mesh.stage])
+
+
+def _say_what_is_not_recomputed(config: RunConfig) -> None:
+    section = config.recompute_config
+    if names_operators(section.select_recompute):
+        get_logger().info(
+            "recompute_config.select_recompute has no effect: its patterns are of MindFormers' "
+            "operators; give True, or a number of layers for each stage"
+        )
+    elif section.recompute and section.select_recompute:
+        get_logger().info(
+            "recompute_config.select_recompute has no effect: recompute is on for whole layers"
+        )
 
 
 def build_train_step(

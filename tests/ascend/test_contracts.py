@@ -20,6 +20,7 @@ def graphs_to_judge(case, result):
     config = load_config(job.config, job.overrides)
     length, grid = config.model.model_config.seq_length, effective_parallel(config)
     layer_inputs = keeps_layer_inputs(grid, result.stage)
+    again = config.recompute_config
     for graph in result.graphs:
         yield CompiledGraph(
             graph=read_typed_graph(Path(graph.file)),
@@ -27,7 +28,7 @@ def graphs_to_judge(case, result):
             layers=result.compiled_layers,
             sequence=length,
             part=length // grid.context_parallel,
-            recompute=config.recompute_config.recompute and not layer_inputs,
+            recompute=(again.recompute or bool(again.select_recompute)) and not layer_inputs,
             layer_inputs=layer_inputs,
             drops=not config.moe_config.dropless and "forward" in graph.name,
             predicts=config.run_mode == "predict",

@@ -53,6 +53,17 @@ def test_norms_are_computed_in_the_dtype_of_the_key(dtype):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("case", ["ep 2, capacity, select_recompute"])
+def test_select_recompute_computes_attention_and_norms_again(case, compiled):
+    graph = read_typed_graph(Path(compiled(case).graphs[0].file))
+    again = [node for node in graph.nodes if "duplicated: Bool(1)" in node.attributes]
+    primitives = {node.primitive for node in again}
+    assert {"RmsNorm", "FlashAttentionScore", "RotaryPositionEmbedding", "MatMul"} <= primitives
+    of_experts = {"BatchMatMul", "AlltoAll", "Swiglu", "TopK", "Gather", "ScatterNd"}
+    assert primitives & of_experts == set()
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["float16, norms too", "operators of single steps"])
 def test_keys_choose_operators(case, compiled):
     graph = read_typed_graph(Path(compiled(case).graphs[0].file))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from mixtral_ms.config.derived.expert_grid import expert_matrix
 from mixtral_ms.config.derived.parameter_table import LAYER, adaptable_rows, adapted_rows
 from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
+from mixtral_ms.config.derived.recomputed_layers import selected_layers
 from mixtral_ms.config.loading.resolve import effective_parallel
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.config.sections.run_section import RunConfig
@@ -126,7 +127,8 @@ def _check_split(config: RunConfig) -> Iterator[str]:
 def _check_stages(config: RunConfig) -> Iterator[str]:
     model, grid = config.model.model_config, effective_parallel(config)
     try:
-        layers_per_stage(model, grid.pipeline_stage)
+        layers = layers_per_stage(model, grid.pipeline_stage)
+        selected_layers(config.recompute_config.select_recompute, layers)
     except UserError as error:
         yield str(error)
     if config.mode.answers:

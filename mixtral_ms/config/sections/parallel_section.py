@@ -8,6 +8,8 @@ from mixtral_ms.config.sections.fields import inert
 _EXPLICIT = "tensors are split as parallel_config says, without a search"
 _ASCEND_GRAPH = "it tunes Ascend's own parallel compiler"
 
+_COMMUNICATION = "collectives run again where what they are part of is computed again"
+
 ParallelMode = Literal[
     0,
     1,
@@ -145,12 +147,14 @@ class RecomputeConfig:
 
     recompute: bool = False
     """Recompute every decoder layer: half the activations' memory and more, a third more time."""
-    select_recompute: bool | list | dict = inert(False, "recompute acts on whole layers")
-    select_comm_recompute: bool | list | dict = inert(False, "recompute acts on whole layers")
-    select_recompute_exclude: bool | list | dict = inert(False, "recompute acts on whole layers")
-    select_comm_recompute_exclude: bool | list | dict = inert(
-        False, "recompute acts on whole layers"
+    select_recompute: bool | list | dict = False
+    """Recompute attention and norms alone, in layers that `recompute` does not: experts, which take
+    most of the time, are not computed again. A list has a number of layers for each stage."""
+    select_comm_recompute: bool | list | dict = inert(False, _COMMUNICATION)
+    select_recompute_exclude: bool | list | dict = inert(
+        False, "select_recompute names no operator"
     )
+    select_comm_recompute_exclude: bool | list | dict = inert(False, _COMMUNICATION)
     parallel_optimizer_comm_recompute: bool = inert(False, "optimizer state is not regathered")
     mp_comm_recompute: bool = inert(True, "collectives inside a recomputed layer run again")
     recompute_slice_activation: bool = inert(False, "recompute keeps only the layer's input")

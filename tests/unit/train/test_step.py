@@ -23,14 +23,16 @@ RATE = 0.01
 class Training:
     """A tiny network with its optimizer and step; keeps the gradients of each update."""
 
-    def __init__(self, accumulation=1, recompute=False, working=False, **changes):
+    def __init__(self, accumulation=1, recompute="", working=False, **changes):
         self.network = MixtralForCausalLM(tiny_config(**{"num_layers": 1, **changes}), seed=1)
         copied = None
         if working:
             twin = MixtralForCausalLM(self.network.config, share=self.network)
             copied = WorkingWeights(self.network, twin)
-        if recompute:
+        if recompute == "layers":
             self.network.recompute_layers()
+        elif recompute == "attention":
+            self.network.recompute_attention(1)
         # A large eps: with a small one Adam turns the rounding of tiny gradients into whole steps.
         self.optimizer = AdamW(self.network.trainable_params(), eps=1e-2, weight_decay=0.1)
         self.step = TrainStep(self.network, self.optimizer, accumulation, working=copied)
@@ -293,15 +295,16 @@ def test_graph_mode_recompute_and_pynative_agree(graph, record_error):
     batches = [batch_of(2, 15, 0, padded=1), batch_of(2, 4, 1)]
     runs = {}
     for name, mode, recompute in (
-        ("graph", mindspore.GRAPH_MODE, False),
-        ("recompute", mindspore.GRAPH_MODE, True),
-        ("pynative", mindspore.PYNATIVE_MODE, False),
+        ("graph", mindspore.GRAPH_MODE, ""),
+        ("recompute", mindspore.GRAPH_MODE, "layers"),
+        ("select_recompute", mindspore.GRAPH_MODE, "attention"),
+        ("pynative", mindspore.PYNATIVE_MODE, ""),
     ):
         mindspore.set_context(mode=mode)  # the fixture sets it back
         trained = Training(2, recompute, moe_config=moe)
         runs[name] = (trained, [trained.step(batches, RATE) for _ in range(2)])
     reference, expected = runs["pynative"]
-    for name in ("graph", "recompute"):
+    for name in ("graph", "recompute", "select_recompute"):
         trained, results = runs[name]
         for got, wanted in zip(results, expected, strict=True):
             record_error(f"{name} loss", got.loss, wanted.loss, TOLERANCE)
