@@ -107,7 +107,9 @@ class Evaluator:
 
 def dropless(config: MixtralConfig) -> MixtralConfig:
     """The same network without a capacity limit."""
-    moe = dataclasses.replace(config.moe_config, capacity_factor=-1.0, router_jitter=0.0)
+    moe = dataclasses.replace(
+        config.moe_config, capacity_factor=-1.0, router_jitter=0.0, comp_comm_parallel=False
+    )
     return dataclasses.replace(config, moe_config=moe)
 
 

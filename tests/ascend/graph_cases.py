@@ -135,6 +135,9 @@ def _switches() -> dict[str, GraphCase]:
         "sample answers, jitter": TinyRun((samples, "moe_config.router_jitter=0.01")),
         "cp 2, packed": TinyRun((PACKED,), {"context_parallel": 2}),
         "cp 2, window": TinyRun(("model.model_config.sliding_window=24",), {"context_parallel": 2}),
+        "ep 2, capacity, in parts": TinyRun(
+            (*CAPACITY, "moe_config.comp_comm_parallel=True"), pairs
+        ),
         "ep 2, capacity, select_recompute": TinyRun(
             (*CAPACITY, "recompute_config.select_recompute=True"), pairs
         ),

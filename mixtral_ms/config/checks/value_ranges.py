@@ -62,6 +62,7 @@ _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
     ("moe_config.aux_loss_factor", 0, None),
     ("moe_config.z_loss_factor", 0, None),
     ("moe_config.router_jitter", 0, "<1"),
+    ("moe_config.comp_comm_parallel_degree", 2, None),
     ("model.model_config.batch_size", 1, None),
     ("model.model_config.seq_length", 1, None),
     ("model.model_config.hidden_size", 1, None),

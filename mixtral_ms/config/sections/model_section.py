@@ -48,8 +48,11 @@ class MoEConfig:
     norm_topk_prob: bool = True
     expert_group_size: int | None = unsupported(None, "capacity is counted per data-parallel group")
     group_wise_a2a: bool = inert(False, _MULTI_DEVICE)
-    comp_comm_parallel: bool = inert(False, _MULTI_DEVICE)
-    comp_comm_parallel_degree: int = inert(2, _MULTI_DEVICE)
+    comp_comm_parallel: bool = False
+    """Exchange tokens between ranks in parts, so that the all-to-all of one part may run beside the
+    experts' products of another. With expert_parallel and a capacity, on Ascend."""
+    comp_comm_parallel_degree: int = 2
+    """In how many parts; more of them overlap better and compute worse."""
     save_token_distribution: bool = inert(False, "expert load is always in metrics.jsonl")
     cur_layer: int = inert(0, "it is set by the network")
     enable_cold_hot_expert: bool = unsupported(False, _OTHER_MODEL)

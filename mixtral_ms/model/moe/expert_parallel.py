@@ -94,35 +94,58 @@ class ExpertExchange(nn.Cell):
 class PaddedExchange(nn.Cell):
     """As `ExpertExchange` where every expert has the same number of slots, used or not.
 
-    All shapes and all blocks are fixed: nobody waits for counts.
+    All shapes and all blocks are fixed: nobody waits for counts. And slots can go in parts, each
+    with some of every expert's, so that the exchange of one part and the products of another do not
+    depend on each other and may run at the same time.
 
     Args:
         group: the ranks.
         experts: E.
         capacity: C.
+        degree: parts at most.
     """
 
-    def __init__(self, group: ProcessGroup, experts: int, capacity: int) -> None:
+    def __init__(self, group: ProcessGroup, experts: int, capacity: int, degree: int = 1) -> None:
         super().__init__()
-        self.size, self.each, self.capacity = group.size, experts // group.size, capacity
+        self.size, self.experts, self.each = group.size, experts, experts // group.size
+        self.degree = min(degree, capacity)
+        self.bounds = tuple(capacity * part // self.degree for part in range(self.degree + 1))
         self.dispatch_all_to_all = EqualAllToAll(group)
         self.combine_all_to_all = EqualAllToAll(group)
+        self.join = ops.Concat(1)
 
     def construct(self, x_RD: Tensor, tokens_per_expert_E: Tensor) -> tuple:
         """Slots (E * C, D) of all experts -> those of this rank's experts, (e * P * C, D).
 
-        The second result is what was given, and what is third is not read: the slots say it all.
+        Here and in `combined` they may be those of a part, with as many slots of each expert as it
+        has. The second result is what was given, and what is third is not read: the slots say it
+        all.
         """
-        shape = (self.size, self.each, self.capacity, x_RD.shape[1])
+        shape = (self.size, self.each, x_RD.shape[0] // self.experts, x_RD.shape[1])
         x_PeCD = self.dispatch_all_to_all(ops.reshape(x_RD, shape))
         x_ePCD = ops.transpose(x_PeCD, (1, 0, 2, 3))
         return ops.reshape(x_ePCD, x_RD.shape), tokens_per_expert_E, ()
 
     def combined(self, y_ND: Tensor, dispatch_metadata: tuple) -> Tensor:
         """The outputs of all experts' slots, (E * C, D)."""
-        y_ePCD = ops.reshape(y_ND, (self.each, self.size, self.capacity, y_ND.shape[1]))
+        shape = (self.each, self.size, y_ND.shape[0] // self.experts, y_ND.shape[1])
+        y_ePCD = ops.reshape(y_ND, shape)
         y_PeCD = self.combine_all_to_all(ops.transpose(y_ePCD, (1, 0, 2, 3)))
         return ops.reshape(y_PeCD, y_ND.shape)
+
+    def part(self, x_RD: Tensor, number: int) -> Tensor:
+        """Slots of one part."""
+        x_ECD = ops.reshape(x_RD, (self.experts, -1, x_RD.shape[1]))
+        x_ECD = x_ECD[:, self.bounds[number] : self.bounds[number + 1]]
+        return ops.reshape(x_ECD, (-1, x_RD.shape[1]))
+
+    def joined(self, parts: tuple) -> Tensor:
+        """The slots of all parts."""
+        columns = parts[0].shape[1]
+        together: tuple[Tensor, ...] = ()
+        for one in parts:
+            together += (ops.reshape(one, (self.experts, -1, columns)),)
+        return ops.reshape(self.join(together), (-1, columns))
 
 
 class _Reorder(nn.Cell):

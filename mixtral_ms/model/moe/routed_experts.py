@@ -4,6 +4,7 @@ Legend: B batch, S sequence, T tokens, D hidden, F intermediate, R slots, E expe
 local experts, k experts a token.
 """
 
+import functools
 from functools import partial
 
 from mindspore import Parameter, Tensor, nn, ops
@@ -12,6 +13,7 @@ from mindspore import dtype as mstype
 from mixtral_ms.config.derived.expert_grid import expert_matrix
 from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
 from mixtral_ms.kernels.kernel_choice import KernelChoice
+from mixtral_ms.log import get_logger
 from mixtral_ms.model.moe.context_dispatch import DispatchOverRanks
 from mixtral_ms.model.moe.expert_parallel import ExpertExchange, PaddedExchange, experts_of_exchange
 from mixtral_ms.model.moe.router import Router
@@ -121,6 +123,8 @@ class RoutedExperts(nn.Cell):
         )
         if self.exchange is None:
             y_RD = self._computed(x_RD, tokens_per_local_expert_e)
+        elif self.in_parts:
+            y_RD = self._computed_in_parts(x_RD, tokens_per_local_expert_e)
         else:
             x_ND, tokens_per_local_expert_e, dispatch_metadata = self.exchange(
                 x_RD, tokens_per_local_expert_e
@@ -130,6 +134,17 @@ class RoutedExperts(nn.Cell):
         gates_Tk = ops.cast(gates_Tk, self.compute_dtype)
         y_TD = self.combine(y_RD, gates_Tk, assignment_R, slot_Tk, not_dropped_Tk)
         return y_TD, (probs_TE, logits_TE, tokens_per_expert_E, kept_tokens_per_expert_E)
+
+    def _computed_in_parts(self, x_RD: Tensor, tokens_per_local_expert_e: Tensor) -> Tensor:
+        dispatched: tuple[Tensor, ...] = ()
+        for number in range(self.exchange.degree):
+            part = self.exchange.part(x_RD, number)
+            dispatched += (self.exchange(part, tokens_per_local_expert_e)[0],)
+        combined: tuple[Tensor, ...] = ()
+        for x_ND in dispatched:
+            y_ND = self._computed(x_ND, tokens_per_local_expert_e)
+            combined += (self.exchange.combined(y_ND, ()),)
+        return self.exchange.joined(combined)
 
     def _computed(self, x_RD: Tensor, tokens_per_local_expert_e: Tensor) -> Tensor:
         w1 = ops.cast(self.ffn.w1.weight, self.compute_dtype)
@@ -167,14 +182,35 @@ class RoutedExperts(nn.Cell):
         if not alone:
             whole = dispatch(capacity, layout="packed")
             self.dispatch = DispatchOverRanks(mesh.context, shape, whole, local_dispatch)
-        self.exchange = None
+        self.exchange: nn.Cell = self._exchange(moe, tokens, capacity, local_experts, mesh)
+        self.in_parts = isinstance(self.exchange, PaddedExchange) and self.exchange.degree > 1
+        if moe.comp_comm_parallel and not self.in_parts:
+            _say_nothing_overlaps()
+
+    def _exchange(
+        self,
+        moe: MoEConfig,
+        tokens: int,
+        capacity: int | None,
+        local_experts: list[int] | None,
+        mesh: Mesh,
+    ) -> ExpertExchange | PaddedExchange | None:
         if local_experts is None or mesh.exchange.size == 1:
-            return
-        if layout == "padded" and capacity is not None:
-            self.exchange = PaddedExchange(mesh.exchange, len(local_experts), capacity)
-        else:
-            slots = tokens * moe.num_experts_chosen
-            self.exchange = ExpertExchange(mesh.exchange, len(local_experts), slots, capacity)
+            return None
+        if self.experts.layout == "padded" and capacity is not None:
+            degree = moe.comp_comm_parallel_degree if moe.comp_comm_parallel else 1
+            return PaddedExchange(mesh.exchange, len(local_experts), capacity, degree)
+        slots = tokens * moe.num_experts_chosen
+        return ExpertExchange(mesh.exchange, len(local_experts), slots, capacity)
+
+
+@functools.cache
+def _say_nothing_overlaps() -> None:
+    get_logger().info(
+        "moe_config.comp_comm_parallel has no effect: it needs expert_parallel above 1, "
+        "capacity_factor above 0, no context_parallel, and experts with slots of fixed number, "
+        "which the CPU's own kernels do not have"
+    )
 
 
 class MoEFeedForward(nn.Cell):
