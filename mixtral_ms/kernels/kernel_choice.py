@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import mindspore
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 
 from mixtral_ms.kernels.cells.attention import (
     AttentionSizes,
@@ -138,6 +138,10 @@ class KernelChoice:
     def rms_norm(self, eps: float) -> nn.Cell:
         """Root mean square norm."""
         return PlainRMSNorm(eps)
+
+    def top_k(self) -> nn.Cell | ops.Primitive:
+        """Rows, k -> the k largest of each, best first, and their indices (int32)."""
+        return ops.TopK(sorted=True)
 
     def cross_entropy(
         self, vocabulary: ProcessGroup = ALONE, weight: Callable[[], Parameter] | None = None

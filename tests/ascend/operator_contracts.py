@@ -328,7 +328,10 @@ def reduce_scatter(node: Node) -> Iterator[str]:
 
 
 def top_k(node: Node) -> Iterator[str]:
-    """TopK: on Ascend int8, uint8, int32, int64, float16, float32; no scalar."""
+    """TopK: on Ascend int8, uint8, int32, int64, float16, float32; no scalar.
+
+    TopkExt (mint.topk) names no dtypes: the same.
+    """
     x = node.inputs[0][0]
     if x.dtype not in ("Int8", "UInt8", "Int32", "Int64", "Float16", "Float32"):
         yield f"{x.dtype} cannot be ordered on Ascend"
@@ -404,12 +407,14 @@ OPERATORS: dict[str, Check] = {
     "AlltoAllV": all_to_all_v,
     # routing
     "TopK": top_k,
+    "TopkExt": top_k,
     "CumSum": dtypes("Int8", "UInt8", "Int32", "Float16", "Float32"),
     "OneHot": one_hot,
     "ScatterNd": with_indices(0, *NUMBERS),
     "ScatterUpdate": with_indices(1, *ANYTHING, of=("Int32",)),
     "Gather": with_indices(1, *ANYTHING),
     "GatherD": with_indices(2, *ANYTHING),
+    "GatherDGradV2": with_indices(2, *NUMBERS),
     "UnsortedSegmentSum": with_indices(1, *NUMBERS),
     "ArgMaxWithValue": dtypes("Float16", "Float32"),
     "Argmax": dtypes(*FLOATS),

@@ -52,6 +52,21 @@ def test_norms_are_computed_in_the_dtype_of_the_key(dtype):
     assert_close(out.asnumpy(), expected, TOLERANCE, "norm")
 
 
+@pytest.mark.usefixtures("pynative", "ascend_emulation")
+def test_the_best_of_equal_scores_is_the_first():
+    scores = np.array([[3, 1, 3, 2], [0, 0, 0, 0], [1, 5, 4, 5]], np.float32)
+    top_k = select_kernels("ascend", dropless=True).top_k()
+    values, indices = top_k(Tensor(scores), 2)
+    assert indices.asnumpy().tolist() == [[0, 2], [0, 1], [1, 3]]
+    assert indices.dtype == mstype.int32
+    assert values.asnumpy().tolist() == [[3, 3], [0, 0], [5, 5]]
+    towards = random(1, 3, 2)
+    _, (gradient,) = gradients_of(lambda x: top_k(x, 2)[0], [scores], towards)
+    expected = np.zeros_like(scores)
+    np.put_along_axis(expected, indices.asnumpy(), towards, 1)
+    np.testing.assert_array_equal(gradient, expected)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("case", ["ep 2, capacity, select_recompute"])
 def test_select_recompute_computes_attention_and_norms_again(case, compiled):

@@ -35,6 +35,7 @@ def emulate_ascend(monkeypatch):
     for operator in (rms_norm, rotary_position_embedding, swiglu):
         monkeypatch.setattr(ops, operator.__name__, operator)
     monkeypatch.setattr(mint, "transpose", transpose)
+    monkeypatch.setattr(mint, "topk", topk)
     monkeypatch.setattr(fused_adamw, "AdamW", AdamW)
 
 
@@ -114,6 +115,20 @@ def rotary_position_embedding(x, cos, sin, mode=0):
     require(cos.shape in ((1, length, 1, width), (batch, length, 1, width)), "1S1D or BS1D")
     turned = ops.cat((-x[..., width // 2 :], x[..., : width // 2]), -1)
     return x * cos + turned * sin
+
+
+def topk(input, k, dim=-1, largest=True, sorted=True):  # noqa: A002 - the operator's
+    """The k largest; of equal ones that with the smaller index first. No gradient here."""
+    require(input.ndim == 2 and dim == -1, "the emulation knows rows")
+    require(largest and sorted, "the emulation knows the largest, in order")
+    columns = Tensor(np.arange(input.shape[1]))
+    rest, found = input, ()
+    for _ in range(k):
+        best = ops.argmax(rest, -1, True)  # the first of equal ones
+        found += (best,)
+        rest = ops.masked_fill(rest, columns == best, Tensor(-np.inf, rest.dtype))
+    indices = ops.cat(found, -1)
+    return ops.gather_elements(input, 1, indices), indices
 
 
 def swiglu(input, dim=-1):  # noqa: A002 - the operator's

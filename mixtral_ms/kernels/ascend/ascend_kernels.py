@@ -6,6 +6,7 @@ from mindspore import Parameter, nn
 
 from mixtral_ms.errors import UserError
 from mixtral_ms.kernels.ascend.cached_attention import AscendCache
+from mixtral_ms.kernels.ascend.documented_top_k import DocumentedTopK
 from mixtral_ms.kernels.ascend.flash_attention import FlashRotaryAttention
 from mixtral_ms.kernels.ascend.fused_rms_norm import FusedRMSNorm
 from mixtral_ms.kernels.ascend.grouped_experts import BatchedExperts, GroupedExperts
@@ -67,6 +68,10 @@ class AscendKernels(KernelChoice):
     def paged_cache(self, sizes: CacheSizes) -> PagedCache | None:
         """As `KernelChoice.paged_cache`."""
         return AscendCache(sizes)
+
+    def top_k(self) -> nn.Cell:
+        """As `KernelChoice.top_k`."""
+        return DocumentedTopK()
 
     def rms_norm(self, eps: float) -> nn.Cell:
         """As `KernelChoice.rms_norm`."""

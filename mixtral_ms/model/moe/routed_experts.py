@@ -85,7 +85,7 @@ class RoutedExperts(nn.Cell):
         moe = config.moe_config
         _, parts, width = expert_matrix(mesh.grid)
         self.compute_dtype = compute_dtype
-        self.router = Router(config.hidden_size, moe, layer, mesh.context, shape)
+        self.router = Router(config.hidden_size, moe, layer, mesh.context, shape, kernels.top_k())
         self.ffn = ExpertWeights(
             moe.expert_num // parts, config.hidden_size, config.intermediate_size // width
         )

@@ -26,6 +26,7 @@ class Router(nn.Cell):
         layer: layer number, so that jitter differs between layers.
         context: the ranks that split the sequence.
         shape: batch and the length of the own part of the sequence, of which T is made.
+        top_k: as of `router_policy`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Router(nn.Cell):
         layer: int,
         context: ProcessGroup = ALONE,
         shape: tuple[int, int] = (0, 0),
+        top_k: nn.Cell | ops.Primitive | None = None,
     ) -> None:
         super().__init__()
         self.numbers_T = None
@@ -42,7 +44,7 @@ class Router(nn.Cell):
             self.numbers_T = Tensor(_token_numbers(context, *shape))
         self.layer, self.jitter = layer, config.router_jitter
         self.dense = Linear(hidden_size, config.expert_num, compute_dtype=mstype.float32)
-        policy = router_policy(config)
+        policy = router_policy(config, top_k)
         self.score, self.choose = policy.scores(), policy.choice()
         if self.jitter > 0:
             self.jitter_key = Parameter(

@@ -26,6 +26,9 @@ class RouterPolicy:
         config: experts, top-k, gates.
     """
 
+    top_k: nn.Cell | ops.Primitive = ops.TopK(sorted=True)
+    """The device's operator for the k best."""
+
     def __init__(self, config: MoEConfig) -> None:
         self.config = config
 
@@ -35,23 +38,26 @@ class RouterPolicy:
 
     def choice(self) -> nn.Cell:
         """Makes gates_Tk and expert_Tk (int32) of scores_TE and the tokens' numbers."""
-        return ChooseExperts(self.config)
+        return ChooseExperts(self.config, self.top_k)
 
 
 class ChooseExperts(nn.Cell):
     """The k best of each token, their gates renormalised to sum 1.
 
-    Which of equal scores are taken is the device's matter, as with every TopK.
+    Which of equal scores are taken is the operator's matter.
 
     Args:
         config: experts, top-k, gates, `uniform_routing`.
+        top: finds the k best: scores, k -> values, indices.
     """
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(
+        self, config: MoEConfig, top: nn.Cell | ops.Primitive = RouterPolicy.top_k
+    ) -> None:
         super().__init__()
         self.experts, self.top_k = config.expert_num, config.num_experts_chosen
         self.normalise, self.uniform = config.norm_topk_prob, config.uniform_routing
-        self.top = ops.TopK(sorted=True)
+        self.top = top
         self.choices_k = Tensor(np.arange(self.top_k, dtype=np.int32))
 
     def construct(self, scores_TE: Tensor, numbers_T: Tensor | None = None) -> tuple:
@@ -78,8 +84,12 @@ ROUTER_POLICIES: dict[str, type[RouterPolicy]] = {"TopkRouterV2": RouterPolicy}
 """The policy of each value of `moe_config.routing_policy`."""
 
 
-def router_policy(config: MoEConfig) -> RouterPolicy:
+def router_policy(config: MoEConfig, top_k: nn.Cell | ops.Primitive | None = None) -> RouterPolicy:
     """The policy that a configuration names.
+
+    Args:
+        config: its routing_policy.
+        top_k: the device's operator for the k best; None for MindSpore's on any device.
 
     Raises:
         UserError: there is none of that name.
@@ -90,7 +100,10 @@ def router_policy(config: MoEConfig) -> RouterPolicy:
             f"moe_config.routing_policy {config.routing_policy!r}: there are "
             f"{', '.join(ROUTER_POLICIES)}"
         )
-    return policy(config)
+    made = policy(config)
+    if top_k is not None:
+        made.top_k = top_k
+    return made
 
 
 def add_router_policy(name: str, policy: type[RouterPolicy]) -> None:
