@@ -328,7 +328,12 @@ class MixtralForCausalLM(nn.Cell):
         share_kept([layer.feed_forward.routed_experts.experts for layer in self.model.layers])
 
     def recompute_attention(self, layers: int) -> None:
-        """Compute attention and norms of the first layers again, and keep what experts computed."""
+        """Compute attention and norms of the first layers again, and keep what experts computed.
+
+        Nothing is left to do on a pipeline stage that computes whole layers again anyway.
+        """
+        if keeps_layer_inputs(self.mesh.grid, self.mesh.stage):
+            return
         for number, layer in enumerate(self.model.layers):
             if number < layers:
                 layer.attention_norm.recompute()
