@@ -1,7 +1,7 @@
 """How much memory a rank needs, by counting: an estimate made before anything is built.
 
-Parameters, gradients and both moments are float32; activations have compute_dtype. Which values a
-rank holds is read off the layout table, optimizer shards included.
+Parameters, gradients and both moments are float32; activations and working weights have
+compute_dtype. Which values a rank holds is read off the layout table, optimizer shards included.
 
 Legend: T tokens of a micro batch, D hidden, H heads, K kv heads, d head_dim, F intermediate,
 E experts, V vocabulary, S sequence.
@@ -16,6 +16,7 @@ from mixtral_ms.config.derived.expert_grid import exchange_ranks, expert_matrix
 from mixtral_ms.config.derived.parameter_table import row_of
 from mixtral_ms.config.derived.pipeline_stages import keeps_layer_inputs, layers_per_stage
 from mixtral_ms.config.loading.resolve import effective_parallel, is_zero, micro_batches
+from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
@@ -40,6 +41,7 @@ class RankMemory:
     ranks: int
     """How many ranks look like this one."""
     parameters: int
+    """In float32, and their working weights."""
     gradients: int
     optimizer: int
     activations: int
@@ -68,6 +70,8 @@ class StageValues:
     gathered: int
     """Outside the experts, of tensors that tensor-parallel ranks hold too and whose moments are
     therefore cut over more ranks than sum their gradients: what the other ranks update."""
+    matrices: int
+    """Of those parameters that are cast before they are used: they may have working weights."""
 
 
 class NetworkTensors:
@@ -129,20 +133,21 @@ class NetworkTensors:
         return sizes
 
     def _sum(self, counted: Counter[str], sizes: dict[str, "_Sizes"]) -> StageValues:
-        parameters = trained = trained_experts = moments = cut = gathered = 0
+        parameters = trained = trained_experts = moments = cut = gathered = matrices = 0
         for name, count in counted.items():
-            one = sizes[name]
+            one, row = sizes[name], row_of(name)
             parameters += count * one.values
+            matrices += count * one.values * (not row.always_float32)
             if name not in self._trained:
                 continue
             moments += 2 * count * one.moment
             cut += count * one.cut
-            if row_of(name).expert_axis is None:
+            if row.expert_axis is None:
                 trained += count * one.values
                 gathered += count * one.gathered
             else:
                 trained_experts += count * one.values
-        return StageValues(parameters, trained, trained_experts, moments, cut, gathered)
+        return StageValues(parameters, trained, trained_experts, moments, cut, gathered, matrices)
 
 
 class _Sizes(NamedTuple):
@@ -197,15 +202,20 @@ def format_bytes(size: int) -> str:
 def _stage_memory(
     config: RunConfig, grid: ParallelConfig, stage: int, values: StageValues
 ) -> RankMemory:
-    training = config.mode.trains
-    trained = values.trained + values.trained_experts
-    # The parts that cut moments are of stand beside the sums of several micro batches.
-    parts = values.cut if micro_batches(config) > 1 else 0
+    training, choices = config.mode.trains, step_choices(config)
+    sums = values.trained + values.trained_experts
+    if choices.cut_sums:
+        sums = values.moments // 2
+    elif micro_batches(config) > 1:
+        # The parts that cut moments are of stand beside the sums of several micro batches.
+        sums += values.cut
+    working = values.matrices if training and choices.working_weights else 0
+    narrow = dtype_bytes(config.model.model_config.compute_dtype, config.context.device_target)
     return RankMemory(
         stage=stage,
         ranks=grid.data_parallel * grid.model_parallel * grid.context_parallel,
-        parameters=PARAMETER_BYTES * values.parameters,
-        gradients=PARAMETER_BYTES * (trained + parts) if training else 0,
+        parameters=PARAMETER_BYTES * values.parameters + narrow * working,
+        gradients=PARAMETER_BYTES * sums if training else 0,
         optimizer=PARAMETER_BYTES * values.moments if training else 0,
         activations=(
             _activation_bytes(config, grid, stage)

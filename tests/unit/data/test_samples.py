@@ -141,7 +141,7 @@ def test_a_system_message_takes_the_default_ones_place():
 
 def test_a_system_message_without_a_place_is_refused():
     without = next(
-        name for name in ("zero_shot", "metharme", "raw", "yuan2", "yuan")
+        name for name in ("zero_shot", "metharme", "raw", "yuan")
         if load_template(name).system is None
     )  # fmt: skip
     with pytest.raises(UnfitRowError, match="no place"):

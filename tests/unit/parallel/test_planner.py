@@ -385,3 +385,30 @@ def test_recompute_takes_a_third_longer():
     flops = token_flops(plain) | {"lm_head": 0.0}
     times = [judge(config, free, flops).time.step for config in (plain, again)]
     assert times[1] / times[0] == pytest.approx(4 / 3)
+
+
+def test_working_weights_are_counted_beside_the_masters():
+    def plan(*overrides):
+        return memory_plan(load_config(BIG, overrides))[0]
+
+    wrapper = "runner_wrapper.working_weights={}".format
+    without, given, default = (
+        plan(wrapper(False)),
+        plan(wrapper(True)),
+        plan(wrapper("null")),
+    )
+    assert given == default  # on Ascend
+    # 16 layers: experts' w1, w2, w3 of one of 8 ranks, attention's four matrices; 16 bits each
+    cast = 16 * (3 * 14336 * 4096 + 2 * 4096 * (4096 + 1024))
+    assert given.parameters - without.parameters == 2 * cast
+    assert plan(wrapper(True), "model.model_config.compute_dtype=float32").parameters == (
+        without.parameters
+    )
+
+
+def test_sums_that_are_cut_like_moments():
+    shard = "parallel.parallel_optimizer_config.gradient_accumulation_shard=True"
+    cut, whole = (memory_plan(load_config(BIG, flags))[0] for flags in ([shard], []))
+    assert cut.gradients == cut.optimizer // 2 < whole.gradients
+    without = memory_plan(load_config(BIG, [shard, "parallel.enable_parallel_optimizer=False"]))[0]
+    assert without.gradients == without.parameters
