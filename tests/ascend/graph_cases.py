@@ -85,15 +85,26 @@ def _of_layout(name: str, model: str) -> TinyRun:
     return TinyRun(tuple(f"{key}={json.dumps(value)}" for key, value in keys.items()), grid)
 
 
+_SHORT_LAYOUTS = (
+    "ep 2 over tp",
+    "pp 2, tied ends",
+    "tp 2, tied, split embedding",
+    "cp 2",
+    "dp 2, tp 2, pp 2, ep 2, zero",
+)
+"""Every kind of group and of cut is in one of them."""
+
+
 def _layouts() -> dict[str, GraphCase]:
-    """First and last rank of all of them; in short runs the last rank of the first network."""
+    """First and last rank of all of them; in short runs the last rank of a few."""
     found = {}
     for name, case in CASES.items():
         last = Mesh(case.grid).world_size - 1
         for number, model in enumerate(case.models):
             for rank in (0, last):
                 job = _of_layout(name, model).job(rank)
-                found[f"{name} | {model} | rank {rank}"] = GraphCase(job, number > 0 or rank == 0)
+                short = name in _SHORT_LAYOUTS and number == 0 and rank == last
+                found[f"{name} | {model} | rank {rank}"] = GraphCase(job, not short)
     return found
 
 
