@@ -43,6 +43,16 @@ class FusedOperators:
     norm_dtype: mindspore.Type | None = None
 
 
+class UpdateKernels(Protocol):
+    """What an optimizer's step is computed with; the norm of gradients too."""
+
+    def squares(self, x: Tensor) -> Tensor:
+        """The sum of a tensor's squares in float32, on the device."""
+
+    def sum_of_squares(self, x: Tensor) -> float:
+        """The sum of a tensor's squares."""
+
+
 class PagedCache(Protocol):
     """A layer's KV cache as a backend wants it, and attention over it."""
 

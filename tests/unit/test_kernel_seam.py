@@ -9,8 +9,9 @@ import mixtral_ms
 
 PACKAGE = Path(mixtral_ms.__file__).parent
 OUTSIDE = [path for path in sorted(PACKAGE.rglob("*.py")) if "kernels" not in path.parts]
-# The choice itself, and what it is asked with.
-CLASSES = {"KernelChoice", "AttentionSizes", "FusedOperators"}
+# The choice itself, what it is asked with, and what is known of its answers.
+CLASSES = {"KernelChoice", "AttentionSizes", "FusedOperators", "CacheSizes", "Keys"}
+CLASSES |= {"PagedCache", "UpdateKernels"}
 
 
 def kernel_classes(source):

@@ -16,7 +16,7 @@ from mixtral_ms.kernels.cells.cache_sizes import CacheSizes, Keys
 PAGED_DTYPES = (mstype.float16,)
 """Of the cache, as PagedAttention and ReshapeAndCache document it."""
 _BLOCK_MULTIPLE = 16  # of positions: what documentation and examples of paged attention have
-_WHOLE_MASK, _CAUSAL, _BAND = 0, 2, 4
+_WHOLE_MASK, _CAUSAL, _BAND = 1, 2, 4
 _COMPRESSED_MASK = 2048
 
 
@@ -121,8 +121,6 @@ class CachedKeys(_CachedAttention):
             self.num_heads,
             attn_mask=limit,
             scalar_value=self.scale,
-            pre_tokens=keys,
-            next_tokens=keys,
             input_layout="BSH",
             sparse_mode=_WHOLE_MASK,
         )

@@ -11,7 +11,7 @@ from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.derived.pipeline_stages import stage_layers
-from mixtral_ms.kernels.cells.optimizer_update import PlainUpdate
+from mixtral_ms.kernels.kernel_choice import UpdateKernels
 from mixtral_ms.parallel.comm.process_groups import sum_tensor, sum_values, wait_for_all
 from mixtral_ms.train.objectives.objective import Objective
 
@@ -93,7 +93,7 @@ class HostTotals:
         kernels: for the squares.
     """
 
-    def __init__(self, objective: Objective, kernels: PlainUpdate) -> None:
+    def __init__(self, objective: Objective, kernels: UpdateKernels) -> None:
         self.objective, self.kernels = objective, kernels
         self.mesh = objective.network.mesh
 
