@@ -74,6 +74,8 @@ def test_the_command_of_the_help():
     own = lines.index(next(line for line in lines if line.startswith("the file's own layout fits")))
     assert lines[own + 1].split()[:6] == ["8", "1", "8", "2", "1", "16"]
     assert "51.7 GiB" in lines[own + 1]
+    assert lines[own + 2].startswith("its step: products ") and "waiting" in lines[own + 2]
+    assert any(line.startswith("assumed: 320 TFLOP/s at 40%, memory 1600 GB/s") for line in lines)
     assert any("too large" in line for line in lines)
     assert any("stage 0 needs 77.2 GiB of 57.6 GiB, most of it gradients" in one for one in lines)
     assert any("n_kv_heads 8 is not divisible by" in line for line in lines)

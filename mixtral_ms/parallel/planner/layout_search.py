@@ -1,7 +1,7 @@
 """Which rank grids fit a cluster, and how fast an analytic model says each of them is.
 
-Memory is counted (parallel/memory.py) and so are the bytes sent (parallel/communication.py); time
-is an estimate (parallel/step_time.py).
+Memory is counted (`memory_model`) and so are the bytes sent (`traffic_model`); time is an estimate
+(`time_model`).
 """
 
 import itertools
@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mixtral_ms.config.checks.check_config import find_contradictions
+from mixtral_ms.config.derived.expert_grid import exchange_ranks
 from mixtral_ms.config.loading.resolve import (
     micro_batch_size,
     micro_batches,
     sequences_per_micro_step,
 )
+from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.parallel.planner.memory_model import NetworkTensors, RankMemory, memory_plan
@@ -159,7 +161,12 @@ def sections(layout: Layout) -> dict[str, dict[str, Any]]:
             )
         },
         "parallel": {"enable_parallel_optimizer": config.parallel.enable_parallel_optimizer},
-        "recompute_config": {"recompute": config.recompute_config.recompute},
+        "recompute_config": {
+            name: getattr(config.recompute_config, name)
+            for name in ("recompute", "select_recompute")
+        },
+        "moe_config": {"comp_comm_parallel": config.moe_config.comp_comm_parallel},
+        "runner_wrapper": {"working_weights": config.runner_wrapper.working_weights},
     }
 
 
@@ -221,18 +228,45 @@ def _batch_problem(config: RunConfig, grid: ParallelConfig, sequences: int) -> s
 
 
 def _variants(base: RunConfig) -> Iterator[RunConfig]:
-    """With and without optimizer sharding, sequence parallel and recompute, where they act."""
-    grid = base.parallel_config
+    """With and without what saves memory for time, or time for memory, where it acts."""
+    base = _in_parts(base)
+    grid, again = base.parallel_config, base.recompute_config
     ranks = grid.data_parallel * grid.context_parallel * grid.model_parallel
     shards = (False, True) if ranks > 1 else (False,)  # norms are alike on all of a stage
+    recomputes = [
+        replace(again, recompute=False, select_recompute=False),
+        replace(again, recompute=False, select_recompute=True),
+        replace(again, recompute=True, select_recompute=False),
+    ]
     for sequence in _sequence_splits(base):
-        for shard, recompute in itertools.product(shards, (False, True)):
+        for shard, recompute, working in itertools.product(
+            shards, recomputes, _working_weights(base)
+        ):
             yield replace(
                 base,
                 parallel_config=replace(grid, use_seq_parallel=sequence),
                 parallel=replace(base.parallel, enable_parallel_optimizer=shard),
-                recompute_config=replace(base.recompute_config, recompute=recompute),
+                recompute_config=recompute,
+                runner_wrapper=replace(base.runner_wrapper, working_weights=working),
             )
+
+
+def _in_parts(base: RunConfig) -> RunConfig:
+    """With the experts' exchange behind their products, which costs nothing, where it can be."""
+    network = base.model.model_config
+    moe = network.moe_config
+    if moe.dropless or exchange_ranks(base.parallel_config) == 1:
+        return base
+    moe = replace(moe, comp_comm_parallel=True)
+    model = replace(base.model, model_config=replace(network, moe_config=moe))
+    return replace(base, model=model, moe_config=moe)
+
+
+def _working_weights(base: RunConfig) -> Iterable[bool | None]:
+    """Both ways, where there is something to cast."""
+    wanted = replace(base, runner_wrapper=replace(base.runner_wrapper, working_weights=True))
+    on_device = base.context.device_target != "CPU"
+    return (True, False) if on_device and step_choices(wanted).working_weights else (None,)
 
 
 def _sequence_splits(base: RunConfig) -> Iterable[bool]:

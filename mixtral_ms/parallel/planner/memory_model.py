@@ -15,6 +15,7 @@ from typing import NamedTuple
 from mixtral_ms.config.derived.expert_grid import exchange_ranks, expert_matrix
 from mixtral_ms.config.derived.parameter_table import row_of
 from mixtral_ms.config.derived.pipeline_stages import keeps_layer_inputs, layers_per_stage
+from mixtral_ms.config.derived.recomputed_layers import selected_layers
 from mixtral_ms.config.loading.resolve import effective_parallel, is_zero, micro_batches
 from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.config.sections.model_section import MixtralConfig
@@ -42,6 +43,8 @@ class RankMemory:
     """How many ranks look like this one."""
     parameters: int
     """In float32, and their working weights."""
+    masters: int
+    """Of these, those in float32."""
     gradients: int
     optimizer: int
     activations: int
@@ -215,6 +218,7 @@ def _stage_memory(
         stage=stage,
         ranks=grid.data_parallel * grid.model_parallel * grid.context_parallel,
         parameters=PARAMETER_BYTES * values.parameters + narrow * working,
+        masters=PARAMETER_BYTES * values.parameters,
         gradients=PARAMETER_BYTES * sums if training else 0,
         optimizer=PARAMETER_BYTES * values.moments if training else 0,
         activations=(
@@ -231,8 +235,13 @@ def _activation_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> in
     tokens = tokens_per_micro_batch(config)
     layers = layers_per_stage(model, grid.pipeline_stage)[stage]
     fused = config.context.device_target == "Ascend"
-    per_layer = tokens * _layer_values_per_token(model, grid, fused=fused) * width
-    layer_input, kept = tokens * _hidden(model, grid) * width, per_layer * layers
+    layer_input = tokens * _hidden(model, grid) * width
+    attention = tokens * _attention_values(model, grid, fused=fused) * width
+    per_layer = attention + tokens * _expert_values(model, grid) * width
+    kept = per_layer * layers
+    # of a layer whose attention and norms are computed again stay what the three were given
+    again = round(attention_again(config, grid, stage) * layers)
+    kept -= max(0, again - 1) * max(0, attention - 3 * layer_input)
     routing = tokens * 2 * model.moe_config.expert_num * 4  # float32
     own_inputs = keeps_layer_inputs(grid, stage)
     if config.recompute_config.recompute or own_inputs:
@@ -253,19 +262,24 @@ def _hidden(model: MixtralConfig, grid: ParallelConfig) -> int:
     return model.hidden_size // (grid.model_parallel if grid.use_seq_parallel else 1)
 
 
-def _layer_values_per_token(model: MixtralConfig, grid: ParallelConfig, *, fused: bool) -> int:
-    """Values a decoder layer keeps for its backward pass, for one token.
+def _attention_values(model: MixtralConfig, grid: ParallelConfig, *, fused: bool) -> int:
+    """Values a layer's attention and norms keep for the backward pass, for one token.
 
     Fused attention (Ascend) does not keep the S x S probabilities.
     """
-    moe, split = model.moe_config, grid.model_parallel
+    split = grid.model_parallel
     query = model.num_heads * model.head_dim // split
     key_value = model.n_kv_heads * model.head_dim // split
     probabilities = 0
     if not fused:
         probabilities = model.num_heads * model.seq_length // split
     # before and after rotation; the heads' output; both norms' input and output; wo's output
-    attention = 3 * query + 3 * key_value + probabilities + 5 * _hidden(model, grid)
+    return 3 * query + 3 * key_value + probabilities + 5 * _hidden(model, grid)
+
+
+def _expert_values(model: MixtralConfig, grid: ParallelConfig) -> int:
+    """Values a layer's router and experts keep for the backward pass, for one token."""
+    moe, split = model.moe_config, grid.model_parallel
     slots = moe.num_experts_chosen * (1.0 if moe.dropless else moe.capacity_factor)
     if moe.dropless:  # room for all tokens of all ranks that share the experts: any may get them
         slots *= exchange_ranks(grid)
@@ -274,7 +288,18 @@ def _layer_values_per_token(model: MixtralConfig, grid: ParallelConfig, *, fused
     _, _, width = expert_matrix(grid)
     local_slots = slots * width / split
     experts = local_slots * (2 * model.hidden_size + 3 * model.intermediate_size // width)
-    return int(attention + experts + 2 * moe.expert_num)
+    return int(experts + 2 * moe.expert_num)
+
+
+def attention_again(config: RunConfig, grid: ParallelConfig, stage: int) -> float:
+    """Share of a stage's layers of which attention and norms alone are computed again."""
+    section, layers = (
+        config.recompute_config,
+        layers_per_stage(config.model.model_config, grid.pipeline_stage),
+    )
+    if section.recompute or keeps_layer_inputs(grid, stage):
+        return 0.0
+    return selected_layers(section.select_recompute, layers)[stage] / layers[stage]
 
 
 def _cache_bytes(config: RunConfig, grid: ParallelConfig, stage: int) -> int:

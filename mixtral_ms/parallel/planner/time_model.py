@@ -1,8 +1,9 @@
 """How long a step takes on a cluster, estimated from what is counted.
 
 The model: matrix products at a share of the device's peak, the weights' way to and from memory for
-every micro batch, and every byte sent at the speed of the slowest link of its group, with nothing
-hidden behind anything.
+every micro batch, and every byte sent at the speed of the slowest link of its group; an all-to-all
+takes the links that each of its messages needs. Nothing is hidden behind anything but the experts'
+exchange in parts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,22 +11,28 @@ from dataclasses import dataclass
 
 from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
 from mixtral_ms.config.loading.resolve import micro_batches, rank_count
+from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.parallel.planner.memory_model import (
     PARAMETER_BYTES,
     RankMemory,
+    attention_again,
     tokens_per_micro_batch,
 )
 from mixtral_ms.parallel.planner.traffic_model import (
+    Group,
     Traffic,
     passes,
     rows_per_token,
     traffic_groups,
 )
 
-# Memory traffic of a weight in one pass of a micro batch: float32 read, a 16 bit copy written and
-# read; and in the backward pass its gradient written, then added to the float32 sum.
-_BYTES_PER_PASS, _BYTES_OF_GRADIENT = 8, 12
+# Memory traffic of a weight, bytes: to read float32 and write the 16 bit copy; to read the copy, in
+# each pass of a micro batch; in the backward pass to write its gradient and add it to the sum.
+_CAST, _READ, _GRADIENT = 6, 2, 12
+
+ONCE_A_STEP = "data_parallel"
+"""The kind of traffic that follows the last micro batch."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +59,28 @@ class Cluster:
 class Time:
     """Seconds of one optimizer step, estimated."""
 
-    compute: float
-    """Of the stage that computes longest, for all its micro batches."""
-    communication: float
-    """Of the stage that sends longest; nothing is hidden behind computing."""
     step: float
-    """All of it, idle stages included."""
+    """All of it."""
     bubble: float
     """Share of the pipeline's time in which a stage stands idle, on average."""
+    exposed: Mapping[str, float]
+    """What the step is made of, on the stage that takes longest: "products", "weights" (their way
+    to and from memory), what is sent and not hidden, by its name in `Traffic`, and "waiting" for
+    the other stages."""
+    hidden: Mapping[str, float]
+    """What is sent behind computing, by its name in `Traffic`."""
+
+
+@dataclass(frozen=True)
+class _Computing:
+    """Seconds of one micro batch on one stage."""
+
+    products: float
+    """Matrix products and attention."""
+    experts: float
+    """Of these, the experts' products."""
+    weights: float
+    """The weights' way to and from memory."""
 
 
 def step_time(
@@ -79,62 +100,111 @@ def step_time(
         traffic: of each stage's ranks.
     """
     count = micro_batches(config)
-    compute = _compute_seconds(config, cluster, token_flops, memory)
-    sending = [_sending_seconds(config, cluster, one) for one in traffic]
-    at_end = [seconds.pop("data_parallel") for seconds in sending]
-    each = [
-        once + sum(seconds.values()) / count for once, seconds in zip(compute, sending, strict=True)
-    ]
+    sent = [_sending_seconds(config, cluster, one) for one in traffic]
+    reduction = max(seconds.pop(ONCE_A_STEP) for seconds in sent)
+    computed = _computing(config, cluster, token_flops, memory)
+    exposed, hidden = zip(
+        *(
+            _micro_batch(config, computing, {kind: each / count for kind, each in seconds.items()})
+            for computing, seconds in zip(computed, sent, strict=True)
+        ),
+        strict=True,
+    )
+    each = [sum(one.values()) for one in exposed]
+    slowest = each.index(max(each))
     # 1F1B: the slowest stage sets the pace, and the first micro batch passes through all stages
     pipeline = (count - 1) * max(each) + sum(each)
+    parts = {name: count * seconds for name, seconds in exposed[slowest].items()}
     return Time(
-        compute=count * max(compute),
-        communication=max(
-            sum(seconds.values()) + end for seconds, end in zip(sending, at_end, strict=True)
-        ),
-        step=pipeline + max(at_end),
+        step=pipeline + reduction,
         bubble=max(0.0, 1 - count * sum(each) / len(each) / pipeline),
+        exposed={**parts, "waiting": sum(each) - max(each), ONCE_A_STEP: reduction},
+        hidden={name: count * seconds for name, seconds in hidden[slowest].items()},
     )
 
 
-def _compute_seconds(
+def _micro_batch(
+    config: RunConfig, computing: _Computing, sending: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds that a micro batch takes on a stage, and those of sending that it hides."""
+    exchange = sending["expert_parallel"]
+    shown = _exposed_exchange(config, exchange, computing.experts)
+    exposed = {"products": computing.products, "weights": computing.weights, **sending}
+    return exposed | {"expert_parallel": shown}, {"expert_parallel": exchange - shown}
+
+
+def _exposed_exchange(config: RunConfig, exchange: float, products: float) -> float:
+    """What of the experts' exchange nothing hides.
+
+    In n parts, one part is exchanged while the next is computed: the first part's way there and
+    the last one's way back are always waited for, and so is what takes longer than the products.
+    """
+    moe = config.model.model_config.moe_config
+    if not moe.comp_comm_parallel or moe.dropless:
+        return exchange
+    first = 1 / moe.comp_comm_parallel_degree
+    return exchange * first + max(0.0, exchange - products) * (1 - first)
+
+
+def _computing(
     config: RunConfig,
     cluster: Cluster,
     token_flops: Mapping[str, float],
     memory: Sequence[RankMemory],
-) -> list[float]:
-    """Of each stage, for one micro batch: products, and the weights' way to and from memory."""
+) -> list[_Computing]:
+    """Of each stage, for one micro batch."""
     model, grid = config.model.model_config, config.parallel_config
     padded = rows_per_token(config) / model.moe_config.num_experts_chosen
-    layers = token_flops["total"] - token_flops["lm_head"]
-    layers += token_flops["experts"] * (padded - 1)
-    rate = cluster.flops * cluster.efficiency * grid.model_parallel
-    tokens = tokens_per_micro_batch(config)
-    counts = layers_per_stage(model, grid.pipeline_stage)
-    repeats = [passes(config, grid, stage) for stage in range(len(counts))]
-    # of six FLOPs two are forwards: a pass more than two is a third more
-    flops = [
-        layers * count / model.num_layers * (1 + times) / 3
-        for count, times in zip(counts, repeats, strict=True)
-    ]
-    flops[-1] += token_flops["lm_head"]
-    moved = [
-        (times * _BYTES_PER_PASS * rank.parameters + _BYTES_OF_GRADIENT * rank.gradients)
-        / PARAMETER_BYTES
-        for rank, times in zip(memory, repeats, strict=True)
-    ]
-    return [
-        tokens * of_stage / rate + size / cluster.memory_bandwidth
-        for of_stage, size in zip(flops, moved, strict=True)
-    ]
+    experts = token_flops["experts"] * padded
+    others = token_flops["total"] - token_flops["lm_head"] - token_flops["experts"]
+    seconds = tokens_per_micro_batch(config) / (
+        cluster.flops * cluster.efficiency * grid.model_parallel
+    )
+    found = []
+    for stage, layers in enumerate(layers_per_stage(model, grid.pipeline_stage)):
+        times, again = passes(config, grid, stage), attention_again(config, grid, stage)
+        # of six FLOPs two are forwards: a pass more than two is a third more
+        part = layers / model.num_layers / 3
+        share = part * (1 + times)
+        head = token_flops["lm_head"] * (stage == grid.pipeline_stage - 1)
+        found.append(
+            _Computing(
+                products=seconds * ((experts + others) * share + others * part * again + head),
+                experts=seconds * experts * share,
+                weights=_moved(config, memory[stage], times) / cluster.memory_bandwidth,
+            )
+        )
+    return found
+
+
+def _moved(config: RunConfig, rank: RankMemory, times: int) -> float:
+    """Bytes between a device and its memory for the weights of one micro batch."""
+    values = rank.masters / PARAMETER_BYTES
+    working = step_choices(config).working_weights
+    # cast once a step: what is read and written for it counts with the micro batches' own
+    cast = (_CAST if working else 0) * values / micro_batches(config)
+    each = _READ if working else _CAST + _READ
+    return cast + times * each * values + _GRADIENT * rank.gradients / PARAMETER_BYTES
 
 
 def _sending_seconds(config: RunConfig, cluster: Cluster, traffic: Traffic) -> dict[str, float]:
     """Of one stage in one step, by what is sent."""
-    devices, per_host = rank_count(config), cluster.devices_per_host
     seconds = {}
     for kind, spanned in traffic_groups(config.parallel_config).items():
+        sent = getattr(traffic, kind)
+        if kind == "expert_parallel":
+            seconds[kind] = _all_to_all_seconds(config, cluster, sent, spanned[0])
+            continue
+        devices, per_host = rank_count(config), cluster.devices_per_host
         inside = all(group.inside(devices, per_host) for group in spanned)
-        rate = cluster.bandwidth_inside if inside else cluster.bandwidth_between
-        seconds[kind] = getattr(traffic, kind) / rate
+        seconds[kind] = sent / (cluster.bandwidth_inside if inside else cluster.bandwidth_between)
     return seconds
+
+
+def _all_to_all_seconds(config: RunConfig, cluster: Cluster, sent: float, group: Group) -> float:
+    """Each pair of ranks has its own message: those within a host take the links within it."""
+    outside = group.share_outside(rank_count(config), cluster.devices_per_host)
+    return max(
+        sent * outside / cluster.bandwidth_between,
+        sent * (1 - outside) / cluster.bandwidth_inside,
+    )

@@ -7,16 +7,20 @@ gathered parameters in float32.
 Legend: T tokens of a micro batch on a rank, D hidden, K kv heads, d head_dim, k chosen experts.
 """
 
+import math
+from collections import Counter
 from dataclasses import dataclass, fields
 
 from mixtral_ms.config.derived.expert_grid import exchange_ranks, expert_matrix
 from mixtral_ms.config.derived.pipeline_stages import keeps_layer_inputs, layers_per_stage
 from mixtral_ms.config.loading.resolve import effective_parallel, is_zero, micro_batches
+from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.parallel.planner.memory_model import (
     NetworkTensors,
     StageValues,
+    attention_again,
     dtype_bytes,
     tokens_per_micro_batch,
 )
@@ -58,6 +62,18 @@ class Group:
     def inside(self, devices: int, per_host: int) -> bool:
         """Whether all such groups of so many devices stay within a host each."""
         return self.size == 1 or devices <= per_host or per_host % (self.size * self.step) == 0
+
+    def share_outside(self, devices: int, per_host: int) -> float:
+        """Of a rank's peers, those on other hosts: of the rank that has most of them."""
+        if self.inside(devices, per_host):
+            return 0.0
+        span, fewest = self.size * self.step, self.size
+        # groups and hosts fall on each other alike again after so many devices
+        for start in range(0, min(devices, math.lcm(span, per_host)), span):
+            for first in range(start, start + self.step):
+                ranks = range(first, start + span, self.step)
+                fewest = min(fewest, *Counter(rank // per_host for rank in ranks).values())
+        return (self.size - fewest) / (self.size - 1)
 
 
 def traffic_groups(grid: ParallelConfig) -> dict[str, tuple[Group, ...]]:
@@ -136,7 +152,8 @@ def _hidden_bytes(config: RunConfig) -> float:
 
 
 def _tensor_parallel(config: RunConfig, grid: ParallelConfig, stage: int) -> float:
-    reductions = _REDUCTIONS * passes(config, grid, stage) * _layers(config, grid, stage)
+    each = _REDUCTIONS * passes(config, grid, stage) + attention_again(config, grid, stage)
+    reductions = each * _layers(config, grid, stage)
     if stage == 0 and not grid.vocab_emb_dp:
         reductions += 1  # the embedding's rows
     if stage == grid.pipeline_stage - 1:
@@ -157,7 +174,7 @@ def _context_parallel(config: RunConfig, grid: ParallelConfig, stage: int) -> fl
     return (
         (grid.context_parallel - 1)
         * own
-        * passes(config, grid, stage)
+        * (passes(config, grid, stage) + attention_again(config, grid, stage))
         * _layers(config, grid, stage)
     )
 
@@ -174,7 +191,8 @@ def _data_parallel(
     replicas, copies = (group.size for group in traffic_groups(grid)["data_parallel"])
     shared = _share(replicas) * values.trained + _share(copies) * values.trained_experts
     # a reduce-scatter and a gather send as much as an all-reduce
-    sent = 2 * shared + values.gathered
+    scattered = micro_batches(config) if step_choices(config).cut_sums else 1
+    sent = (1 + scattered) * shared + values.gathered
     return _GRADIENT_BYTES * sent + _tied_embedding(config, grid, stage)
 
 

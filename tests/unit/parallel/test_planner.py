@@ -348,6 +348,19 @@ def test_which_groups_stay_in_a_host(group, devices, inside):
     ]
     assert all(len(one) == 1 for one in hosts) == inside
     assert group.inside(devices, 8) == inside
+    assert (group.share_outside(devices, 8) == 0) == inside
+
+
+@given(size=st.integers(2, 9), step=st.integers(1, 9), times=st.integers(1, 4))
+def test_how_many_of_a_ranks_peers_are_on_other_hosts(size, step, times):
+    devices = size * step * times
+    most = 0
+    for start in range(0, devices, size * step):
+        for offset in range(step):
+            ranks = [start + offset + i * step for i in range(size)]
+            for me in ranks:
+                most = max(most, sum(me // 8 != other // 8 for other in ranks))
+    assert Group(size, step).share_outside(devices, 8) == most / (size - 1)
 
 
 def test_groups_of_a_grid():
@@ -375,7 +388,7 @@ def test_time_of_a_pipeline():
     slow = replace(free, bandwidth_inside=1e6)
     sent = 12 * 2 * TD / 1e6
     longer = judge(config, slow, flops).time
-    assert longer.communication == pytest.approx(sent)
+    assert longer.exposed["pipeline"] == pytest.approx(sent)
     assert longer.step > time.step + sent
 
 
@@ -412,3 +425,58 @@ def test_sums_that_are_cut_like_moments():
     assert cut.gradients == cut.optimizer // 2 < whole.gradients
     without = memory_plan(load_config(BIG, [shard, "parallel.enable_parallel_optimizer=False"]))[0]
     assert without.gradients == without.parameters
+
+
+def judged(*overrides):
+    config = load_config(BIG, overrides)
+    return judge(config, Cluster(16, 64 * GIB), token_flops(config))
+
+
+@pytest.mark.parametrize(
+    "recompute", ["recompute=True", "select_recompute=True", "recompute=False"]
+)
+def test_a_step_is_the_sum_of_its_parts(recompute):
+    time = judged(f"recompute_config.{recompute}").time
+    assert sum(time.exposed.values()) == pytest.approx(time.step)
+
+
+def test_an_exchange_in_parts_is_hidden_but_for_the_first_and_last():
+    parallel, degree = (
+        "moe_config.comp_comm_parallel=True",
+        "moe_config.comp_comm_parallel_degree={}",
+    )
+    whole = judged().time
+    for parts in (2, 4):
+        time = judged(parallel, degree.format(parts)).time
+        shown, hidden = time.exposed["expert_parallel"], time.hidden["expert_parallel"]
+        assert shown == pytest.approx(whole.exposed["expert_parallel"] / parts)
+        assert shown + hidden == pytest.approx(whole.exposed["expert_parallel"])
+        assert time.step < whole.step
+    dropless = judged(parallel, "moe_config.capacity_factor=-1").time
+    assert dropless.hidden["expert_parallel"] == 0
+
+
+def test_attention_alone_computed_again_lies_between():
+    one_stage = ("parallel_config.pipeline_stage=1", "parallel_config.data_parallel=16")
+    none, attention, layers = (
+        judged(
+            *one_stage,
+            f"recompute_config.recompute={whole}",
+            f"recompute_config.select_recompute={selected}",
+        )
+        for whole, selected in ((False, False), (False, True), (True, False))
+    )
+    assert none.time.step < attention.time.step < layers.time.step
+    kept = [one.memory[0].activations for one in (none, attention, layers)]
+    assert kept[0] > kept[1] > kept[2]
+    # attention's projections and scores and the router, a forward of each; not the experts
+    flops = token_flops(none.config)
+    again = flops["total"] - flops["experts"] - flops["lm_head"]
+    more = attention.time.exposed["products"] - none.time.exposed["products"]
+    assert more == pytest.approx(4096 * none.micro_batches * again / 3 / (320e12 * 0.4))
+
+
+def test_weights_are_moved_less_with_a_copy_that_is_cast_once():
+    wrapper = "runner_wrapper.working_weights={}".format
+    with_copy, without = (judged(wrapper(value)).time for value in (True, False))
+    assert with_copy.exposed["weights"] < 0.75 * without.exposed["weights"]

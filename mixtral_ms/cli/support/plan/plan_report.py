@@ -46,7 +46,7 @@ def as_text(plan: LayoutPlan, cluster: Cluster, own: Layout | str, top: int) -> 
     if plan.fitting:
         lines += [_batch(plan.fitting[0]), "", "".join(f"{name:>{w}}" for name, w in _COLUMNS)]
         lines += [_row(str(number), layout) for number, layout in enumerate(plan.fitting[:top], 1)]
-        lines += [_LEGEND]
+        lines += [_LEGEND, "", f"the step of 1: {_parts(plan.fitting[0])}", _assumed(cluster)]
     lines += ["", *_own_lines(plan, cluster, own)]
     if plan.too_large:
         lines += ["", f"too large, of {len(plan.too_large)} the nearest:"]
@@ -135,7 +135,29 @@ def _own_lines(plan: LayoutPlan, cluster: Cluster, own: Layout | str) -> list[st
     if own.fullest.total > cluster.memory:
         return [f"the file's own layout is too large: {_why_too_large(own, cluster)}"]
     faster = sum(layout.time.step < own.time.step for layout in plan.fitting)
-    return [f"the file's own layout fits; {faster} are estimated to be faster:", _row("", own)]
+    return [
+        f"the file's own layout fits; {faster} are estimated to be faster:",
+        _row("", own),
+        f"its step: {_parts(own)}",
+    ]
+
+
+def _parts(layout: Layout) -> str:
+    """What the step is made of, and what is hidden behind it."""
+    time = layout.time
+    shown = [f"{name} {seconds:.3g} s" for name, seconds in time.exposed.items() if seconds]
+    hidden = [f"{name} {seconds:.3g} s" for name, seconds in time.hidden.items() if seconds]
+    behind = f"; behind the products: {', '.join(hidden)}" if hidden else ""
+    return ", ".join(shown) + behind
+
+
+def _assumed(cluster: Cluster) -> str:
+    return (
+        f"assumed: {cluster.flops / 1e12:g} TFLOP/s at {cluster.efficiency:.0%}, memory "
+        f"{cluster.memory_bandwidth / 1e9:g} GB/s, links {cluster.bandwidth_inside / 1e9:g} GB/s "
+        f"inside a host and {cluster.bandwidth_between / 1e9:g} between; even experts; of what is "
+        "sent only the experts' exchange in parts is hidden; the optimizer's time is not in it"
+    )
 
 
 def _why_too_large(layout: Layout, cluster: Cluster) -> str:
