@@ -12,7 +12,7 @@ Makes .venv when it is missing, installs mixtral-ms[test] into it, and mixtral-m
 options given. Ends with the slowest tests and the seconds of each part.
 
   bash scripts/test.sh                        everything but the tests marked long
-  bash scripts/test.sh --fast                 in five minutes: the unit tests, and of the others those
+  bash scripts/test.sh --fast                 in about ten minutes: the unit tests, of the others those
                                               that need no job, no process and no long computation
   bash scripts/test.sh --long                 everything
   bash scripts/test.sh tests/unit -k config   a part

@@ -35,7 +35,7 @@ def pytest_addoption(parser):
     extent(
         "--fast",
         action="store_true",
-        help="a useful answer in five minutes: leave out what is marked slow, and jobs of several "
+        help="an answer in about ten minutes: leave out what is marked slow, and jobs of several "
         "processes and other systems",
     )
 
