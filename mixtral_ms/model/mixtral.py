@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mixtral_ms.config.derived.parameter_table import LAYER, layer_of
-from mixtral_ms.config.derived.pipeline_stages import keeps_layer_inputs, stage_layers
+from mixtral_ms.config.derived.pipeline_stages import stage_layers
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.kernels.cells.elementwise import rotary_tables
 from mixtral_ms.kernels.cells.experts import share_kept
@@ -317,23 +317,13 @@ class MixtralForCausalLM(nn.Cell):
                 setattr(cell, attribute, theirs[f"{path}.{attribute}"])
 
     def recompute_layers(self) -> None:
-        """Keep only each layer's input for the backward pass and compute the rest again.
-
-        Nothing is left to do on a pipeline stage that does so anyway.
-        """
-        if keeps_layer_inputs(self.mesh.grid, self.mesh.stage):
-            return
+        """Keep only each layer's input for the backward pass and compute the rest again."""
         for layer in self.model.layers:
             layer.recompute()
         share_kept([layer.feed_forward.routed_experts.experts for layer in self.model.layers])
 
     def recompute_attention(self, layers: int) -> None:
-        """Compute attention and norms of the first layers again, and keep what experts computed.
-
-        Nothing is left to do on a pipeline stage that computes whole layers again anyway.
-        """
-        if keeps_layer_inputs(self.mesh.grid, self.mesh.stage):
-            return
+        """Compute attention and norms of the first layers again, and keep what experts computed."""
         for number, layer in enumerate(self.model.layers):
             if number < layers:
                 layer.attention_norm.recompute()

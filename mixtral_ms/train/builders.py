@@ -8,7 +8,7 @@ from mindspore import dtype as mstype
 
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.config import RunConfig
-from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
+from mixtral_ms.config.derived.pipeline_stages import keeps_layer_inputs, layers_per_stage
 from mixtral_ms.config.derived.recomputed_layers import names_operators, selected_layers
 from mixtral_ms.config.loading.resolve import (
     dataset_of,
@@ -97,6 +97,8 @@ def build_network(
 
 def _recompute(config: RunConfig, network: MixtralForCausalLM) -> None:
     section, mesh = config.recompute_config, network.mesh
+    if keeps_layer_inputs(mesh.grid, mesh.stage):
+        return  # it computes whole layers again in any case
     if section.recompute:
         network.recompute_layers()
         return

@@ -87,6 +87,11 @@ class ParameterRow:
     """By format, what holds it there. Where a format is as another one, that one's entry is
     enough: see `Format.like`."""
 
+    @property
+    def is_cast(self) -> bool:
+        """Whether training casts it to the compute dtype: then it may have working weights."""
+        return not self.always_float32
+
     def shape(self, config: MixtralConfig) -> tuple[int, ...]:
         """Of the whole parameter."""
         return tuple(axis.size(config) for axis in self.axes)

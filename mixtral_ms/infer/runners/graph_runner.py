@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import mindspore
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Tensor, ops
 
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.infer.runners.base import Runner, StepInput
@@ -18,6 +18,7 @@ from mixtral_ms.infer.runners.graph_network import (
     Head,
     SharedParameters,
 )
+from mixtral_ms.infer.runners.host_arrays import padded, shared_parameter
 from mixtral_ms.infer.runners.infer_weights import InferWeights
 from mixtral_ms.kernels.cells.elementwise import rotary_tables
 from mixtral_ms.kernels.select import select_kernels
@@ -62,10 +63,13 @@ class GraphRunner(Runner):
         shape = (self._zero_slot + _PADDING_SLOTS, kv_heads, config.head_dim)
         layers = range(config.num_layers)
         self._shared = SharedParameters(
-            {name: _parameter(name, value) for name, value in weights.tensors.items()},
-            {name: _parameter(f"{name}.scale", value) for name, value in weights.scales.items()},
-            tuple(_parameter(f"keys.{i}", np.zeros(shape, np.float32)) for i in layers),
-            tuple(_parameter(f"values.{i}", np.zeros(shape, np.float32)) for i in layers),
+            {name: shared_parameter(name, value) for name, value in weights.tensors.items()},
+            {
+                name: shared_parameter(f"{name}.scale", value)
+                for name, value in weights.scales.items()
+            },
+            tuple(shared_parameter(f"keys.{i}", np.zeros(shape, np.float32)) for i in layers),
+            tuple(shared_parameter(f"values.{i}", np.zeros(shape, np.float32)) for i in layers),
             mesh,
         )
         self._cos, self._sin = rotary_tables(config.seq_length, config.head_dim, config.theta)
@@ -119,16 +123,16 @@ class GraphRunner(Runner):
             (distance_NtS >= 0) & (distance_NtS < window), 0, _MASKED
         )
         total = sequences * per
-        token_ids_T = _padded(inputs.token_ids_T[begin:end], total, 0)
+        token_ids_T = padded(inputs.token_ids_T[begin:end], total, 0)
         cache_slots_T = self._cache_slots(tables_NM, positions_Nt).reshape(-1)
-        positions_T = _padded(positions_T, total, 0)
+        positions_T = padded(positions_T, total, 0)
         return self._network(sequences, per, keys), (
             Tensor(token_ids_T),
             Tensor(np.arange(total) < tokens),
             Tensor(positions_T),
             Tensor(self._cos[positions_T][:, None]),
             Tensor(self._sin[positions_T][:, None]),
-            Tensor(_padded(cache_slots_T, total, self._zero_slot + 1)),
+            Tensor(padded(cache_slots_T, total, self._zero_slot + 1)),
             Tensor(seen_NS),
             Tensor(mask_NtS[:, None]),
         )
@@ -174,19 +178,7 @@ def _groups(inputs: StepInput) -> list[tuple[slice, int, int]]:
     ]
 
 
-def _parameter(name: str, value: np.ndarray) -> Parameter:
-    # from_numpy shares the array's memory, which must be writable.
-    value = value if value.flags.writeable else value.copy()
-    return Parameter(Tensor.from_numpy(value), name=name, requires_grad=False)
-
-
 def _rounded(size: int, least: int) -> int:
     while least < size:
         least *= _GROWTH
     return least
-
-
-def _padded(values_T: np.ndarray, size: int, filler: int) -> np.ndarray:
-    result = np.full(size, filler, np.int32)
-    result[: len(values_T)] = values_T
-    return result

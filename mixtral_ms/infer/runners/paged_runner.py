@@ -14,6 +14,7 @@ from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.infer.runners.base import Runner, StepInput
 from mixtral_ms.infer.runners.first_runs import FirstRuns
 from mixtral_ms.infer.runners.graph_network import SharedParameters
+from mixtral_ms.infer.runners.host_arrays import padded, shared_parameter
 from mixtral_ms.infer.runners.infer_weights import InferWeights
 from mixtral_ms.infer.runners.paged_network import DeviceParts, PagedNetwork, StepShape
 from mixtral_ms.kernels.cells.cache_sizes import CacheSizes, Keys
@@ -92,8 +93,11 @@ class PagedRunner(Runner):
         shape = cache.shape(num_blocks + _SPARE_BLOCKS)
         layers = range(config.num_layers)
         self._shared = SharedParameters(
-            {name: _parameter(name, value) for name, value in weights.tensors.items()},
-            {name: _parameter(f"{name}.scale", value) for name, value in weights.scales.items()},
+            {name: shared_parameter(name, value) for name, value in weights.tensors.items()},
+            {
+                name: shared_parameter(f"{name}.scale", value)
+                for name, value in weights.scales.items()
+            },
             tuple(_zeros(f"keys.{i}", shape, cache.sizes.dtype) for i in layers),
             tuple(_zeros(f"values.{i}", shape, cache.sizes.dtype) for i in layers),
             mesh,
@@ -101,7 +105,7 @@ class PagedRunner(Runner):
             tokens_are_columns=False,
         )
         cos, sin = rotary_tables(config.seq_length, config.head_dim, config.theta)
-        tables = (_parameter("cos", cos), _parameter("sin", sin))
+        tables = (shared_parameter("cos", cos), shared_parameter("sin", sin))
         self._parts = DeviceParts(kernels, cache, *tables)
         self._networks: dict[StepShape, PagedNetwork] = {}
         self._run = FirstRuns()
@@ -211,15 +215,15 @@ class PagedRunner(Runner):
         seen: Tensor | None = None
         if shape.where == "table":
             seen = Tensor(tables_NM)
-            lengths_N = Tensor(_padded(positions_T + 1, total, 1))
+            lengths_N = Tensor(padded(positions_T + 1, total, 1))
         elif shape.where == "cached":
             last_N = np.zeros(shape.sequences, np.int32)
             last_N[: len(sequences)] = positions_T[np.cumsum(np.bincount(row_T)) - 1]
             seen = Tensor(self._slots_of_keys(tables_NM, last_N, shape.keys))
         return (
-            Tensor(_padded(inputs.token_ids_T[tokens], total, 0)),
+            Tensor(padded(inputs.token_ids_T[tokens], total, 0)),
             Tensor(np.arange(total) < count),
-            Tensor(_padded(positions_T, total, filler)),
+            Tensor(padded(positions_T, total, filler)),
             Tensor(slots_T),
             seen,
             lengths_N,
@@ -276,17 +280,5 @@ def _tokens_of(inputs: StepInput, sequences: np.ndarray) -> np.ndarray:
     return np.concatenate([np.array(span) for span in spans])
 
 
-def _parameter(name: str, value: np.ndarray) -> Parameter:
-    # from_numpy shares the array's memory, which must be writable.
-    value = value if value.flags.writeable else value.copy()
-    return Parameter(Tensor.from_numpy(value), name=name, requires_grad=False)
-
-
 def _zeros(name: str, shape: tuple[int, ...], dtype: mindspore.Type) -> Parameter:
     return Parameter(ops.zeros(shape, dtype), name=name, requires_grad=False)
-
-
-def _padded(values_T: np.ndarray, size: int, filler: int) -> np.ndarray:
-    result = np.full(size, filler, np.int32)
-    result[: len(values_T)] = values_T
-    return result

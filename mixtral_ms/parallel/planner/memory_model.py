@@ -30,7 +30,7 @@ from mixtral_ms.parallel.grid.sharding_rules import (
     stages_of,
 )
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 PARAMETER_BYTES = 4
 
 
@@ -140,7 +140,7 @@ class NetworkTensors:
         for name, count in counted.items():
             one, row = sizes[name], row_of(name)
             parameters += count * one.values
-            matrices += count * one.values * (not row.always_float32)
+            matrices += count * one.values * row.is_cast
             if name not in self._trained:
                 continue
             moments += 2 * count * one.moment
@@ -164,7 +164,7 @@ class _Sizes(NamedTuple):
 
 def dtype_bytes(dtype: str, device_target: str) -> int:
     """Bytes of one value; a CPU computes bfloat16 as float32."""
-    return 4 if device_target == "CPU" and dtype == "bfloat16" else _BYTES[dtype]
+    return 4 if device_target == "CPU" and dtype == "bfloat16" else DTYPE_BYTES[dtype]
 
 
 def memory_plan(config: RunConfig, tensors: NetworkTensors | None = None) -> list[RankMemory]:

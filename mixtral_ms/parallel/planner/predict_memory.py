@@ -26,9 +26,8 @@ from mixtral_ms.config.loading.resolve import effective_parallel, rank_count
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.parallel.grid.sharding_rules import placement_on_stage
-from mixtral_ms.parallel.planner.memory_model import format_bytes
+from mixtral_ms.parallel.planner.memory_model import DTYPE_BYTES, format_bytes
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _SCALE_BYTES = 4  # of a row of int8
 _COLUMNS = ("weights", "cache", "casts", "work", "total")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from mixtral_ms.config.loading.resolve import effective_parallel
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.parallel.grid.sharding_rules import active_parameter_count
+from mixtral_ms.parallel.planner.memory_model import DTYPE_BYTES
 from mixtral_ms.parallel.planner.predict_memory import (
-    DTYPE_BYTES,
     position_bytes,
     positions_of_cache,
     run_dtypes,

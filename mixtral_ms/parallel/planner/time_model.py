@@ -180,11 +180,10 @@ def _computing(
 def _moved(config: RunConfig, rank: RankMemory, times: int) -> float:
     """Bytes between a device and its memory for the weights of one micro batch."""
     values = rank.masters / PARAMETER_BYTES
-    working = step_choices(config).working_weights
-    # cast once a step: what is read and written for it counts with the micro batches' own
-    cast = (_CAST if working else 0) * values / micro_batches(config)
-    each = _READ if working else _CAST + _READ
-    return cast + times * each * values + _GRADIENT * rank.gradients / PARAMETER_BYTES
+    # working weights are cast once a step: a part of that counts for each micro batch
+    casts = 1 / micro_batches(config) if step_choices(config).working_weights else times
+    gradients = rank.gradients / PARAMETER_BYTES
+    return (casts * _CAST + times * _READ) * values + _GRADIENT * gradients
 
 
 def _sending_seconds(config: RunConfig, cluster: Cluster, traffic: Traffic) -> dict[str, float]:

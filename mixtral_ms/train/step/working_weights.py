@@ -5,7 +5,7 @@ Without them every micro batch casts every matrix, forward and, where layers are
 
 from mindspore import Parameter, ops
 
-from mixtral_ms.config.derived.parameter_table import EMBEDDING, row_of
+from mixtral_ms.config.derived.parameter_table import row_of
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 
 
@@ -24,7 +24,7 @@ class WorkingWeights:
         self.network = network
         self._trained: list[tuple[Parameter, Parameter]] = []
         self._frozen: list[tuple[Parameter, Parameter]] = []
-        copied = {one.name for one in masters.weights() if _is_cast(one.name)}
+        copied = {one.name for one in masters.weights() if row_of(one.name).is_cast}
         for cell in network.cells_and_names():
             parameters = cell[1]._params  # noqa: SLF001 - there is no public way
             for attribute, master in list(parameters.items()):
@@ -42,8 +42,3 @@ class WorkingWeights:
         for master, copy in (*self._trained, *self._frozen):
             ops.assign(copy, ops.cast(master, copy.dtype))
         self._frozen = []
-
-
-def _is_cast(name: str) -> bool:
-    row = row_of(name)
-    return not row.always_float32 and row is not EMBEDDING
