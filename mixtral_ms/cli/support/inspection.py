@@ -22,11 +22,11 @@ from mixtral_ms.checkpoint.shards.rank_files import find_rank_files
 from mixtral_ms.checkpoint.store.manifest import STATE
 from mixtral_ms.config.derived.parameter_table import row_of
 from mixtral_ms.convert.formats.detect_format import detect_format
-from mixtral_ms.convert.formats.foreign_config import read_json
 from mixtral_ms.convert.formats.found_weights import Flags, FoundWeights, find_weights
 from mixtral_ms.convert.formats.open_weight_files import open_found
 from mixtral_ms.convert.formats.weight_names import OURS
 from mixtral_ms.errors import UserError
+from mixtral_ms.json_reader import read_json_object
 from mixtral_ms.parallel.grid.sharding_rules import MOMENTS, parameter_of
 
 _PIECE_VALUES = 2 << 20
@@ -104,7 +104,7 @@ def _suffixes(files: Iterable[Path]) -> str:
 def _read_record(found: Inspection, weights: FoundWeights, verify: bool) -> None:
     """A checkpoint's state, and what the recorded hashes say."""
     if (found.path / STATE).is_file():
-        found.state = read_json(found.path / STATE)
+        found.state = read_json_object(found.path / STATE)
     problems = weights.hash_problems(read_all=verify)
     if problems is not None:
         found.problems += problems

@@ -1,7 +1,6 @@
 """The network's configuration as other systems write it: config.json, params.json; and as ours."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
 from mixtral_ms.convert.formats.conversion_record import FORMAT_KEY
 from mixtral_ms.convert.formats.detect_format import Measured
 from mixtral_ms.errors import UserError
+from mixtral_ms.json_reader import read_json_object
 
 CONFIG_JSON, PARAMS_JSON = "config.json", "params.json"
 NETWORK_KEY = "model_config"  # in our own records
@@ -87,7 +87,7 @@ def read_config(path: Path) -> FoundConfig:
     """
     if path.suffix in (".yaml", ".yml"):
         return FoundConfig(load_config(path).model.model_config, path, {})
-    data = read_json(path)
+    data = read_json_object(path)
     if NETWORK_KEY in data:
         return FoundConfig(_own_config(data[NETWORK_KEY], path), path, {})
     return _foreign_config(data, path)
@@ -101,22 +101,9 @@ def says_network(path: Path) -> bool:
     """
     if path.name in (CONFIG_JSON, PARAMS_JSON):
         return True
-    data = read_json(path)
+    data = read_json_object(path)
     ours = path.name == STATE or FORMAT_KEY in data
     return not ours or NETWORK_KEY in data
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises UserError naming the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a {type(data).__name__}, not an object of keys")
-    return data
 
 
 def _own_config(data: dict[str, Any], path: Path) -> MixtralConfig:

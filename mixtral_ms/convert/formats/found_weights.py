@@ -33,11 +33,11 @@ from mixtral_ms.convert.formats.foreign_config import (
     PARAMS_JSON,
     FoundConfig,
     read_config,
-    read_json,
     says_network,
 )
 from mixtral_ms.convert.formats.weight_names import FORMATS
 from mixtral_ms.errors import UserError
+from mixtral_ms.json_reader import read_json_object
 
 TOKENIZER_FILE = "tokenizer.model"
 
@@ -138,7 +138,7 @@ class FoundWeights:
     @cached_property
     def format_name(self) -> str | None:
         """The tensors' format (a key of FORMATS) as the record says it; None: they show it."""
-        name = read_json(self.record).get(FORMAT_KEY) if self.record else None
+        name = read_json_object(self.record).get(FORMAT_KEY) if self.record else None
         return name if name in FORMATS else None
 
     def hash_problems(self, *, read_all: bool = True) -> list[str] | None:
@@ -151,7 +151,7 @@ class FoundWeights:
             return None
         if self.hashes.name == MANIFEST:
             return verify_checkpoint(self.path) if read_all else manifest_problems(self.path)
-        files = read_json(self.hashes).get(FILES_KEY)
+        files = read_json_object(self.hashes).get(FILES_KEY)
         if not files:
             return None
         return [

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_ms.data.readers.json_and_parquet import JSON_SUFFIXES, PARQUET_SUFFIXES, open_parquet
-from mixtral_ms.data.readers.text_blocks import LONG_TEXT, Advance, DocumentPart, not_utf8
+from mixtral_ms.data.readers.text_blocks import LONG_TEXT, Advance, DocumentPart
 from mixtral_ms.data.tokenizer.tokenizer import split_at_spaces
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import not_utf8
 
 _PARQUET_ROWS = 64
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mixtral_ms.data.readers.text_blocks import Advance, not_utf8, read_text_blocks
+from mixtral_ms.data.readers.text_blocks import Advance, read_text_blocks
 from mixtral_ms.errors import MissingDependencyError, UserError
+from mixtral_ms.file_kind import not_utf8
 
 JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 PARQUET_SUFFIXES = {".parquet", ".pq"}

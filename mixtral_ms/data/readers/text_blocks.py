@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import not_utf8
 
 BLOCK_BYTES = 1 << 20
 LONG_TEXT = 1 << 20
@@ -65,12 +66,3 @@ def read_text_blocks(path: Path, advance: Advance) -> Iterator[str]:
                 return
             offset += len(block)
             advance(len(block))
-
-
-def not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> UserError:
-    """The error for bytes that are no UTF-8, with the file and the offset."""
-    byte = error.object[error.start]
-    return UserError(
-        f"{path}: byte 0x{byte:02x} at offset {offset} is not UTF-8 ({error.reason}); "
-        "convert the file, for example with: iconv -f latin1 -t utf-8"
-    )
