@@ -20,7 +20,7 @@ MAX_DEPTH = 200
 _MAX_BYTES = 1 << 28
 _BOM = "\ufeff"
 
-Shape: TypeAlias = "type | None | Sequence[Shape] | Mapping[str | type[str], Shape]"
+JsonShape: TypeAlias = "type | None | Sequence[JsonShape] | Mapping[str | type[str], JsonShape]"
 """What `require_shape` compares a value with."""
 
 
@@ -102,7 +102,7 @@ def check_depth(text: str, value: Any) -> None:
 
 
 def require_shape(
-    value: object, shape: Shape, where: str, error: type[Exception] = UserError
+    value: object, shape: JsonShape, where: str, error: type[Exception] = UserError
 ) -> None:
     """Raise `error`, naming the key, unless a value read from JSON is of a shape.
 
@@ -124,7 +124,7 @@ def require_shape(
 
 def _require_keys(
     value: dict[str, Any],
-    shape: Mapping[str | type[str], Shape],
+    shape: Mapping[str | type[str], JsonShape],
     where: str,
     error: type[Exception],
 ) -> None:
@@ -138,7 +138,7 @@ def _require_keys(
             raise error(f"{where}: lacks {name!r}")
 
 
-def _is_of(value: object, shape: Shape) -> bool:
+def _is_of(value: object, shape: JsonShape) -> bool:
     if isinstance(shape, tuple):
         return any(_is_of(value, one) for one in shape)
     if isinstance(shape, Mapping):
@@ -150,7 +150,7 @@ def _is_of(value: object, shape: Shape) -> bool:
     return isinstance(value, int | float if shape is float else shape)
 
 
-def _words(shape: Shape) -> str:
+def _words(shape: JsonShape) -> str:
     if isinstance(shape, tuple):
         return " or ".join(map(_words, shape))
     if isinstance(shape, Mapping):
