@@ -2,8 +2,10 @@
 
 import importlib
 import sys
+from collections.abc import Callable, Sequence
 
 from mixtral_ms.cli.support.exit_status import run_command
+from mixtral_ms.errors import UserError
 
 COMMANDS = {
     "run": "train, evaluate or predict from a YAML",
@@ -22,18 +24,22 @@ COMMANDS = {
 
 def main() -> int:
     """Dispatch to a command's `main`."""
-    names = sys.argv[1:2]
+    return run_command(_dispatch, sys.argv[1:])
+
+
+def _dispatch(argv: Sequence[str]) -> int | None:
+    names = argv[:1]
     if not names or names[0] in ("-h", "--help"):
         print("usage: python -m mixtral_ms COMMAND [--help]\n\ncommands:")
         for name, text in COMMANDS.items():
             print(f"  {name:14} {text}")
         print("\nexample:\n  python -m mixtral_ms run --help")
-        return 0
+        return None
     if names[0] not in COMMANDS:
-        print(f"error: no command {names[0]!r}: there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        raise UserError(f"no command {names[0]!r}: there are {', '.join(COMMANDS)}")
     module = importlib.import_module(f"mixtral_ms.cli.commands.{names[0].replace('-', '_')}")
-    return run_command(module.main, sys.argv[2:])
+    run: Callable[[Sequence[str]], int | None] = module.main
+    return run(argv[1:])
 
 
 if __name__ == "__main__":

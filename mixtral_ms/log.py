@@ -5,6 +5,8 @@ import os
 import sys
 from typing import TextIO
 
+from mixtral_ms.printable import printable_block
+
 LOGGER_NAME = "mixtral_ms"
 
 
@@ -26,12 +28,19 @@ class _ToStderr(logging.StreamHandler):
         """For StreamHandler's own __init__."""
 
 
+class _OneMessage(logging.Formatter):
+    """Lets no name or text in a message look like a message of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return printable_block(super().formatMessage(record))
+
+
 def get_logger() -> logging.Logger:
     """The package's logger, set up on first use to write plain lines to stderr."""
     logger = logging.getLogger(LOGGER_NAME)
     if not logger.handlers:
         handler = _ToStderr()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_OneMessage("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
         logger.setLevel(logging.INFO if rank_from_environment() == 0 else logging.WARNING)

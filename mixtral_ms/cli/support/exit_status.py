@@ -1,10 +1,14 @@
 """How every command ends: exit status and what the user sees of an error."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from mixtral_ms.cli.support.standard_streams import lasting_streams
 from mixtral_ms.errors import UserError
+from mixtral_ms.files import asked_path
+from mixtral_ms.printable import printable, printable_block
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -12,33 +16,51 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 DEBUG_FLAG = "--debug"
+# What the system says of a path that was given wrongly; of others (a full disk) it is to blame.
+_WRONG_PATH = {
+    *(errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT),
+    *(errno.ENOTDIR, errno.ENXIO, errno.EPERM, errno.EROFS),
+}
 
 
 def run_command(function: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run a command on its arguments and return its exit status.
 
-    A UserError prints its message and gives 2, Ctrl-C 130, anything else one line and 1. With
-    `--debug` among the arguments the traceback is printed first.
+    A UserError prints its message and gives 2, as a path does that the system refuses; Ctrl-C 130,
+    anything else one line and 1. With `--debug` among the arguments the traceback is printed first.
 
     Args:
         function: the command; returns an exit status, or None for 0.
         argv: the arguments without the program's name.
     """
-    try:
-        return function(argv) or EXIT_OK
-    except UserError as error:
-        _print_traceback(argv)
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        _print_traceback(argv)
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except Exception as error:  # noqa: BLE001 - the last guard before the user
-        debug = _print_traceback(argv)
-        hint = "" if debug else f" (add {DEBUG_FLAG} for the traceback)"
-        print(f"failed: {type(error).__name__}: {_one_line(error)}{hint}", file=sys.stderr)
-        return EXIT_FAILURE
+    with lasting_streams():
+        try:
+            status = function(argv) or EXIT_OK
+            sys.stdout.flush()  # while a full disk can still be told
+        except UserError as error:
+            _print_traceback(argv)
+            print(f"error: {printable_block(error)}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        except KeyboardInterrupt:
+            _print_traceback(argv)
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except Exception as error:  # noqa: BLE001 - the last guard before the user
+            return _failed(error, debug=_print_traceback(argv))
+        return status
+
+
+def _failed(error: Exception, *, debug: bool) -> int:
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
+        # Of a rename, what it was to become is what the user asked for.
+        path = asked_path(error.filename2 or error.filename)
+        wrong = error.errno in _WRONG_PATH
+        line = f"{'error' if wrong else 'failed'}: {printable(path)}: {error.strerror}"
+        print(line, file=sys.stderr)
+        return EXIT_BAD_INPUT if wrong else EXIT_FAILURE
+    hint = "" if debug else f" (add {DEBUG_FLAG} for the traceback)"
+    print(f"failed: {type(error).__name__}: {_one_line(error)}{hint}", file=sys.stderr)
+    return EXIT_FAILURE
 
 
 def _print_traceback(argv: Sequence[str]) -> bool:
@@ -54,4 +76,4 @@ def _one_line(error: Exception) -> str:
     telling = [line for line in lines if line.startswith("[ERROR]")] or [
         line for line in lines if line.strip("- ")
     ]
-    return telling[0] if telling else "no message"
+    return printable(telling[0]) if telling else "no message"
