@@ -1,7 +1,6 @@
 """Builds C++ libraries once per machine and source, and says why when it cannot."""
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -14,7 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixtral_ms.errors import UserError
-from mixtral_ms.files import write_aside
+from mixtral_ms.kernels.native.library_cache import (
+    building,
+    is_whole,
+    new_library,
+    private_folder,
+)
 from mixtral_ms.log import get_logger
 
 SWITCH = "MIXTRAL_MS_NATIVE"
@@ -65,14 +69,16 @@ def built_library(name: str, folder: Path) -> Path | None:
         return None
     sources = sorted(folder.glob("*.cpp"))
     headers = sorted({*folder.glob("*.hpp"), *_FOLDER.glob("*.hpp")})
-    path = _cache_folder() / f"{name}-{_fingerprint(compiler, [*sources, *headers])}.so"
     try:
-        with _locked(path.with_suffix(".lock")):
-            if not path.exists():
+        path = private_folder() / f"{name}-{_fingerprint(compiler, [*sources, *headers])}.so"
+        with building(path):
+            if not is_whole(path):
+                if path.exists():
+                    get_logger().warning("%s is not as it was built: it is built again", path)
                 _compile(compiler, sources, path)
         ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        _unusable(f"building them failed: {error}")
+        _unusable(str(error))
         return None
     return path
 
@@ -83,11 +89,6 @@ def _unusable(problem: str) -> None:
     get_logger().info("C++ kernels are off, numpy serves: %s", problem)
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mixtral_ms"
-
-
 def _fingerprint(compiler: str, files: Sequence[Path]) -> str:
     """Changes with anything that the binary depends on, the processor's features included."""
     cpu_flags = ""
@@ -96,27 +97,14 @@ def _fingerprint(compiler: str, files: Sequence[Path]) -> str:
         cpu_flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     flags = " ".join(_COMPILE + _LINK)
     texts = [path.read_bytes() for path in files]
-    others = (compiler, flags, cpu_flags, importlib.metadata.version("mindspore"))
+    libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else ""
+    others = (compiler, flags, cpu_flags, libc or "", importlib.metadata.version("mindspore"))
     return hashlib.sha256(b"\0".join(texts + [s.encode() for s in others])).hexdigest()[:16]
-
-
-class _locked:  # noqa: N801 - reads as a verb in `with _locked(path)`
-    """Only one process builds; the others wait for it."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "w")  # noqa: SIM115 - closed in __exit__
-
-    def __enter__(self) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 def _compile(compiler: str, sources: Sequence[Path], path: Path) -> None:
     get_logger().info("building the C++ %s (once on this machine)", path.stem.partition("-")[0])
-    with tempfile.TemporaryDirectory() as folder, write_aside(path) as aside:
+    with tempfile.TemporaryDirectory() as folder, new_library(path) as aside:
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         for source, compiled in zip(sources, objects, strict=True):
             _run([compiler, *_COMPILE, f"-I{_FOLDER}", str(source), "-o", compiled])
@@ -129,4 +117,4 @@ def _run(command: list[str]) -> None:
     )
     if result.returncode != 0:
         first = next((s for s in result.stderr.splitlines() if "error" in s), result.stderr)
-        raise OSError(first.strip()[:300])
+        raise OSError(f"building them failed: {first.strip()[:300]}")
