@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from mixtral_ms.errors import UserError
-from mixtral_ms.infer.engine.sampling_params import Generation, SamplingParams
+from mixtral_ms.infer.engine.sampling_params import MOST_SEED, Generation, SamplingParams
 from mixtral_ms.infer.load_model import LoadedModel
 from mixtral_ms.infer.text.chat_history import ChatHistory
 
@@ -38,7 +38,7 @@ class ChatSession:
         self.notes = []
         ids = self._fitting_ids(question)
         # The same words asked again get another answer, the same session the same ones.
-        params = replace(self.params, seed=self.params.seed + self._asked)
+        params = replace(self.params, seed=(self.params.seed + self._asked) % (MOST_SEED + 1))
         self._asked += 1
         engine = self._model.engine
         pieces: list[str] = []

@@ -48,7 +48,7 @@ def _score_prompt(chunk: Chunk, logits: np.ndarray) -> None:
 
 def _advance_one(request: Request, logits_V: np.ndarray, end_ids: frozenset[int]) -> TokenEvent:
     params, sequence = request.params, request.sequences[0]
-    token = pick(logits_V, params, request.prompt_ids, request.answer_ids)
+    token = pick(logits_V, params, request.prompt_ids, request.answer_ids, request.draw_key)
     logprob = float(log_softmax(logits_V)[token]) if params.logprobs else None
     if logprob is not None:
         request.logprobs.append(logprob)

@@ -15,6 +15,7 @@ from mixtral_ms.infer.engine.block_pool import blocks_for, check_fits
 from mixtral_ms.infer.engine.decode_step import advance
 from mixtral_ms.infer.engine.request import Request
 from mixtral_ms.infer.engine.request import Sequence as CachedSequence
+from mixtral_ms.infer.engine.sampler import draw_key
 from mixtral_ms.infer.engine.sampling_params import (
     Generation,
     SamplingParams,
@@ -109,6 +110,7 @@ class Engine:
             prompt=prompt if isinstance(prompt, str) else self._text(ids),
             prompt_ids=ids,
             params=params,
+            draw_key=draw_key(params.seed, ids),
             limit=limit,
             blocks=blocks,
             stream=TextStream(self._tokenizer, ids, params.stop),

@@ -30,6 +30,8 @@ class Request:
     prompt: str
     prompt_ids: list[int]
     params: SamplingParams
+    draw_key: int
+    """Of the random stream that its tokens are drawn with."""
     limit: int
     """Longest prompt and answer together."""
     blocks: int

@@ -3,6 +3,7 @@
 Legend: V vocabulary.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,20 +57,32 @@ def distribution(scores_V: np.ndarray, params: SamplingParams) -> np.ndarray:
     return probs_V
 
 
+def draw_key(seed: int, prompt_ids: Sequence[int]) -> int:
+    """Names the random stream of a request: another seed or another prompt has an independent one.
+
+    The prompts of a batch share the seed. Shared draws too would let the same luck decide for all
+    of them, so that a token of probability 1/2 comes for every prompt or for none.
+    """
+    ids = np.asarray(prompt_ids, "<i8").tobytes()
+    prompt = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little")
+    return prompt << 64 | seed
+
+
 def pick(
     logits_V: np.ndarray,
     params: SamplingParams,
     prompt_ids: Sequence[int],
     answer_ids: Sequence[int],
+    key: int,
 ) -> int:
-    """The next token: the likeliest, or a draw that depends on seed and position only."""
+    """The next token: the likeliest, or a draw that depends on `draw_key` and position only."""
     scores_V = penalise(logits_V, params, prompt_ids, answer_ids)
     if params.greedy:
         return int(np.argmax(scores_V))
     cumulative = np.cumsum(distribution(scores_V, params))
-    # A counter-based generator: token n is drawn with block n of the seed's stream, so that
+    # A counter-based generator: token n is drawn with block n of the key's stream, so that
     # nothing has to be kept, or replayed when a request is computed again.
-    bits = np.random.Philox(key=params.seed, counter=len(answer_ids))
+    bits = np.random.Philox(key=key, counter=len(answer_ids))
     point = np.random.Generator(bits).random() * cumulative[-1]
     chosen = int(np.searchsorted(cumulative, point, side="right"))
     # Rounding may put the point on the very end: take the last token that can be drawn.

@@ -11,6 +11,7 @@ import numpy as np
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.errors import UserError
 
+MOST_SEED = 2**64 - 1
 FinishReason = Literal["eos", "stop", "length", "error"]
 
 
@@ -43,7 +44,8 @@ class SamplingParams:
     ignore_eos: bool = False
     """Go on after eos."""
     seed: int = 0
-    """The same seed gives the same answer, whatever other requests there are."""
+    """The same seed and prompt give the same answer, whatever other requests there are; draws for
+    other prompts are independent."""
     num_beams: int = 1
     """Hypotheses of a beam search; 1 means none. Beams are not sampled."""
     logprobs: bool = False
@@ -102,7 +104,7 @@ _NUMBERS = (
     ("min_p", float, 0, True, 1),
     ("repetition_penalty", float, 0, False, math.inf),
     ("presence_penalty", float, -math.inf, False, math.inf),
-    ("seed", int, 0, True, 2**64 - 1),
+    ("seed", int, 0, True, MOST_SEED),
     ("num_beams", int, 1, True, 64),
 )
 _OPTIONAL = {"max_new_tokens", "max_length"}

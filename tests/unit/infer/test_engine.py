@@ -60,6 +60,17 @@ def test_a_batch_answers_as_each_request_alone(wanted, batch):
     assert [essence(one) for one in answers] == [alone(prompt, wanted) for prompt in PROMPTS]
 
 
+def test_prompts_of_a_batch_draw_independently_and_as_alone():
+    """The network gives two tokens the same chance; the prompts do not decide alike."""
+    flat = {name: np.zeros_like(values) for name, values in TENSORS.items()}
+    wanted = params(do_sample=True, max_new_tokens=1, top_k=0)
+    prompts = [f"p {number}" for number in range(100)]
+    answers = engine(tensors=flat).generate(prompts, wanted)
+    low = sum(answer.token_ids[0] < CONFIG.vocab_size / 2 for answer in answers)
+    assert abs(low - 50) < 5 * np.sqrt(100) / 2
+    assert alone(prompts[7], wanted, tensors=flat).token_ids == answers[7].token_ids
+
+
 def test_the_cache_changes_nothing():
     answer = alone("hello there", params())
     assert (list(answer.token_ids), list(answer.logprobs)) == uncached(

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from transformers.generation import logits_process as reference
 
-from mixtral_ms.infer.engine.sampler import distribution, log_softmax, penalise, pick
+from mixtral_ms.infer.engine.sampler import distribution, draw_key, log_softmax, penalise, pick
 from mixtral_ms.infer.engine.sampling_params import SamplingParams
 
 VOCABULARY = 50
@@ -20,6 +20,10 @@ def logits_row(seed=0, size=VOCABULARY):
 
 def params(**changes):
     return SamplingParams(**{"do_sample": True, **changes})
+
+
+def drawn(row, wanted, prompt=(), answer=()):
+    return pick(row, wanted, prompt, answer, draw_key(wanted.seed, prompt))
 
 
 def naive(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -100,9 +104,9 @@ def test_log_softmax():
 @pytest.mark.parametrize("greedy", [{"do_sample": False}, {"temperature": 0}])
 def test_greedy_takes_the_likeliest(greedy):
     row = logits_row(5)
-    assert pick(row, params(**greedy), [], []) == int(row.argmax())
+    assert drawn(row, params(**greedy)) == int(row.argmax())
     banned = params(**greedy, presence_penalty=100.0)
-    assert pick(row, banned, [], [int(row.argmax())]) == int(np.argsort(-row)[1])
+    assert drawn(row, banned, [], [int(row.argmax())]) == int(np.argsort(-row)[1])
 
 
 @pytest.mark.parametrize("along", ["seeds", "positions"])
@@ -115,12 +119,12 @@ def test_frequencies_follow_the_distribution(setting, along):
     """Chi-square: a correct sampler fails once in 100,000 runs, and these runs are always alike."""
     row, draws = logits_row(6), 8000
     if along == "seeds":
-        drawn = [pick(row, params(seed=seed, **setting), [], [0]) for seed in range(draws)]
+        tokens = [drawn(row, params(seed=seed, **setting), [], [0]) for seed in range(draws)]
     else:
         wanted = params(seed=3, **setting)
-        drawn = [pick(row, wanted, [], range(n)) for n in range(draws)]
+        tokens = [drawn(row, wanted, [], range(n)) for n in range(draws)]
     expected = naive(row, **setting) * draws
-    counts = np.bincount(drawn, minlength=VOCABULARY)
+    counts = np.bincount(tokens, minlength=VOCABULARY)
     assert counts[expected == 0].sum() == 0
     rare = (expected < 5) & (expected > 0)
     observed = np.append(counts[expected >= 5], counts[rare].sum())
@@ -131,16 +135,37 @@ def test_frequencies_follow_the_distribution(setting, along):
     assert statistic < stats.chi2.ppf(1 - 1e-5, len(observed) - 1)
 
 
-def test_a_draw_depends_on_seed_and_position_only():
-    row = logits_row(7)
-    first = [pick(row, params(seed=11), [], range(n)) for n in range(50)]
-    assert first == [pick(row, params(seed=11), [1, 2, 3], range(n)) for n in range(50)][:50]
-    assert first != [pick(row, params(seed=12), [], range(n)) for n in range(50)]
-    assert len(set(first)) > 3
+def test_a_draw_depends_on_seed_prompt_and_position_only():
+    row = np.zeros(VOCABULARY, np.float32)
+
+    def answer(seed, prompt):
+        return [drawn(row, params(seed=seed), prompt, range(n)) for n in range(50)]
+
+    first = answer(11, [1, 2, 3])
+    assert first == answer(11, [1, 2, 3])
+    assert len(set(first)) > 20
+    others = [answer(12, [1, 2, 3]), answer(11, [1, 2, 4]), answer(11, [3, 2, 1]), answer(11, [])]
+    for other in others:
+        assert np.mean(np.array(first) == other) < 0.2
+
+
+@pytest.mark.parametrize("position", [0, 1, 30])
+def test_draws_for_the_prompts_of_a_batch_are_independent(position):
+    """Of 200 prompts with two equally likely tokens about half take each, for every seed."""
+    row = np.zeros(2, np.float32)
+    prompts = [[1, *prompt] for prompt in np.random.default_rng(0).integers(3, 99, (200, 4))]
+    took = np.array(
+        [[drawn(row, params(seed=seed), p, range(position)) for p in prompts] for seed in range(20)]
+    )
+    sigma = math.sqrt(200) / 2
+    assert np.abs(took.sum(1) - 100).max() < 5 * sigma
+    # Nor do two seeds share their luck.
+    agreement = [(took[i] == took[j]).sum() for i in range(20) for j in range(i)]
+    assert np.abs(np.array(agreement) - 100).max() < 5 * sigma
 
 
 def test_impossible_tokens_are_never_drawn():
     row = np.full(VOCABULARY, -np.inf, np.float32)
     row[[3, 8]] = 0
-    drawn = {pick(row, params(seed=seed), [], []) for seed in range(200)}
-    assert drawn == {3, 8}
+    tokens = {drawn(row, params(seed=seed)) for seed in range(200)}
+    assert tokens == {3, 8}
