@@ -48,7 +48,7 @@ class TextStream:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids = self._known(prompt_ids[-_WINDOW:])
         self._boundary = len(self._ids)
-        self._decoded = len(_whole(self._decode()))
+        self._decoded = len(self._tokenizer.decode(self._ids[: self._whole_ids()]))
         self._held = ""
         self.text = ""
         """All that was returned so far."""
@@ -60,7 +60,8 @@ class TextStream:
         self._ids += self._known([token_id])
         text = self._decode()
         whole = _whole(text)
-        new, self._decoded = whole[self._decoded :], len(whole)
+        # Never back: of a prompt that ends in this character, it is not part of the answer.
+        new, self._decoded = whole[self._decoded :], max(self._decoded, len(whole))
         if len(whole) == len(text):
             self._move_window()
         return self._release(new)
@@ -71,6 +72,21 @@ class TextStream:
         held, self._held = self._held, ""
         self.text += held
         return shown + held
+
+    def _whole_ids(self) -> int:
+        """How many of the ids before the answer are whole characters: a prompt may begin one."""
+        least = max(0, len(self._ids) - _HELD_CHARACTERS)
+        for count in range(len(self._ids), least, -1):
+            ids = self._ids[:count]
+            if not self._tokenizer.decode(ids).endswith(_INCOMPLETE) or self._writes_sign(ids):
+                return count
+        return least
+
+    def _writes_sign(self, ids: list[int]) -> bool:
+        """Whether the sign for what is incomplete stands there as a character of its own."""
+        before = self._tokenizer.encode("a")
+        sign = self._tokenizer.encode("a" + _INCOMPLETE)[len(before) :]
+        return ids[-len(sign) :] == sign
 
     def _known(self, ids: Sequence[int]) -> list[int]:
         # The network's vocabulary may be padded beyond the tokenizer's.

@@ -46,10 +46,41 @@ def test_any_ids_give_what_decode_gives(ids, prompt):
     one, _ = stream([1, *ids[:prompt]], ids[prompt:])
     whole = TOKENIZER.decode([1, *ids])
     before = TOKENIZER.decode([1, *ids[:prompt]])
-    if before.endswith("\ufffd"):  # a character may have begun in the prompt
+    if before.endswith(SIGN):  # a character may have begun in the prompt
         assert whole.endswith(one.text)
     else:
         assert before + one.text == whole
+
+
+SIGN = "\ufffd"
+BYTES = {byte: 3 + byte for byte in range(256)}
+
+
+@pytest.mark.parametrize("begun", [0, 1, 2, 3])
+@pytest.mark.parametrize("prompt", ["abc" + SIGN, SIGN, SIGN * 5, "x" + SIGN + "y", "a " + SIGN])
+@pytest.mark.parametrize(
+    "answer", ["\U0001f9ff even", " even", SIGN, SIGN + SIGN + "z", "", "\u4f60"]
+)
+def test_a_sign_in_the_prompt_is_not_said_again(prompt, answer, begun):
+    """Whatever follows it, and also where the prompt ends within the answer's first character."""
+    ids = [BYTES[byte] for byte in answer.encode()]
+    begun = min(begun, len(answer[:1].encode()) - 1) if answer else 0
+    one, _ = stream([1, *TOKENIZER.encode(prompt), *ids[:begun]], ids[begun:])
+    assert one.text == answer
+
+
+def test_a_piece_of_its_own_for_the_sign():
+    class OnePiece:
+        bos_id, eos_id, vocab_size = 1, 2, 300
+
+        def encode(self, text):
+            return [299 if c == SIGN else ord(c) for c in text]
+
+        def decode(self, ids):
+            return "".join(SIGN if one == 299 else chr(one) for one in ids)
+
+    one = TextStream(OnePiece(), OnePiece().encode("a" + SIGN))
+    assert one.push(ord("b")) == "b"
 
 
 @given(st.lists(st.sampled_from([*range(3, 259), 28705, 13, 2]), min_size=20, max_size=120))
