@@ -9,6 +9,7 @@ from typing import NamedTuple
 from mixtral_ms.errors import UserError
 
 _START = 4096
+_PAGES = {".html", ".htm", ".xhtml", ".xml"}
 
 
 class FileKind(NamedTuple):
@@ -18,13 +19,14 @@ class FileKind(NamedTuple):
     advice: str
 
 
-def require_file(path: str | os.PathLike[str]) -> None:
+def require_file(path: str | os.PathLike[str], flag: str = "") -> None:
     """Raise UserError, saying what is there instead, unless `path` is an ordinary file.
 
-    Called before opening: a FIFO or a device would be waited for without end.
+    Called before opening: a FIFO or a device would be waited for without end. The `flag` is the one
+    that it was given with.
     """
     if (obstacle := _not_a_file(Path(path))) is not None:
-        raise UserError(f"{path}: {obstacle}")
+        raise UserError(f"{flag} {path}: {obstacle}".lstrip())
 
 
 def _not_a_file(path: Path) -> str | None:
@@ -85,6 +87,25 @@ def not_utf8(path: str | os.PathLike[str], offset: int, error: UnicodeDecodeErro
         f"{path}: byte 0x{byte:02x} at offset {offset} is not UTF-8 ({error.reason}); "
         "convert the file, for example with: iconv -f latin1 -t utf-8"
     )
+
+
+def require_text(path: str | os.PathLike[str]) -> str | None:
+    """What is doubtful of a file to be read as text; None where nothing is.
+
+    Raises UserError for what UTF-8 would let pass and is no text: a pointer, an archive, UTF-16.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        return None
+    with open(path, "rb") as file:
+        start = file.read(_START)
+    if "pointer" in kind.name or b"\0" in start:
+        raise UserError(f"{path} is {kind.name}, not text; {kind.advice}")
+    if not start:
+        return f"{path} is empty"
+    if _is_page(start) and Path(path).suffix.lower() not in _PAGES:
+        return f"{path} begins as a web page and is read as plain text: is it what was wanted?"
+    return None
 
 
 def _begins(*starts: bytes) -> Callable[[bytes], bool]:

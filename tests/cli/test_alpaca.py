@@ -89,4 +89,4 @@ def test_nothing_to_write_is_an_error(tmp_path, capsys, rows, more, message):
 def test_an_absent_file_is_named(tmp_path, capsys):
     argv = ["--data_path", str(tmp_path / "none.json"), "--output_path", str(tmp_path / "o.json")]
     assert run_command(main, argv) == 2
-    assert "none.json' is not a file" in capsys.readouterr().err
+    assert "none.json: no such file" in capsys.readouterr().err

@@ -110,6 +110,32 @@ def test_backends_write_the_same(wiki, backend):
     assert_holds(output(wiki), stream(CLEAN * 3), 16)
 
 
+def test_text_that_is_not_wikitexts_is_said_to_change(wiki, capfd):
+    assert run(wiki) == 0
+    assert "clean" not in capfd.readouterr().err
+    (wiki / "a.txt").write_text("We drew N samples of vitamin N\n\n" * 9)
+    assert run(wiki, "--overwrite", pattern="a.txt") == 0
+    assert "a lone N becomes 1; --clean_text False keeps" in capfd.readouterr().err
+    assert_holds(output(wiki), stream(["We drew 1 samples of vitamin 1"] * 9), 16)
+    assert run(wiki, "--overwrite", "--clean_text", "False", pattern="a.txt") == 0
+    assert "becomes 1" not in capfd.readouterr().err
+    assert_holds(output(wiki), stream(["We drew N samples of vitamin N"] * 9), 16)
+
+
+@pytest.mark.parametrize("repeat", ["1", "3"])
+def test_rows_without_text_are_named_and_listed(tmp_path, capsys, repeat):
+    rows = [{"text": one} for one in ("one " * 40, "", None, "   ", "two " * 40)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    more = ("--dataset_type", "wikipedia", "--repeat", repeat)
+    assert run(tmp_path, *more, pattern="a.json") == 0
+    assert_holds(output(tmp_path), stream(["one " * 40, "two " * 40] * int(repeat)), 16)
+    printed = capsys.readouterr().out
+    assert "rows:      5 read, 2 taken; 3 left out" in printed
+    assert "row 3 of a.json: left out: its 'text' is white space only" in printed
+    listed = Path(f"{output(tmp_path)}.rows.jsonl").read_text().splitlines()
+    assert [json.loads(one)["row"] for one in listed] == [1, 2, 3]
+
+
 def test_long_documents_are_written_as_one(tmp_path, monkeypatch):
     words = "  a <s> b\n" + "word  and another. " * 500 + "end"
     (tmp_path / "a.tokens").write_text(words)

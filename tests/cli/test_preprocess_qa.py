@@ -235,6 +235,18 @@ def test_bad_input_is_named_and_leaves_nothing(folder, capsys, more, options, me
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_file_whose_name_is_no_text(folder, capsys):
+    """As on a disk of another system; what is listed and printed is text all the same."""
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    lines = [ROWS[0], {"bad \ud800": 1}, ROWS[1]]
+    (folder / name).write_text("\n".join(map(json.dumps, lines)))
+    assert run(folder, pattern="caf*.jsonl") == 0
+    first, second = named(folder / "out.mindrecord")
+    assert first["file"].endswith("caf\\xe9.jsonl") and "ud800" in first["reason"]
+    assert second["row"] == 2
+    assert r"row 1 of caf\xe9.jsonl: left out" in capsys.readouterr().out
+
+
 def test_no_usable_row_is_an_error_with_the_reasons(folder, capsys):
     (folder / "a.json").write_text(json.dumps([ROWS[1], ROWS[6]]))
     before = sorted(folder.iterdir())

@@ -33,9 +33,11 @@ examples:
       --seq_length 4096 --output_file alpaca-fastchat4096.mindrecord
 
 dataset types:
-  wiki        plain text: a document is what stands between blank lines; WikiText's headings
-              are left out and its spacing around punctuation is undone (--clean_text)
-  wikipedia   .jsonl or .parquet: a document is a row's --text_column
+  wiki        plain text: a document is what stands between blank lines. For WikiText, headings are
+              left out, its spacing around punctuation and at the ends of lines is undone, and N
+              becomes 1; give any other text with --clean_text False, which keeps it as it is
+  wikipedia   .json, .jsonl or .parquet: a document is a row's --text_column, kept as it is; rows
+              without text are listed in OUTPUT_FILE.rows.jsonl
   qa          .json, .jsonl or .parquet rows of ShareGPT (conversations), OpenAI (messages) or
               Alpaca (instruction, input, output); the answers and the eos behind them are what
               is learnt. Rows that are left out, cut or shortened are listed in
@@ -114,18 +116,25 @@ def _report(options: PreprocessOptions, summary: PreprocessSummary) -> str:
     else:
         written = f"{summary.files[0]} and {len(summary.files) - 1} more"
         data = str(summary.files[0].parent)
+    lines = [summary.log.report()] if summary.log.read else []
+    if summary.named_rows:
+        lines.append(f"named:     {summary.named_rows}")
     return (
-        f"documents: {summary.documents:,} from {summary.input_files} "
-        f"file{'s' if summary.input_files > 1 else ''}"
-        f"{f', read {options.repeat} times' if options.repeat > 1 else ''}\n"
-        f"tokens:    {summary.tokens:,}\n"
-        f"records:   {summary.records:,} of {options.seq_length + 1} ids "
-        f"(seq_length {options.seq_length} + 1)\n"
-        f"dropped:   {summary.dropped_tokens:,} tokens that did not make a whole record"
-        f"{' or came after --samples_num' if options.samples_num else ''}\n"
-        f"written:   {written}\n"
-        f"next:      python run_mindformer.py --config YOUR.yaml --train_data {data} "
-        f"--set model.model_config.seq_length={options.seq_length}"
+        "\n".join(lines)
+        + "\n" * bool(lines)
+        + (
+            f"documents: {summary.documents:,} from {summary.input_files} "
+            f"file{'s' if summary.input_files > 1 else ''}"
+            f"{f', read {options.repeat} times' if options.repeat > 1 else ''}\n"
+            f"tokens:    {summary.tokens:,}\n"
+            f"records:   {summary.records:,} of {options.seq_length + 1} ids "
+            f"(seq_length {options.seq_length} + 1)\n"
+            f"dropped:   {summary.dropped_tokens:,} tokens that did not make a whole record"
+            f"{' or came after --samples_num' if options.samples_num else ''}\n"
+            f"written:   {written}\n"
+            f"next:      python run_mindformer.py --config YOUR.yaml --train_data {data} "
+            f"--set model.model_config.seq_length={options.seq_length}"
+        )
     )
 
 

@@ -8,7 +8,9 @@ from typing import IO, Any
 
 from mixtral_ms.data.conversations.alpaca_prompt import read_alpaca
 from mixtral_ms.data.readers.json_and_parquet import read_rows
+from mixtral_ms.data.readers.json_rows import Row
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import require_file
 from mixtral_ms.files import write_aside
 from mixtral_ms.progress import progress_bar
 
@@ -45,8 +47,7 @@ def convert_alpaca(
     rows without instruction or output; then nothing is written.
     """
     source, target = Path(data_path), Path(output_path)
-    if not source.is_file():
-        raise UserError(f"--data_path {str(source)!r} is not a file")
+    require_file(source, "--data_path")
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; give --overwrite to replace it, or another path")
     summary = AlpacaSummary()
@@ -60,12 +61,12 @@ def convert_alpaca(
     return summary
 
 
-def _conversations(rows: Iterator[Any], summary: AlpacaSummary) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(rows):
+def _conversations(rows: Iterator[Row], summary: AlpacaSummary) -> Iterator[dict[str, Any]]:
+    for row in rows:
         try:
-            prompt, output = _read(row)
+            prompt, output = _read(row.value)
         except ValueError as error:
-            summary.bad.append(f"row {number}: {error}")
+            summary.bad.append(f"row {row.number}: {error}")
             continue
         summary.written += 1
         turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": output}]

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from mixtral_ms.data.conversations.chat_template import DEFAULT_TEMPLATE, load_template
-from mixtral_ms.data.conversations.parse_conversation import UnfitRowError, read_conversation
+from mixtral_ms.data.conversations.parse_conversation import read_conversation
 from mixtral_ms.data.conversations.sample_encoder import Sample, SampleEncoder
 from mixtral_ms.data.conversations.sample_packing import Record, one_a_record, pack
-from mixtral_ms.data.conversations.skipped_rows import RowLog
 from mixtral_ms.data.mindrecord.writer import MAX_RECORD_LENGTH
 from mixtral_ms.data.readers.json_and_parquet import read_rows
+from mixtral_ms.data.readers.row_log import RowLog, UnfitRowError
 from mixtral_ms.data.readers.text_blocks import Advance
 from mixtral_ms.data.tokenizer.tokenizer import Backend, Tokenizer
 from mixtral_ms.errors import UserError
@@ -71,12 +71,12 @@ class Conversations:
         Raises UserError for a file that cannot be read, and for a long row with long_rows "error".
         """
         for path in self.inputs:
-            for number, row in enumerate(read_rows(path, advance)):
+            for row in read_rows(path, advance):
                 self.log.read += 1
                 try:
-                    sample = self._sample(path, number, row)
+                    sample = self._sample(path, row.number, row.value)
                 except UnfitRowError as error:
-                    self.log.add(path, number, "left out", str(error))
+                    self.log.add(path, row.number, "left out", str(error))
                 else:
                     yield sample
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mixtral_ms.data.conversations.alpaca_prompt import read_alpaca
+from mixtral_ms.data.readers.row_log import UnfitRowError
 
 _SYSTEM, _USER, _ASSISTANT = "system", "user", "assistant"
 _ROLES = {
@@ -36,10 +37,6 @@ class Conversation:
     rounds: list[Round]
     system: str | None = None
     shortened: str = ""
-
-
-class UnfitRowError(ValueError):
-    """A row that cannot be used; the message is the reason, without the row's number."""
 
 
 def read_conversation(row: Any) -> Conversation:

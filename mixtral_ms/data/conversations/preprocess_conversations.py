@@ -6,7 +6,6 @@ network drops the last input and the first label when it trains, and so does our
 records have `segment_ids` too.
 """
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,11 +14,10 @@ from pathlib import Path
 from mixtral_ms.data.conversations.conversation_samples import ConversationOptions, Conversations
 from mixtral_ms.data.conversations.sample_encoder import Sample
 from mixtral_ms.data.conversations.sample_packing import Record, lay_out
-from mixtral_ms.data.conversations.skipped_rows import RowLog
 from mixtral_ms.data.mindrecord.writer import RecordWriter
-from mixtral_ms.data.readers.text_blocks import find_inputs
+from mixtral_ms.data.readers.find_files import find_inputs
+from mixtral_ms.data.readers.row_log import RowLog, list_named_rows, listing_of
 from mixtral_ms.errors import UserError
-from mixtral_ms.files import write_aside
 from mixtral_ms.progress import progress_bar
 
 
@@ -55,7 +53,7 @@ def preprocess_qa(options: QaOptions) -> QaSummary:
     Raises UserError for input, model or options that cannot be used; then nothing is written.
     """
     inputs = find_inputs(options.input_glob)
-    listing = _listing_of(options)
+    listing = listing_of(options.output_file, options.overwrite)
     if not options.file_partition >= 1:
         raise UserError(f"--file_partition {options.file_partition} must be at least 1")
     columns = ("input_ids", "labels", *["segment_ids"] * options.packing)
@@ -65,11 +63,11 @@ def preprocess_qa(options: QaOptions) -> QaSummary:
     log = RowLog()
     data = Conversations(inputs, options, log)
     summary = QaSummary(log, input_files=len(inputs))
-    with _named_rows(listing, log), writer:
+    with list_named_rows(listing, log), writer:
         with progress_bar(data.total_bytes, "preprocess", "B", scale=True) as bar:
             _write(data, data.records(bar.update), writer, summary)
         if not writer.records:
-            raise _nothing_usable(options, log)
+            raise log.nothing_usable(repr(options.input_glob))
     summary.files, summary.records = writer.files, writer.records
     summary.named_rows = listing if log.named else None
     return summary
@@ -81,7 +79,7 @@ def first_samples(options: QaOptions, count: int) -> tuple[Conversations, list[S
     data = Conversations(find_inputs(options.input_glob), options, log)
     samples = list(islice(data.samples(lambda _: None), count))
     if not samples:
-        raise _nothing_usable(options, log)
+        raise log.nothing_usable(repr(options.input_glob))
     return data, samples
 
 
@@ -97,26 +95,3 @@ def _write(
         supervised = sum(int(one.supervised.sum()) for record in some for one in record)
         summary.supervised_tokens += supervised
         summary.padding += len(some) * data.record_length - tokens
-
-
-def _listing_of(options: QaOptions) -> Path:
-    """Where named rows are listed. Raises UserError for one that is there already."""
-    path = Path(f"{options.output_file}.rows.jsonl").absolute()
-    if path.exists() and not options.overwrite:
-        raise UserError(f"{path} exists; give --overwrite to replace it, or another --output_file")
-    return path
-
-
-@contextlib.contextmanager
-def _named_rows(path: Path, log: RowLog) -> Iterator[None]:
-    """Lets the log write to `path`; without named rows there is no such file in the end."""
-    with write_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
-        log.file = file
-        yield
-    if not log.named:
-        path.unlink()
-
-
-def _nothing_usable(options: QaOptions, log: RowLog) -> UserError:
-    reasons = "".join(f"\n  {one}" for one in log.first)
-    return UserError(f"none of the {log.read} rows of {options.input_glob!r} can be used{reasons}")

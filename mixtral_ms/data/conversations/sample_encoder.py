@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mixtral_ms.data.conversations.chat_template import ChatTemplate
-from mixtral_ms.data.conversations.parse_conversation import Conversation, UnfitRowError
+from mixtral_ms.data.conversations.parse_conversation import Conversation
+from mixtral_ms.data.readers.row_log import UnfitRowError
 from mixtral_ms.data.tokenizer.tokenizer import Tokenizer
 from mixtral_ms.errors import UserError
 

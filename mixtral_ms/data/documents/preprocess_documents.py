@@ -12,13 +12,18 @@ from mixtral_ms.data.documents.json_documents import read_wikipedia
 from mixtral_ms.data.documents.token_packer import TokenPacker
 from mixtral_ms.data.documents.wikitext import read_wiki
 from mixtral_ms.data.mindrecord.writer import MAX_RECORD_LENGTH, RecordWriter
-from mixtral_ms.data.readers.text_blocks import Advance, DocumentPart, find_inputs
+from mixtral_ms.data.readers.find_files import find_inputs
+from mixtral_ms.data.readers.json_and_parquet import JSON_SUFFIXES, PARQUET_SUFFIXES
+from mixtral_ms.data.readers.row_log import RowLog, list_named_rows, listing_of
+from mixtral_ms.data.readers.text_blocks import Advance, DocumentPart
 from mixtral_ms.data.tokenizer.tokenizer import Backend, Tokenizer
 from mixtral_ms.errors import UserError
+from mixtral_ms.log import get_logger
 from mixtral_ms.progress import progress_bar
 
 # From here on the fastest tokenizer makes up for the time that it takes to load.
 _BULK_BYTES = 32 << 20
+_WIKITEXT_SUFFIX = ".tokens"
 
 
 @dataclass
@@ -46,6 +51,10 @@ class PreprocessOptions:
 class PreprocessSummary:
     """What was read and written."""
 
+    log: RowLog = field(default_factory=RowLog)
+    """What became of the rows; without any where text is not read by the row."""
+    named_rows: Path | None = None
+    """Where the rows left out are listed; None when there are none."""
     files: list[Path] = field(default_factory=list)
     """The MindRecord data files."""
     input_files: int = 0
@@ -56,19 +65,24 @@ class PreprocessSummary:
     """Tokens encoded but not written: they did not fill a last record, or came after the limit."""
 
 
-Reader = Callable[[PreprocessOptions, Path, Advance, bool], Iterator[DocumentPart]]
+Reader = Callable[[PreprocessOptions, Path, Advance, bool, RowLog], Iterator[DocumentPart]]
 
 
 def _wiki(
-    options: PreprocessOptions, path: Path, advance: Advance, split_long: bool
+    options: PreprocessOptions, path: Path, advance: Advance, split_long: bool, _log: RowLog
 ) -> Iterator[DocumentPart]:
+    if path.suffix.lower() in JSON_SUFFIXES | PARQUET_SUFFIXES:
+        get_logger().warning(
+            "%s is read as plain text; --dataset_type wikipedia reads a column of its rows", path
+        )
     return read_wiki(path, advance, clean=options.clean_text, split_long=split_long)
 
 
 def _wikipedia(
-    options: PreprocessOptions, path: Path, advance: Advance, split_long: bool
+    options: PreprocessOptions, path: Path, advance: Advance, split_long: bool, log: RowLog
 ) -> Iterator[DocumentPart]:
-    return read_wikipedia(path, advance, text_column=options.text_column, split_long=split_long)
+    column = options.text_column
+    return read_wikipedia(path, advance, text_column=column, split_long=split_long, log=log)
 
 
 DATASET_TYPES: dict[str, Reader] = {"wiki": _wiki, "wikipedia": _wikipedia}
@@ -89,19 +103,35 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
     writer = RecordWriter(
         options.output_file, partitions=options.file_partition, overwrite=options.overwrite
     )
+    if options.dataset_type == "wiki" and options.clean_text:
+        _say_what_cleaning_changes(inputs)
     packer = TokenPacker(options.seq_length + 1)
-    summary = PreprocessSummary(input_files=len(inputs))
-    with writer, progress_bar(total, "preprocess", "B", scale=True) as bar:
-        parts = _all_parts(options, inputs, bar, tokenizer.splits_at_spaces)
+    log, listing = RowLog(), listing_of(options.output_file, options.overwrite)
+    summary = PreprocessSummary(log, input_files=len(inputs))
+    bar = progress_bar(total, "preprocess", "B", scale=True)
+    with list_named_rows(listing, log), writer, bar as shown:
+        parts = _all_parts(options, inputs, shown, tokenizer.splits_at_spaces, log)
         with closing(parts):
             _encode_and_write(options, tokenizer, packer, writer, parts, summary)
         if not writer.records:
             raise _too_little(options, inputs, packer.tokens)
+    summary.named_rows = listing if log.named else None
     summary.files = writer.files
     summary.tokens = packer.tokens
     summary.records = writer.records
     summary.dropped_tokens = packer.tokens - writer.records * packer.record_length
     return summary
+
+
+def _say_what_cleaning_changes(inputs: list[Path]) -> None:
+    others = [one for one in inputs if one.suffix != _WIKITEXT_SUFFIX]
+    if others:
+        get_logger().warning(
+            "%s is cleaned as if it were WikiText's: lines like = Title = are left out, spaces "
+            "around punctuation, in brackets and at the ends of lines go, and a lone N becomes 1; "
+            "--clean_text False keeps text as it is",
+            others[0] if len(others) == 1 else f"the text of {len(others)} files",
+        )
 
 
 def _encode_and_write(
@@ -135,12 +165,12 @@ def _encode_and_write(
 
 
 def _all_parts(
-    options: PreprocessOptions, inputs: list[Path], bar: tqdm, split_long: bool
+    options: PreprocessOptions, inputs: list[Path], bar: tqdm, split_long: bool, log: RowLog
 ) -> Generator[DocumentPart, None, None]:
     reader = DATASET_TYPES[options.dataset_type]
-    for _ in range(options.repeat):
-        for path in inputs:
-            yield from reader(options, path, bar.update, split_long)
+    for time in range(options.repeat):
+        for path in inputs:  # a row is counted once however often it is read
+            yield from reader(options, path, bar.update, split_long, RowLog() if time else log)
 
 
 def _check(options: PreprocessOptions) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 from mixtral_ms.config.sections.data_section import DataLoaderSection
 from mixtral_ms.data.conversations.conversation_samples import ConversationOptions, Conversations
 from mixtral_ms.data.conversations.sample_packing import lay_out
-from mixtral_ms.data.conversations.skipped_rows import RowLog
+from mixtral_ms.data.readers.find_files import files_in_folder
 from mixtral_ms.data.readers.json_and_parquet import JSON_SUFFIXES, PARQUET_SUFFIXES
+from mixtral_ms.data.readers.row_log import RowLog
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import require_file
 from mixtral_ms.log import get_logger
 from mixtral_ms.progress import progress_bar
 
@@ -81,8 +83,7 @@ class ConversationRecords:
 
     def _report(self, log: RowLog) -> None:
         if not self._records:
-            reasons = "".join(f"\n  {one}" for one in log.first)
-            raise UserError(f"none of the {log.read} rows of {self.where} can be used{reasons}")
+            raise log.nothing_usable(self.where)
         for line in log.report().splitlines():
             get_logger().info("%s", line)
 
@@ -104,15 +105,11 @@ def find_conversations(path: str) -> list[Path]:
     if not path:
         raise UserError("no data: give --train_data, or data_loader.dataset_dir in the YAML")
     source = Path(path)
-    if source.is_file():
+    if not source.is_dir():
+        require_file(source)
         return [source]
     known = JSON_SUFFIXES | PARQUET_SUFFIXES
-    names = source.iterdir() if source.is_dir() else ()
-    files = [
-        one
-        for one in names
-        if one.suffix.lower() in known and not one.name.startswith(".") and one.is_file()
-    ]
+    files = files_in_folder(source, known)
     if not files:
-        raise UserError(f"no conversations at {path}: neither a file nor a folder of {known} files")
-    return sorted(files, key=lambda one: one.name)
+        raise UserError(f"no conversations in {path}: it has no {', '.join(sorted(known))} files")
+    return files

@@ -1,15 +1,13 @@
 """Text out of files: pieces of documents, decoded in blocks, with errors that name the place."""
 
 import codecs
-import glob
 import io
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mixtral_ms.errors import UserError
-from mixtral_ms.file_kind import not_utf8
+from mixtral_ms.file_kind import not_utf8, require_text
+from mixtral_ms.log import get_logger
 
 BLOCK_BYTES = 1 << 20
 LONG_TEXT = 1 << 20
@@ -27,25 +25,14 @@ class DocumentPart(NamedTuple):
     ends: bool
 
 
-def find_inputs(pattern: str) -> list[Path]:
-    """Files that match a glob, sorted by name. Raises UserError when there is none."""
-    matches = sorted(Path(one) for one in glob.glob(pattern, recursive=True))
-    files = [one for one in matches if one.is_file()]
-    if not files and matches:
-        raise UserError(f"--input_glob {pattern!r} is a folder; name its files: '{pattern}/*'")
-    if not files:
-        raise UserError(
-            f"--input_glob {pattern!r} matches no file (searched from {os.getcwd()}); "
-            "quote a pattern with * so that the shell leaves it alone"
-        )
-    return files
-
-
 def read_text_blocks(path: Path, advance: Advance) -> Iterator[str]:
     r"""Decode a UTF-8 file block by block; a byte order mark is dropped, \r\n becomes \n.
 
-    Raises UserError with the file and the byte offset where it is not UTF-8.
+    Raises UserError with the file and the byte offset where it is not UTF-8, and for what is no
+    text though it could be read as such.
     """
+    if (doubt := require_text(path)) is not None:
+        get_logger().warning("%s", doubt)
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     offset = 0

@@ -106,7 +106,7 @@ def test_the_fingerprint_knows_the_data_and_not_its_place(folder, tmp_path):
 @pytest.mark.parametrize(
     "content, options, message",
     [
-        (None, {}, "no conversations at"),
+        (None, {}, "no conversations in"),
         ("", {}, "none of the 0 rows"),
         ('{"a": 1}', {}, "none of the 1 rows.*\n.*row 0 of a.jsonl: left out: neither"),
         ('{"a": 1}', {"tokenizer_file": None}, "processor.tokenizer.vocab_file"),

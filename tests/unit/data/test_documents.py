@@ -13,8 +13,10 @@ from mixtral_ms.data.documents.json_documents import read_wikipedia
 from mixtral_ms.data.documents.token_packer import TokenPacker
 from mixtral_ms.data.documents.wikitext import clean_wikitext, read_wiki
 from mixtral_ms.data.readers import text_blocks as text_module
-from mixtral_ms.data.readers.text_blocks import find_inputs, read_text_blocks
+from mixtral_ms.data.readers.row_log import RowLog
+from mixtral_ms.data.readers.text_blocks import read_text_blocks
 from mixtral_ms.errors import UserError
+from mixtral_ms.log import get_logger
 
 WIKITEXT = """ \n = Robert Boulter = \n \n Robert Boulter is an English film , television and \
 theatre actor . He had a guest @-@ starring role in 2000 ; it cost 1 @,@ 000 ( or " 2 @.@ 5 " ) \
@@ -129,19 +131,47 @@ def test_progress_adds_up_to_the_file_size(tmp_path, monkeypatch):
     assert sum(counts) == path.stat().st_size
 
 
-def test_inputs_are_sorted_and_absent_ones_named(tmp_path):
-    for name in ("b.txt", "a.txt"):
-        (tmp_path / name).touch()
-    assert [one.name for one in find_inputs(f"{tmp_path}/*.txt")] == ["a.txt", "b.txt"]
-    with pytest.raises(UserError, match=r"nothing\*"):
-        find_inputs(f"{tmp_path}/nothing*")
-    with pytest.raises(UserError, match="is a folder"):
-        find_inputs(str(tmp_path))
+NOT_TEXT = {
+    "gzip": (b"\x1f\x8b\x08\0", "is compressed with gzip, not text"),
+    "zstd": (b"\x28\xb5\x2f\xfd\0", "is compressed with zstd, not text"),
+    "UTF-16": ("text".encode("utf-16"), "is UTF-16 text, not "),
+    "UTF-16 without a mark": ("plain text".encode("utf-16-le"), "is UTF-16 text, not text"),
+    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "zeros": (b"\0" * 100, "nothing but zeros"),
+    "Parquet": (b"PAR1\x15\0\x15", "is a Parquet file, not text"),
+    "latin1": (b"caf\xe9", "byte 0xe9 at offset 3"),
+}
 
 
-def rows(path, column="text"):
+@pytest.mark.parametrize("case", NOT_TEXT)
+def test_what_is_no_text_is_named(case, tmp_path):
+    path = tmp_path / "a.txt"
+    data, expected = NOT_TEXT[case]
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=expected):
+        documents(path)
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("a.txt", "", "is empty"),
+        ("a.txt", "<!DOCTYPE html><p>404</p>", "begins as a web page"),
+        ("a.html", "<!DOCTYPE html><p>wanted</p>", ""),
+        ("a.txt", "GGUF is a format, as PAR1 is", ""),
+    ],
+)
+def test_doubtful_text_is_said(tmp_path, caplog, monkeypatch, name, content, expected):
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    (tmp_path / name).write_text(content)
+    documents(tmp_path / name)
+    assert expected in caplog.text and bool(expected) == bool(caplog.text)
+
+
+def rows(path, column="text", log=None):
     counts = []
-    pieces = read_wikipedia(path, counts.append, text_column=column, split_long=True)
+    options = {"text_column": column, "split_long": True, "log": log or RowLog()}
+    pieces = read_wikipedia(path, counts.append, **options)
     whole = joined(pieces)
     assert sum(counts) == path.stat().st_size
     return whole
@@ -172,10 +202,52 @@ def test_parquet_rows(tmp_path):
         rows(path)
 
 
+EMPTY = {"": "empty", None: "null", "   ": "white space", "\n\t\u3000": "white space"}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_each_row_is_a_document_or_named(tmp_path, suffix):
+    pa = pytest.importorskip("pyarrow", exc_type=ImportError)
+    pq = pytest.importorskip("pyarrow.parquet", exc_type=ImportError)
+    texts = ["one", *EMPTY, "two"]
+    path = tmp_path / f"a{suffix}"
+    items = [{"text": one} for one in texts]
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+    else:
+        path.write_text(
+            json.dumps(items) if suffix == ".json" else "\n".join(map(json.dumps, items))
+        )
+    log = RowLog()
+    assert rows(path, log=log) == ["one", "two"]
+    assert (log.read, log.taken, log.named) == (6, 2, {"left out": 4})
+    for number, reason in enumerate(EMPTY.values(), start=1):
+        assert log.first[number - 1].startswith(f"row {number} of a{suffix}: left out: its 'text'")
+        assert reason in log.first[number - 1]
+    assert "most rows were LEFT OUT" in log.report()
+
+
+def test_columns_of_text_in_parquets_other_types(tmp_path):
+    pa = pytest.importorskip("pyarrow", exc_type=ImportError)
+    pq = pytest.importorskip("pyarrow.parquet", exc_type=ImportError)
+    path = tmp_path / "a.parquet"
+    texts = pa.array(["a", "b", "a"])
+    for column in (texts, texts.dictionary_encode(), texts.cast("large_string"), pa.array([None])):
+        pq.write_table(pa.table({"text": column}), path)
+        assert rows(path) == [one for one in column.to_pylist() if one]
+    for column in (pa.array([["a"]]), pa.array([b"a"]), pa.array([1]).dictionary_encode()):
+        pq.write_table(pa.table({"text": column}), path)
+        with pytest.raises(UserError, match="column 'text' is .*, not text"):
+            rows(path)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "a"', "line 2: not a JSON object"),
+        (b'{"text": "a"', "line 2: not JSON"),
+        (b'{"text": ' + b"[" * 100_000, "line 2: not JSON (nested more than 200 deep)"),
+        (b'{"text": "a", "text": "b"}', "line 2: not JSON (an object has 'text' twice)"),
+        (b'{"text": NaN}', "line 2: 'text' is a float"),
         (b"[1]", "line 2: a list"),
         (b'{"body": "a"}', "line 2: no 'text'; it has 'body'"),
         (b'{"text": 3}', "line 2: 'text' is a int"),

@@ -9,8 +9,8 @@ from mindspore import Tensor
 
 from mixtral_ms.data.conversations.conversation_samples import ConversationOptions, Conversations
 from mixtral_ms.data.conversations.sample_packing import lay_out, one_a_record, pack
-from mixtral_ms.data.conversations.skipped_rows import RowLog
 from mixtral_ms.data.loader.batch import Batch
+from mixtral_ms.data.readers.row_log import RowLog
 from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.evaluation import Evaluator

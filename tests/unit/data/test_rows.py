@@ -21,7 +21,7 @@ VALUES = st.recursive(
 
 def read(path):
     advanced = []
-    rows = list(read_rows(path, advanced.append))
+    rows = [row.value for row in read_rows(path, advanced.append)]
     assert sum(advanced) == path.stat().st_size
     return rows
 
@@ -66,6 +66,79 @@ def test_damage_is_named(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match=message):
         list(read_rows(tmp_path / "a.json", lambda _: None))
+
+
+NOT_ROWS = {
+    "a.jsonl": [
+        (b'{"a": 1}\n' + b"[" * 200_000, r"a.jsonl, line 2: not JSON \(nested more than 200"),
+        (b'{"a": 1}\n{"a": ' + b"1" * 6000 + b"}", "line 2: .*more digits"),
+        (b'\n\n{"a": 1, "a": 2}', "line 3: not JSON .an object has 'a' twice"),
+        (b"\x1f\x8b\x08\0\0", "is compressed with gzip"),
+        (b"\x28\xb5\x2f\xfd\0\x80", "is compressed with zstd"),
+        ('{"a": 1}'.encode("utf-16"), "is UTF-16 text"),
+        ('{"a": 1}\n'.encode("utf-16-le"), "is UTF-16 text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a git-lfs pointer"),
+        (b"<!DOCTYPE html>\n<html>", "is a web page"),
+        (b"PAR1\x15\x04\x15", "is a Parquet file"),
+    ],
+    "a.json": [
+        (b'[{"a": 1}, {"id": ' + b"1" * 6000 + b"}]", "row 1 .*more digits"),
+        (b'[{"a": 1}, {"b": 1, "b": 2}]', "row 1 .*'b' twice"),
+        (b"[" + b'{"a":' * 300 + b"1" + b"}" * 300 + b"]", "row 0 .*nested more than 200"),
+        (b"[" + b'{"a":' * 200_000, "row 0 .*nested more than 200"),
+        ('[{"a": 1}]'.encode("utf-16"), "is UTF-16 text"),
+    ],
+    "a.parquet": [
+        (b"", "is empty"),
+        (b'{"a": 1}', "not a Parquet file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a git-lfs pointer"),
+        (b"PAR1" + b"\0" * 50 + b"PAR1", "Parquet"),
+    ],
+    "a.jsonl.gz": [(b"\x1f\x8b\x08\0\0", "rows are read from .*compressed with gzip: .*gunzip")],
+}
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [(name, *case) for name, cases in NOT_ROWS.items() for case in cases],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_no_rows_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        list(read_rows(tmp_path / name, lambda _: None))
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_row_may_hold_what_its_reader_does_not_use(tmp_path):
+    for name, row in (("a.jsonl", '{"a": NaN, "b": "\\ud800"}'), ("a.json", '[{"a": Infinity}]')):
+        (tmp_path / name).write_text(row)
+        ((number, place, value),) = read_rows(tmp_path / name, lambda _: None)
+        assert number == 0 and place in ("line 1", "row 0 (counted from 0)") and "a" in value
+
+
+def test_damage_within_parquet_is_located(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [{"text": f"row {n} " + "x" * (n % 7)} for n in range(300)]
+    table = pa.Table.from_pylist(rows)
+    options = {"row_group_size": 100, "use_dictionary": False, "compression": "none"}
+    pq.write_table(table, path, write_page_checksum=True, **options)
+    whole = path.read_bytes()
+    assert read(path) == rows
+    at = whole.index(b"row 150 ")
+    path.write_bytes(whole[:at] + b"\xaa" * 60 + whole[at + 60 :])
+    with pytest.raises(UserError, match=r"a\.parquet, row group 1: damaged"):
+        read(path)
+    for at in range(0, len(whole), max(1, len(whole) // 60)):  # whatever is changed: rows or error
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :])
+        try:
+            assert len(read(path)) == len(rows)
+        except UserError as error:
+            assert str(path) in str(error)
+    bad = pa.array([b"good", b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), path)
+    with pytest.raises(UserError, match=r"rows 0 to 1 .*not UTF-8 \(byte 0xff\)"):
+        read(path)
 
 
 def test_bytes_that_are_no_text_or_no_parquet_are_named(tmp_path):
