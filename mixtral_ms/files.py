@@ -1,13 +1,18 @@
-"""Files that are either whole or absent: written aside, flushed to disk, renamed."""
+"""Files that are whole or absent: written aside, flushed to disk, renamed; by one process."""
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from mixtral_ms.errors import UserError
+from mixtral_ms.log import get_logger
 
 _HASH_CHUNK = 1 << 22
 _ASIDE = re.compile(r"\.(.+)\.(?:[0-9a-f]{8}\.tmp|converting)")
@@ -63,3 +68,54 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(_HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def sole_writer(lock: Path, refusal: str) -> Iterator[None]:
+    """Be the one process that writes to a place while the block runs.
+
+    What holds it is the file's lock, not the file: a killed process leaves it behind and is in
+    nobody's way. Folders that are made for it go again when nothing else has come into them.
+
+    Args:
+        lock: a hidden file in or beside the place.
+        refusal: which place it is and what to do, for the error.
+
+    Raises:
+        UserError: another process writes there, or nothing can be written there.
+    """
+    made = [folder for folder in (lock.parent, *lock.parent.parents) if not folder.exists()]
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(lock, refusal)
+    except OSError as error:
+        raise UserError(f"{lock.parent}: cannot be written to: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _locked(lock: Path, refusal: str) -> int:
+    """The descriptor of a file that is there and locked."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise UserError(f"{refusal} ({holder or 'another process'} writes there)") from None
+        except OSError as error:
+            text = "%s cannot be locked (%s): nothing keeps another process from writing there too"
+            get_logger().warning(text, lock.parent, error.strerror)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(lock), os.fstat(descriptor)):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor
+        os.close(descriptor)  # its holder has removed it: this one is in nobody's way
