@@ -29,6 +29,8 @@ def main(argv: Sequence[str]) -> int:
     )
     for one in summary.bad:
         print(f"left out:  {one}")
+    for one in summary.shortened:
+        print(f"shortened: {one}")
     print(f"rows:      {summary.written + len(summary.bad):,} read, {len(summary.bad):,} left out")
     print(f"written:   {summary.written:,} conversations to {arguments.output_path}")
     print(

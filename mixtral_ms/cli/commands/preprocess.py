@@ -40,8 +40,9 @@ dataset types:
               without text are listed in OUTPUT_FILE.rows.jsonl
   qa          .json, .jsonl or .parquet rows of ShareGPT (conversations), OpenAI (messages) or
               Alpaca (instruction, input, output); the answers and the eos behind them are what
-              is learnt. Rows that are left out, cut or shortened are listed in
-              OUTPUT_FILE.rows.jsonl
+              is learnt. weight or train of a message (0: read, not learnt) and a row's system are
+              honoured; rows with tool calls, pictures or a history are left out. Rows that are
+              left out, cut or shortened are listed in OUTPUT_FILE.rows.jsonl
 """
 
 _ONLY_DOCUMENTS = ("repeat", "samples_num", "text_column", "add_bos", "add_eos", "clean_text")

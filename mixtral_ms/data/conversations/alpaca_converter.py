@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from mixtral_ms.data.conversations.alpaca_prompt import read_alpaca
+from mixtral_ms.data.conversations.parse_conversation import read_alpaca_row
 from mixtral_ms.data.readers.json_and_parquet import read_rows
 from mixtral_ms.data.readers.json_rows import Row
+from mixtral_ms.data.readers.row_log import UnfitRowError
 from mixtral_ms.errors import UserError
 from mixtral_ms.file_kind import require_file
 from mixtral_ms.files import write_aside
@@ -22,10 +23,12 @@ class AlpacaSummary:
     Attributes:
         written: conversations.
         bad: rows left out, in words.
+        shortened: rows of which something is left out, in words.
     """
 
     written: int = 0
     bad: list[str] = field(default_factory=list)
+    shortened: list[str] = field(default_factory=list)
 
 
 def convert_alpaca(
@@ -64,24 +67,17 @@ def convert_alpaca(
 def _conversations(rows: Iterator[Row], summary: AlpacaSummary) -> Iterator[dict[str, Any]]:
     for row in rows:
         try:
-            prompt, output = _read(row.value)
-        except ValueError as error:
+            found = read_alpaca_row(row.value)
+        except UnfitRowError as error:
             summary.bad.append(f"row {row.number}: {error}")
             continue
+        if found.shortened:
+            summary.shortened.append(f"row {row.number}: {found.shortened}")
         summary.written += 1
-        turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": output}]
+        ((prompt, output),) = found.rounds
+        turns = [{"from": "system", "value": found.system}] if found.system else []
+        turns += [{"from": "human", "value": prompt}, {"from": "gpt", "value": output}]
         yield {"id": str(summary.written), "conversations": turns}
-
-
-def _read(row: Any) -> tuple[str, str]:
-    if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, not an object")
-    prompt, output = read_alpaca(row)
-    try:
-        (prompt + output).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("it holds a lone surrogate, which is no Unicode text") from error
-    return prompt, output
 
 
 def _write_list(items: Iterator[dict[str, Any]], file: IO[str]) -> None:

@@ -1,20 +1,29 @@
 """Conversations out of rows as they are published: ShareGPT, OpenAI messages, Alpaca."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mixtral_ms.data.conversations.alpaca_prompt import read_alpaca
+from mixtral_ms.data.conversations.row_keys import check_message, check_row, is_learnt, system_of
 from mixtral_ms.data.readers.row_log import UnfitRowError
 
 _SYSTEM, _USER, _ASSISTANT = "system", "user", "assistant"
 _ROLES = {
     "system": _SYSTEM,
+    "developer": _SYSTEM,
     "human": _USER,
     "user": _USER,
+    "prompter": _USER,
     "gpt": _ASSISTANT,
+    "chatgpt": _ASSISTANT,
     "assistant": _ASSISTANT,
+    "model": _ASSISTANT,
+    "bot": _ASSISTANT,
 }
 _NAMES = {_USER: "question", _ASSISTANT: "answer"}
+_LISTS = ("conversations", "messages", "conversation")
+_MESSAGE_KEYS = (("from", "value"), ("role", "content"))
 
 
 class Round(NamedTuple):
@@ -32,58 +41,83 @@ class Conversation:
         rounds: at least one.
         system: the system message; None leaves it to the template.
         shortened: what of the row is not in `rounds`, in words; empty when all is.
+        not_learnt: numbers of the rounds whose answers are only read.
     """
 
     rounds: list[Round]
     system: str | None = None
     shortened: str = ""
+    not_learnt: frozenset[int] = frozenset()
+
+
+class _Turn(NamedTuple):
+    role: str
+    text: str
+    learnt: bool = True
 
 
 def read_conversation(row: Any) -> Conversation:
     """The conversation of a row, whichever of the formats it has.
 
-    Raises UnfitRowError, with the reason, for a row without a whole round, with an empty text, or
-    with roles that do not take turns.
+    Raises UnfitRowError, with the reason, for a row without a whole round, with an empty text, with
+    roles that do not take turns, or with keys that say something else than its texts.
     """
     if not isinstance(row, dict):
         raise UnfitRowError(f"a {type(row).__name__}, not an object")
-    if row.get("conversations") is not None:
-        turns = _turns(row["conversations"], "from", "value")
-    elif row.get("messages") is not None:
-        turns = _turns(row["messages"], "role", "content")
+    lists = [key for key in _LISTS if row.get(key) is not None]
+    if len(lists) > 1 and any(row[key] != row[lists[0]] for key in lists):
+        raise UnfitRowError(f"it has {' and '.join(lists)}, which differ")
+    if lists:
+        turns, left_out = _turns(row[lists[0]])
     elif "instruction" in row or "output" in row:
-        turns = _alpaca_turns(row)
+        return read_alpaca_row(row)
     else:
         keys = ", ".join(map(repr, row)) or "none"
         raise UnfitRowError(
             f"neither conversations, nor messages, nor instruction and output; its keys: {keys}"
         )
-    return _conversation(turns)
+    return _conversation(row, turns, left_out)
 
 
-def _alpaca_turns(row: dict[str, Any]) -> list[tuple[str, str]]:
+def read_alpaca_row(row: Any) -> Conversation:
+    """The conversation of a row with instruction, input and output, as `read_conversation`."""
+    if not isinstance(row, dict):
+        raise UnfitRowError(f"a {type(row).__name__}, not an object")
     try:
         prompt, output = read_alpaca(row)
     except ValueError as error:
         raise UnfitRowError(str(error)) from error
-    return [(_USER, prompt), (_ASSISTANT, output)]
+    return _conversation(row, [_Turn(_USER, prompt), _Turn(_ASSISTANT, output)], [])
 
 
-def _turns(messages: Any, role_key: str, text_key: str) -> list[tuple[str, str]]:
-    """Role and text of each message."""
+def _turns(messages: Any) -> tuple[list[_Turn], list[str]]:
+    """Role, text and whether it is learnt of each message; and what of them is left out."""
     if not isinstance(messages, list):
         raise UnfitRowError(f"its messages are a {type(messages).__name__}, not a list")
-    turns = []
+    turns, left_out = [], []
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or role_key not in message:
-            raise UnfitRowError(f"message {number} has no {role_key!r}")
-        role = _ROLES.get(message[role_key]) if isinstance(message[role_key], str) else None
-        if role is None:
-            raise UnfitRowError(
-                f"message {number} is from {message[role_key]!r}; known are {', '.join(_ROLES)}"
-            )
-        turns.append((role, _text(message.get(text_key), number, text_key)))
-    return turns
+        role, text_key = _role(message, number)
+        left_out += check_message(message, number)
+        text = _text(message.get(text_key), number, text_key)
+        turns.append(_Turn(role, text, is_learnt(message, number)))
+    return turns, left_out
+
+
+def _role(message: Any, number: int) -> tuple[str, str]:
+    """Who says a message, and the key of its text: "from" has "value", "role" has "content"."""
+    holder: Mapping[str, Any] = message if isinstance(message, dict) else {}
+    found = [pair for pair in _MESSAGE_KEYS if holder.get(pair[0]) is not None]
+    if not found:
+        wanted = " or ".join(repr(role) for role, _ in _MESSAGE_KEYS)
+        raise UnfitRowError(f"message {number} has no {wanted}")
+    if len(found) > 1:
+        raise UnfitRowError(f"message {number} has both 'from' and 'role'")
+    role_key, text_key = found[0]
+    name = holder[role_key]
+    role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise UnfitRowError(f"message {number} is from {name!r}; known are {', '.join(_ROLES)}")
+    return role, text_key
 
 
 def _text(value: Any, number: int, key: str) -> str:
@@ -101,30 +135,44 @@ def _text(value: Any, number: int, key: str) -> str:
     return value
 
 
-def _conversation(turns: list[tuple[str, str]]) -> Conversation:
-    system = None
-    if turns and turns[0][0] == _SYSTEM:
-        system = turns[0][1]
+def _conversation(row: Mapping[str, Any], turns: list[_Turn], left_out: list[str]) -> Conversation:
+    """What a row's turns and its other keys say."""
+    left_out = [*left_out, *check_row(row)]
+    first = None
+    if turns and turns[0].role == _SYSTEM:
+        first = turns[0].text
         turns = turns[1:]
-    shortened = []
-    if turns and turns[0][0] == _ASSISTANT:
+    system = system_of(row, first)
+    if turns and turns[0].role == _ASSISTANT:
         turns = turns[1:]
-        shortened.append("without a first answer that has no question")
-    for number, (role, _) in enumerate(turns):
+        left_out.append("without a first answer that has no question")
+    for number, turn in enumerate(turns):
         expected = (_USER, _ASSISTANT)[number % 2]
-        if role != expected:
-            raise UnfitRowError(f"turn {number} is the {role}'s, but should be the {expected}'s")
+        if turn.role != expected:
+            raise UnfitRowError(
+                f"turn {number} is the {turn.role}'s, but should be the {expected}'s"
+            )
     if len(turns) % 2:
         turns = turns[:-1]
-        shortened.append("without a last question that has no answer")
+        left_out.append("without a last question that has no answer")
+    found = _rounds(turns)
+    _check_unicode([system or "", *(turn.text for turn in turns)])
+    return replace(found, system=system, shortened=" and ".join(left_out))
+
+
+def _rounds(turns: list[_Turn]) -> Conversation:
+    """Questions with their answers. Raises UnfitRowError when nothing can be learnt of them."""
     if not turns:
         raise UnfitRowError("no question with an answer")
-    for number, (role, text) in enumerate(turns):
-        if not text.strip():
-            raise UnfitRowError(f"{_NAMES[role]} {number // 2} is empty")
-    _check_unicode([system or "", *(text for _, text in turns)])
-    rounds = [Round(q[1], a[1]) for q, a in zip(turns[::2], turns[1::2], strict=True)]
-    return Conversation(rounds, system, " and ".join(shortened))
+    for number, turn in enumerate(turns):
+        if not turn.text.strip():
+            raise UnfitRowError(f"{_NAMES[turn.role]} {number // 2} is empty")
+    answers = turns[1::2]
+    not_learnt = frozenset(at for at, answer in enumerate(answers) if not answer.learnt)
+    if len(not_learnt) == len(answers):
+        raise UnfitRowError("none of its answers is to be learnt")
+    rounds = [Round(q.text, a.text) for q, a in zip(turns[::2], answers, strict=True)]
+    return Conversation(rounds, not_learnt=not_learnt)
 
 
 def _check_unicode(texts: list[str]) -> None:

@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 
 
 class SampleEncoder:
-    """Turns conversations into samples.
+    """Turns conversations into samples; answers that are not to be learnt are not supervised.
 
     Control ids come from the template alone: bos begins a sample, eos ends each answer, even with a
     template that has none there. What a template writes behind the last eos is left out. Text
@@ -60,7 +60,7 @@ class SampleEncoder:
         for number, (question, answer) in enumerate(conversation.rounds):
             builder.text(question)
             builder.add(self._to_answer)
-            builder.supervise(True)
+            builder.supervise(number not in conversation.not_learnt)
             builder.add(self._lead)
             builder.text(answer)
             builder.add(self._closing if number == last else self._between)

@@ -221,6 +221,16 @@ def test_both_ways_of_finding_the_ends_agree(rounds):
     assert samples[0].supervised.tolist() == samples[1].supervised.tolist()
 
 
+@pytest.mark.parametrize("name", ["vicuna", "mistral", "zephyr"])
+def test_an_answer_that_is_not_to_be_learnt_is_read_all_the_same(name):
+    rounds = [Round("q", "bad"), Round("r", "good"), Round("s", "bad too")]
+    all_learnt = encoder(name)(Conversation(rounds))
+    one_learnt = encoder(name)(Conversation(rounds, not_learnt=frozenset({0, 2})))
+    assert one_learnt.ids.tolist() == all_learnt.ids.tolist()
+    assert PIECES.decode(one_learnt.ids[one_learnt.supervised].tolist()).strip() == "good"
+    assert (one_learnt.ids[one_learnt.supervised] == EOS).sum() == 1
+
+
 def test_show_marks_what_is_supervised():
     tokenizer = Tokenizer(MODEL)
     sample = encoder("mistral")(Conversation([Round("q </s>", "\U00020000 b"), Round("r", "c")]))
