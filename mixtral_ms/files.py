@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mixtral_ms.errors import UserError
@@ -41,6 +41,27 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def not_an_input(output: Path, flag: str, inputs: Iterable[tuple[str, str]]) -> None:
+    """Raise UserError when an output would replace what the work is made from.
+
+    Args:
+        output: the file that will be written.
+        flag: that names it.
+        inputs: flags, with what each was given: files and folders, or a text that is neither.
+    """
+    for name, given in inputs:
+        if given and output.exists() and _is_or_holds(given, output):
+            raise UserError(f"{flag} {output}: is read too ({name} {given}); choose another")
+
+
+def _is_or_holds(given: str, path: Path) -> bool:
+    try:
+        real = path.resolve()
+        return any(os.path.samefile(given, one) for one in (real, *real.parents))
+    except (OSError, ValueError):  # a text, or not there
+        return False
 
 
 def asked_path(path: str | bytes) -> str:

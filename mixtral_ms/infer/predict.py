@@ -1,6 +1,6 @@
 """Prompts to answers: all at once through the engine, with progress."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,10 @@ from mixtral_ms.progress import progress_bar
 
 
 def predict(
-    model: LoadedModel, prompts: Sequence[str], params: SamplingParams | None = None
+    model: LoadedModel,
+    prompts: Sequence[str],
+    params: SamplingParams | None = None,
+    on_answer: Callable[[int, Generation], None] = lambda index, answer: None,
 ) -> list[Generation]:
     """Answers in the order of the prompts.
 
@@ -22,27 +25,33 @@ def predict(
         model: what `load_model` gave.
         prompts: texts.
         params: how; None means as the configuration says.
+        on_answer: called with each answer and its prompt's index, as soon as it is whole.
     """
     answers: dict[int, Generation] = {}
     running: dict[int, int] = {}
     engine = model.engine
+
+    def take(index: int, answer: Generation) -> None:
+        # A prompt that was given as ids comes back as the tokenizer reads it.
+        answers[index] = replace(answer, prompt=prompts[index])
+        on_answer(index, answers[index])
+        bar.update()
+
     try:
         with progress_bar(len(prompts), "answering", "prompt") as bar:
             for index, text in enumerate(prompts):
                 try:
                     running[engine.submit(model.prompt(text), params or model.params)] = index
                 except UserError as error:
-                    answers[index] = Generation(text, "", (), "error", error=str(error))
-                    bar.update()
+                    take(index, Generation(text, "", (), "error", error=str(error)))
             while running:
                 for event in engine.step():
                     if event.generation is not None and event.request in running:
-                        answers[running.pop(event.request)] = event.generation
-                        bar.update()
+                        take(running.pop(event.request), event.generation)
     finally:
         for number in running:
             engine.cancel(number)
-    return [_with_prompt(answers[index], text) for index, text in enumerate(prompts)]
+    return [answers[index] for index in range(len(prompts))]
 
 
 def answer_record(answer: Generation) -> dict[str, Any]:
@@ -64,8 +73,3 @@ def answer_record(answer: Generation) -> dict[str, Any]:
 def tokens_per_second(answer: Generation) -> float | None:
     """Of one answer, from its submission to its end; None without tokens."""
     return len(answer.token_ids) / answer.seconds if answer.token_ids and answer.seconds else None
-
-
-def _with_prompt(answer: Generation, text: str) -> Generation:
-    # A prompt that was given as ids comes back as the tokenizer reads it.
-    return answer if answer.prompt == text else replace(answer, prompt=text)

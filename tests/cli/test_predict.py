@@ -233,7 +233,7 @@ def test_prompts_from_files_and_stdin(predict, tmp_path, monkeypatch):
         (None, b"", "no prompt: set --predict_data"),
         ("gone.txt", None, "file does not exist: gone.txt"),
         ("empty.txt", b"\n\n", "no prompt: set --predict_data"),
-        ("latin.txt", b"caf\xe9", "latin.txt cannot be read as UTF-8"),
+        ("latin.txt", b"caf\xe9", "latin.txt: byte 0xe9 at offset 3 is not UTF-8"),
         (
             "a.jsonl",
             b'{"prompt": "a"}\n{"text": "b"}',

@@ -217,7 +217,7 @@ def test_modules_stay_short():
             "mindspore torch transformers mindformers matplotlib pyarrow",
         ),
         (
-            "from mixtral_ms import Trainer; import mixtral_ms.cli.support.predict_mode",
+            "from mixtral_ms import Trainer; import mixtral_ms.cli.support.answers.predict_mode",
             "mindspore torch transformers mindformers matplotlib pyarrow",
         ),
         ("from mixtral_ms import MixtralForCausalLM, Trainer", "torch transformers mindformers"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mixtral_ms.cli.support.predict_mode import answer_prompts
+from mixtral_ms.cli.support.answers.predict_mode import answer_prompts
 from mixtral_ms.cli.support.print_text import show
 from mixtral_ms.cli.support.run_flags import (
     ANSWER_FLAGS,
@@ -12,7 +12,6 @@ from mixtral_ms.cli.support.run_flags import (
     parse_args,
 )
 from mixtral_ms.infer.engine.sampling_params import Generation
-from mixtral_ms.infer.text.prompts import read_prompts
 
 _EXAMPLE = """\
 example:
@@ -35,8 +34,8 @@ def main(argv: Sequence[str]) -> int:
     config = load_from_args(args)
     if looked_at(args, config):
         return 0
-    prompts = read_prompts(args.prompts or config.predict_data, "PROMPT")
-    return answer_prompts(config, prompts, print_framed)
+    given = args.prompts or config.predict_data
+    return answer_prompts(config, args.config, given, "PROMPT", print_framed)
 
 
 def print_framed(answers: Sequence[Generation]) -> None:

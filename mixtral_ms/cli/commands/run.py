@@ -17,9 +17,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     # Looking at a configuration should not wait for the imports of what computes.
     if config.mode.answers:
-        from mixtral_ms.cli.support.predict_mode import run_predict  # noqa: PLC0415
+        from mixtral_ms.cli.support.answers.predict_mode import run_predict  # noqa: PLC0415
 
-        return run_predict(config)
+        return run_predict(config, args.config)
     from mixtral_ms.train.trainer import Trainer  # noqa: PLC0415
 
     trainer = Trainer(config)

@@ -1,58 +1,88 @@
 """Predict mode of the run command: prompts in, answers to stdout and to a file."""
 
-import json
-import os
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
+from mixtral_ms.cli.support.answers.answer_file import TakeAnswer, answer_file, checked_output
 from mixtral_ms.cli.support.exit_status import EXIT_FAILURE, EXIT_OK
 from mixtral_ms.cli.support.print_text import show
 from mixtral_ms.config import RunConfig
 from mixtral_ms.errors import UserError
-from mixtral_ms.files import write_aside
 from mixtral_ms.infer.engine.sampling_params import Generation, TokenEvent, whole_answer
 from mixtral_ms.infer.load_model import LoadedModel
-from mixtral_ms.infer.predict import answer_record
+from mixtral_ms.infer.predict import predict
 from mixtral_ms.infer.text.prompts import read_prompts
 from mixtral_ms.log import get_logger
+from mixtral_ms.parallel.comm.launched import own_rank
 from mixtral_ms.train.trainer import Trainer
 
 _SHOWN = 40
 
 
-def run_predict(config: RunConfig) -> int:
+def run_predict(config: RunConfig, config_file: str) -> int:
     """Answer `predict_data`; returns 1 when a prompt could not be answered."""
-    return answer_prompts(config, read_prompts(config.predict_data), print_answers)
+    return answer_prompts(config, config_file, config.predict_data, "--predict_data", print_answers)
 
 
 def answer_prompts(
     config: RunConfig,
-    prompts: Sequence[str],
+    config_file: str,
+    given: str | Sequence[str] | None,
+    flag: str,
     show_answers: Callable[[Sequence[Generation]], None],
 ) -> int:
-    """Load the model, answer, show, write; a single prompt in a terminal is shown as it comes.
+    """Load the model, answer, write, show; a single prompt in a terminal is shown as it comes.
+
+    Args:
+        config: of the run.
+        config_file: its YAML.
+        given: prompts, and names of files of them.
+        flag: with which they were given.
+        show_answers: prints them.
 
     Raises:
-        UserError: the configuration, the weights or the output file cannot be used.
+        UserError: prompts, configuration, weights or output file cannot be used.
     """
-    output = _checked_output(config)
+    prompts = read_prompts(given, flag)
     config.run_mode = "predict"
-    trainer = Trainer(config)
-    streaming = show_answers is print_answers and len(prompts) == 1 and sys.stdout.isatty()
+    items = [given] if isinstance(given, str) else list(given or ())
+    inputs = [("--config", config_file), *((flag, one) for one in items)]
+    with _output(config, inputs) as take:
+        trainer = Trainer(config)
+        streaming = show_answers is print_answers and len(prompts) == 1 and sys.stdout.isatty()
+        if streaming:
+            answers = [stream_answer(trainer.model, prompts[0])]
+            take(0, answers[0])
+        else:
+            answers = predict(trainer.model, prompts, on_answer=take)
+    if trainer.model.rank:
+        return EXIT_OK  # the first rank speaks for all
+    if config.generation.output_file:
+        get_logger().info("%d answers: %s", len(answers), config.generation.output_file)
     if streaming:
-        answers = [stream_answer(trainer.model, prompts[0])]
         _print_logprobs(answers[0])
     else:
-        answers = trainer.predict(prompts)
-        if trainer.model.rank:
-            return EXIT_OK  # the first rank speaks for all
         show_answers(answers)
-    if output is not None:
-        _write(output, answers)
-        get_logger().info("%d answers: %s", len(answers), output)
     _log_speed(answers)
     return _report_failures(answers)
+
+
+@contextlib.contextmanager
+def _output(config: RunConfig, inputs: list[tuple[str, str]]) -> Iterator[TakeAnswer]:
+    """What takes answers: into the output file, where one is asked for and this rank speaks."""
+    section = config.generation
+    if not section.output_file:
+        yield lambda index, answer: None
+        return
+    inputs += [("--load_checkpoint", config.load_checkpoint or "")]
+    inputs += [("--vocab_file", config.processor.tokenizer.vocab_file or "")]
+    path = checked_output(section.output_file, overwrite=section.overwrite, inputs=inputs)
+    if own_rank():
+        yield lambda index, answer: None
+        return
+    with answer_file(path, overwrite=section.overwrite) as take:
+        yield take
 
 
 def print_answers(answers: Sequence[Generation]) -> None:
@@ -87,31 +117,6 @@ def _print_logprobs(answer: Generation) -> None:
         total = sum(answer.logprobs)
         mean = total / len(answer.logprobs)
         print(f"(log-probability {total:.3f}, {mean:.3f} a token)")
-
-
-def _checked_output(config: RunConfig) -> Path | None:
-    """The output file; refused before any work when it cannot be written."""
-    name = config.generation.output_file
-    if not name:
-        return None
-    path = Path(name)
-    if path.is_dir():
-        raise UserError(f"--output_file {path}: is a folder; name a file, for example in it")
-    if path.exists() and not config.generation.overwrite:
-        raise UserError(f"--output_file {path}: already exists; choose another, or add --overwrite")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_file {path}: {error.strerror}: {error.filename}") from None
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--output_file {path}: {path.parent} cannot be written to")
-    return path
-
-
-def _write(path: Path, answers: Sequence[Generation]) -> None:
-    lines = [json.dumps(answer_record(one), ensure_ascii=False) for one in answers]
-    with write_aside(path) as aside:
-        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _log_speed(answers: Sequence[Generation]) -> None:

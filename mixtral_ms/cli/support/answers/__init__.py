@@ -1,0 +1,1 @@
+"""Predict mode, and the file that its answers go to."""
