@@ -8,6 +8,7 @@ import numpy as np
 
 from mixtral_ms.checkpoint.formats.regions import overlap, region_shape, relative, whole_region
 from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorInfo, TensorSource, carrier
+from mixtral_ms.config.derived.numerics import numeric_differences
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.convert.adapters.lora_weights import ADAPTER_KEY, adapted
 from mixtral_ms.convert.formats.atom_audit import problems_text, source_problems
@@ -21,7 +22,6 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 
 _PIECE_VALUES = 4 << 20
-_NUMERICS = ("theta", "rms_norm_eps", "num_heads", "n_kv_heads", "sliding_window")
 
 
 def open_weights(
@@ -74,12 +74,14 @@ def _warn_of_other_numerics(weights: FoundWeights, config: MixtralConfig) -> Non
     found = weights.network
     if found is None:
         return
-    keys: list[tuple[str, object, object]] = [(key, found.config, config) for key in _NUMERICS]
-    keys.append(("num_experts_chosen", found.config.moe_config, config.moe_config))
-    for key, theirs, ours in keys:
-        if (was := getattr(theirs, key)) != (now := getattr(ours, key)):
-            text = "%s says %s %s, this run's configuration %s: the weights were not made for that"
-            get_logger().warning(text, found.path, found.name(key), was, now)
+    for one in numeric_differences(found.config, config):
+        get_logger().warning(
+            "%s says %s %s, this run's configuration %s: the weights were not made for that",
+            found.path,
+            found.name(one.key),
+            one.was,
+            one.now,
+        )
 
 
 class WeightView(TensorSource):

@@ -1,0 +1,50 @@
+"""What weights were trained with that shows in no shape: compared wherever weights are taken up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
+
+_OF_MODEL = (
+    "num_heads",
+    "n_kv_heads",
+    "head_dim",
+    "theta",
+    "rms_norm_eps",
+    "sliding_window",
+    "tie_word_embeddings",
+)
+_OF_EXPERTS = ("num_experts_chosen", "norm_topk_prob", "routing_policy")
+
+
+@dataclass(frozen=True)
+class NumericDifference:
+    """A key whose value is not what the weights were trained with."""
+
+    key: str
+    was: object
+    now: object
+
+    def __str__(self) -> str:
+        """`num_heads was 4 and is 2`."""
+        return f"{self.key} was {self.was!r} and is {self.now!r}"
+
+
+def numeric_differences(was: MixtralConfig, now: MixtralConfig) -> list[NumericDifference]:
+    """The keys by which the same weights compute something else, in one order.
+
+    Args:
+        was: the configuration that was saved with the weights.
+        now: the one that is to use them.
+    """
+    return [
+        *_different(_OF_MODEL, was, now),
+        *_different(_OF_EXPERTS, was.moe_config, now.moe_config),
+    ]
+
+
+def _different(
+    keys: Sequence[str], was: MixtralConfig | MoEConfig, now: MixtralConfig | MoEConfig
+) -> list[NumericDifference]:
+    pairs = ((key, getattr(was, key), getattr(now, key)) for key in keys)
+    return [NumericDifference(key, one, other) for key, one, other in pairs if one != other]
