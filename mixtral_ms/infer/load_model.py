@@ -54,7 +54,8 @@ class LoadedModel:
         if section.add_bos_token and not section.add_eos_token:
             return text
         bos = [tokenizer.bos_id] if section.add_bos_token and tokenizer.bos_id >= 0 else []
-        eos = [self.network.eos_token_id] if section.add_eos_token else []
+        end = self.network.eos_id
+        eos = [end] if section.add_eos_token and end is not None else []
         return [*bos, *tokenizer.encode(text), *eos]
 
 
@@ -128,11 +129,13 @@ def sampling_params(config: RunConfig) -> SamplingParams:
 
 def _open_tokenizer(config: RunConfig, path: Path) -> Tokenizer:
     tokenizer, network = Tokenizer(path), config.model.model_config
-    for name, theirs in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
-        ours = getattr(network, f"{name}_token_id")
-        if theirs != ours:
+    for name, theirs, ours in (
+        ("bos", tokenizer.bos_id, [network.bos_token_id]),
+        ("eos", tokenizer.eos_id, network.eos_token_ids),
+    ):
+        if theirs not in ours:
             get_logger().warning(
-                "%s: its %s is %d, model_config.%s_token_id is %d: is it this network's tokenizer?",
-                path, name, theirs, name, ours,
+                "%s: its %s is %d, model_config.%s_token_id is %s: is it this network's tokenizer?",
+                path, name, theirs, name, ", ".join(map(str, ours)) or "none",
             )  # fmt: skip
     return tokenizer

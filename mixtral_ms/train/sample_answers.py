@@ -53,7 +53,7 @@ class Samples:
             )
         self.tokenizer, self.mesh = Tokenizer(file), network.mesh
         self.path = Path(config.output_dir) / SAMPLES_FILE
-        self.most, self.eos = section.max_new_tokens, network.config.eos_token_id
+        self.most, self.eos = section.max_new_tokens, network.config.eos_token_ids
         pairs = _prompts_and_answers(
             loader, section.rows, network.config.seq_length - self.most, network.config
         )
@@ -87,7 +87,7 @@ class Samples:
         for _ in range(self.most):
             last_N = Tensor(np.array(ends, np.int32) - 1)
             for number, token in enumerate(self.next_token(Tensor(ids_NS), last_N).asnumpy()):
-                done[number] = done[number] or token == self.eos
+                done[number] = done[number] or token in self.eos
                 if not done[number]:
                     ids_NS[number, ends[number]] = token
                     ends[number] += 1

@@ -13,8 +13,8 @@ from mixtral_ms.cli.commands.convert import main as convert
 from mixtral_ms.cli.commands.transform import main as transform
 from mixtral_ms.cli.support import inspection
 from mixtral_ms.convert import run_weights
-from mixtral_ms.convert.formats.foreign_config import to_huggingface
 from mixtral_ms.convert.formats.found_weights import Flags, Kind, find_weights
+from mixtral_ms.convert.formats.write_config import to_huggingface
 from mixtral_ms.convert.job import conversion
 from mixtral_ms.errors import UserError
 from mixtral_ms.infer import text_generation_pipeline
@@ -47,7 +47,8 @@ def model(tmp_path_factory):
 def forms(model):
     """The model's weights in every form, below one folder, with a tokenizer in or beside each."""
     folder, source = model.parent, model.parent / "weights"
-    (source / "config.json").write_text(json.dumps(to_huggingface(network(model), "float32")))
+    written = to_huggingface(network(model), {}, "float32")["config.json"]
+    (source / "config.json").write_text(json.dumps(written))
 
     def write(name, *flags):
         convert(["--input_path", str(source), "--output_path", str(folder / name), *flags])

@@ -1,5 +1,7 @@
 """Checkpoints under kill -9, full disks and damaged files."""
 
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 import mixtral_ms
+from mixtral_ms.checkpoint.reshard.open_checkpoint import open_source
 from mixtral_ms.checkpoint.store import multi_rank_save as rank_parts
 from mixtral_ms.checkpoint.store import store
 from mixtral_ms.checkpoint.store.folders import list_checkpoints
@@ -101,6 +104,76 @@ FILES = [
 ]
 
 
+# A manifest, or a state, that somebody changed and hashed again.
+WRONG_MANIFESTS = {
+    "no files": lambda one: one.pop("files"),
+    "a list of files": lambda one: one.update(files=[]),
+    "a file that is a number": lambda one: one["files"].update(x=3),
+    "a tensor without dtype": lambda one: next(
+        iter(one["files"]["rank_0/model.safetensors"]["tensors"].values())
+    ).pop("dtype"),
+    "no version": lambda one: one.pop("format_version"),
+    "a version of text": lambda one: one.update(format_version="2"),
+    "no world": lambda one: one.pop("world"),
+    "a world of true": lambda one: one.update(world=True),
+    "a file elsewhere": lambda one: one["files"].update({"../x": {}}),
+    "another file elsewhere": lambda one: one["others"].update({"../../etc/hostname": "0"}),
+    "an absolute one": lambda one: one["others"].update({"/etc/hostname": "0"}),
+    "others of numbers": lambda one: one["others"].update({"strategy/x": 3}),
+    "a layout that is a list": lambda one: one.update(layout_sha256=[]),
+}
+WRONG_STATES = {
+    "no step": lambda one: one.pop("step"),
+    "a step of text": lambda one: one.update(step="2"),
+    "a list for the network": lambda one: one.update(model_config=[]),
+    "a loss scale without value": lambda one: one.update(loss_scale={"good_steps": 1}),
+    "a base without fingerprint": lambda one: one.update(base={"path": "x"}),
+}
+
+
+def sign(folder, manifest):
+    text = json.dumps(manifest).encode()
+    (folder / "manifest.json").write_bytes(text)
+    digest = hashlib.sha256(text).hexdigest()
+    (folder / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
+
+
+@pytest.mark.parametrize("change", WRONG_MANIFESTS)
+def test_a_signed_manifest_of_another_shape_is_named(damaged, change):
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    WRONG_MANIFESTS[change](manifest)
+    sign(damaged, manifest)
+    assert_refused(damaged, "manifest.json")
+
+
+@pytest.mark.parametrize("change", WRONG_STATES)
+def test_a_signed_state_of_another_shape_is_named(damaged, change):
+    state = json.loads((damaged / "state.json").read_text())
+    WRONG_STATES[change](state)
+    (damaged / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    manifest["state_sha256"] = hashlib.sha256((damaged / "state.json").read_bytes()).hexdigest()
+    sign(damaged, manifest)
+    for open_it in (load_checkpoint, open_source):
+        with pytest.raises(UserError, match=r"state\.json"):
+            open_it(damaged)
+
+
+def test_only_checkpoints_of_the_same_run_are_offered(whole, tmp_path):
+    """A conversion that lies beside a damaged one is of another network."""
+    for name in ("mine", "other"):
+        shutil.copytree(whole / "m-step_0000001", tmp_path / name)
+    (tmp_path / "mine" / "rank_0/model.safetensors").unlink()
+    with pytest.raises(UserError) as caught:
+        resolve_checkpoint(tmp_path / "mine")
+    assert "other" not in str(caught.value).replace("No other", "")
+    shutil.copytree(whole / "m-step_0000001", tmp_path / "n-step_0000003")
+    shutil.copytree(whole / "m-step_0000002", tmp_path / "m-step_0000002")
+    (tmp_path / "m-step_0000002" / "rank_0/model.safetensors").unlink()
+    with pytest.raises(UserError, match="No other whole checkpoint of its series"):
+        resolve_checkpoint(tmp_path / "m-step_0000002")
+
+
 def assert_refused(path, match):
     """Named by verify, load and resolve; resolve offers the one before it."""
     assert any(match in problem for problem in verify_checkpoint(path)), verify_checkpoint(path)
@@ -108,7 +181,7 @@ def assert_refused(path, match):
         load_checkpoint(path)
     for given_path in (path, path.parent):
         good = path.parent / "m-step_0000001"
-        with pytest.raises(UserError, match=f"damaged.*go on from it: --load_checkpoint {good}"):
+        with pytest.raises(UserError, match=f"damaged.*go on from it: {good}"):
             resolve_checkpoint(given_path)
 
 

@@ -1,6 +1,5 @@
 """A checkpoint of which this host holds some ranks' files only."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from mixtral_ms.checkpoint.formats.tensor_source import (
 )
 from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource
 from mixtral_ms.checkpoint.shards.assemble import Strategies, open_ranks, placements_of
-from mixtral_ms.checkpoint.store.manifest import STATE, Manifest
+from mixtral_ms.checkpoint.store.manifest import Manifest, read_state
 from mixtral_ms.checkpoint.store.multi_rank_save import STRATEGY_FOLDER
 from mixtral_ms.errors import UserError
 from mixtral_ms.parallel.grid.placement import Placement
@@ -48,7 +47,7 @@ def open_own_part(path: Path, manifest: Manifest, rank: int) -> OpenedSource:
     }
     (own,) = open_ranks([[path / name for name in files_of_rank(manifest, rank)]])
     source = _OwnPart(path, own, _global_infos(manifest, placements), placements, rank)
-    state = json.loads((path / STATE).read_bytes())
+    state = read_state(path)
     return OpenedSource(path, source, manifest.world, SAFETENSORS.name, True, state)
 
 

@@ -5,7 +5,6 @@ strategy and with each other, samples of replicas are equal. With a manifest all
 with their hashes first. Without one, a flipped bit outside the samples cannot be seen.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,6 @@ from mixtral_ms.checkpoint.formats.strategy_file import read_strategies
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.checkpoint.shards.assemble import Strategies, assemble, layout_sha256, open_ranks
 from mixtral_ms.checkpoint.shards.network_from_shapes import (
-    known_network,
     shape_contradiction,
     source_strategies,
 )
@@ -33,6 +31,7 @@ from mixtral_ms.checkpoint.shards.rank_files import (
     tensor_files,
 )
 from mixtral_ms.checkpoint.shards.sharded_source import ShardedSource
+from mixtral_ms.checkpoint.store.conversion_record import require_as_recorded
 from mixtral_ms.checkpoint.store.folders import list_checkpoints, restore_moved
 from mixtral_ms.checkpoint.store.manifest import (
     MANIFEST,
@@ -40,10 +39,12 @@ from mixtral_ms.checkpoint.store.manifest import (
     DamagedManifestError,
     Manifest,
     read_manifest,
+    read_state,
     verify_checkpoint,
 )
 from mixtral_ms.checkpoint.store.multi_rank_save import STRATEGY_FOLDER
 from mixtral_ms.checkpoint.store.store import damage_error, find_checkpoint, require_undamaged
+from mixtral_ms.config.checks.saved_network import saved_network
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
@@ -86,7 +87,7 @@ def open_source(
         grid: the strategy as text, for a checkpoint of this network.
         prefix: take only files whose names begin so.
         known: the network as a configuration says it.
-        verify: compare everything with the manifest first, where there is one.
+        verify: compare everything with the manifest, or with a conversion's record, first.
         every_replica: compare all values of parts that must be equal, not only samples.
 
     Raises:
@@ -98,14 +99,17 @@ def open_source(
     if not is_rank_folders(path) and not (path / MANIFEST).is_file():
         if strategy or grid:
             raise UserError(f"{path} holds no folders rank_0, rank_1, … that a strategy could cut")
+        if verify:
+            require_as_recorded(path)
         return _open_whole(path)
     manifest = _checked_manifest(path, verify)
-    state = json.loads((path / STATE).read_bytes()) if (path / STATE).is_file() else {}
+    state = read_state(path)
     files = find_rank_files(path, prefix)
     if manifest and len(files) != manifest.world:
         raise UserError(f"{path} has {len(files)} ranks, by its manifest {manifest.world}")
     ranks = open_ranks(files)
-    strategies = _strategies(path, ranks, strategy, grid, known or known_network(state))
+    known = known or saved_network(state, path / STATE)
+    strategies = _strategies(path, ranks, strategy, grid, known)
     tensors = ranks[0]
     if strategies is not None:
         tensors = assemble(path, ranks, strategies, every_replica=every_replica)

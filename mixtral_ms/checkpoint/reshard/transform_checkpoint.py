@@ -24,7 +24,7 @@ from mixtral_ms.checkpoint.reshard.rewrite import (
     write_ranks,
 )
 from mixtral_ms.checkpoint.shards.assemble import Strategies, layout_sha256, placements_of
-from mixtral_ms.checkpoint.shards.network_from_shapes import grid_strategies, known_network
+from mixtral_ms.checkpoint.shards.network_from_shapes import grid_strategies
 from mixtral_ms.checkpoint.store.atomic_folder import new_folder, require_replaceable
 from mixtral_ms.checkpoint.store.background_verify import Verification
 from mixtral_ms.checkpoint.store.manifest import (
@@ -34,6 +34,7 @@ from mixtral_ms.checkpoint.store.manifest import (
     Manifest,
     write_manifest,
 )
+from mixtral_ms.config.checks.saved_network import saved_network
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import fsync_path, sha256_file
@@ -169,7 +170,8 @@ def _target_strategies(
     if options.dst_strategy is not None:
         grid, zero = parse_grid(options.dst_strategy, "--dst_strategy")
         try:
-            return grid_strategies(infos, grid, zero, known or known_network(source.state))
+            known = known or saved_network(source.state, source.folder / STATE)
+            return grid_strategies(infos, grid, zero, known)
         except UserError as error:
             raise UserError(f"--dst_strategy {options.dst_strategy}: {error}") from error
     if options.dst_ckpt_strategy is not None:

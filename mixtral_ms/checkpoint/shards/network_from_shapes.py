@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mixtral_ms.checkpoint.formats.tensor_source import TensorInfo, TensorSource
 from mixtral_ms.checkpoint.shards.assemble import Strategies
@@ -182,9 +181,3 @@ def _source_strategies(
     config = network_of(shapes, known)
     names = [name for name, info in infos.items() if not is_counter(info)]
     return placements(config, grid, names, zero=zero)
-
-
-def known_network(state: Mapping[str, Any]) -> MixtralConfig | None:
-    """The network that a checkpoint's state.json describes."""
-    fields = state.get("model_config")
-    return MixtralConfig(**fields) if fields else None

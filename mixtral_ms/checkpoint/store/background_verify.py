@@ -1,35 +1,44 @@
-"""Comparing a checkpoint with its manifest while something else is being done."""
+"""Comparing a checkpoint with its recorded hashes while something else is being done."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 
+from mixtral_ms.checkpoint.store.conversion_record import (
+    record_error,
+    record_path,
+    recorded_problems,
+)
 from mixtral_ms.checkpoint.store.manifest import MANIFEST, verify_checkpoint
 from mixtral_ms.checkpoint.store.store import require_undamaged
 from mixtral_ms.errors import UserError
 
 
 class Verification:
-    """Begins to compare the checkpoint in `folder` with its manifest, if it has one.
+    """Begins to compare a checkpoint with its manifest, or its conversion's record, if it has one.
 
     Args:
-        folder: of the checkpoint.
+        path: the checkpoint's folder, or a file.
         wanted: False: nothing is compared, and nothing is wrong.
     """
 
-    def __init__(self, folder: Path, *, wanted: bool) -> None:
-        self._folder = folder
+    def __init__(self, path: Path, *, wanted: bool) -> None:
+        self._path = path
+        self._has_manifest = (path / MANIFEST).exists()
         self._problems: list[str] = []
         self._error: BaseException | None = None
         # A daemon: whoever interrupts the program need not wait for the hashes.
         self._thread = Thread(target=self._run, daemon=True)
-        if wanted and (folder / MANIFEST).exists():
+        if wanted and (self._has_manifest or record_path(path).is_file()):
             self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._problems = verify_checkpoint(self._folder)
+            if self._has_manifest:
+                self._problems = verify_checkpoint(self._path)
+            else:
+                self._problems = recorded_problems(self._path) or []
         except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
             self._error = error
 
@@ -56,4 +65,6 @@ class Verification:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
-        require_undamaged(self._folder, self._problems)
+        if not self._has_manifest and self._problems:
+            raise record_error(self._path, self._problems)
+        require_undamaged(self._path, self._problems)

@@ -10,8 +10,8 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mixtral_ms.checkpoint.formats.file_formats import written_suffixes
@@ -20,12 +20,38 @@ from mixtral_ms.checkpoint.formats.open_file import open_tensors
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry, TensorEntry
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import sha256_file
+from mixtral_ms.json_reader import JsonShape, decode_json, read_json_object, require_shape
 
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 STATE = "state.json"
 FORMAT_VERSION = 2
 _NAMES_SHOWN = 3
+FILES_SHAPE: JsonShape = {
+    str: {
+        "size": int,
+        "header_size": int,
+        "header_sha256": str,
+        "tensors": {str: {"shape": [int], "dtype": str, "size": int, "sha256": str}},
+    }
+}
+"""What JSON says of files of tensors, by name."""
+_MANIFEST_SHAPE: JsonShape = {
+    "world": int,
+    "state_sha256": (str, None),
+    "files": FILES_SHAPE,
+    "others": {str: str},
+    "strategy": (str, None),
+    "layout_sha256": (str, None),
+}
+_STATE_SHAPE: JsonShape = {
+    "step": int,
+    "optimizer_updates?": int,
+    "loss_scale?": {"value": float, "good_steps": int, "skipped_in_a_row": int},
+    "data?": {},
+    "model_config?": {},
+    "base?": {"path": str, "fingerprint": str},
+}
 
 
 class DamagedManifestError(ValueError):
@@ -69,14 +95,41 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedManifestError(f"{Path(error.filename).name} is missing") from error
     if hash_line != _hash_line(text).encode():
         raise DamagedManifestError(f"{MANIFEST} does not have the hash in {MANIFEST_HASH}")
-    body = json.loads(text)
-    if (version := body.pop("format_version")) != FORMAT_VERSION:
+    try:
+        body = decode_json(text.decode())
+    except ValueError as error:
+        raise DamagedManifestError(f"{MANIFEST} is not JSON: {error}") from None
+    require_shape(body, {"format_version": int}, MANIFEST, DamagedManifestError)
+    if (version := body["format_version"]) != FORMAT_VERSION:
         raise DamagedManifestError(
             f"{MANIFEST} has format_version {version}, "
             f"this version of mixtral-ms reads {FORMAT_VERSION}"
         )
+    require_shape(body, _MANIFEST_SHAPE, MANIFEST, DamagedManifestError)
+    if outside := next(filter(leaves, [*body["files"], *body["others"]]), None):
+        raise DamagedManifestError(f"{MANIFEST}: {outside!r} lies outside of the checkpoint")
     files = {path: file_entry(entry) for path, entry in body["files"].items()}
-    return Manifest(**{**body, "files": files})
+    known = {one.name: body[one.name] for one in fields(Manifest)}
+    return Manifest(**{**known, "files": files})
+
+
+def leaves(name: str) -> bool:
+    """Whether a file's name leads out of the folder that lists it."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or "\0" in name
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json says; nothing where there is none.
+
+    Raises:
+        UserError: it is no JSON, or a part of it is not what a run writes there.
+    """
+    if not (folder / STATE).is_file():
+        return {}
+    state = read_json_object(folder / STATE)
+    require_shape(state, _STATE_SHAPE, str(folder / STATE))
+    return state
 
 
 def _hash_line(text: bytes) -> str:
@@ -84,12 +137,12 @@ def _hash_line(text: bytes) -> str:
 
 
 def file_entry(entry: dict[str, Any]) -> FileEntry:
-    """A file's entry from its JSON."""
+    """A file's entry from its JSON, which has the shape of FILES_SHAPE's items."""
     tensors = {
-        name: TensorEntry(**{**tensor, "shape": tuple(tensor["shape"])})
+        name: TensorEntry(tuple(tensor["shape"]), tensor["dtype"], tensor["size"], tensor["sha256"])
         for name, tensor in entry["tensors"].items()
     }
-    return FileEntry(**{**entry, "tensors": tensors})
+    return FileEntry(entry["size"], entry["header_size"], entry["header_sha256"], tensors)
 
 
 def verify_checkpoint(path: str | Path, part: int = 0, parts: int = 1) -> list[str]:

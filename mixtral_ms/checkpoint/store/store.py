@@ -17,6 +17,7 @@ from mixtral_ms.checkpoint.formats.tensor_source import DamagedFileError, Tensor
 from mixtral_ms.checkpoint.store.folders import (
     clean_leftovers,
     list_checkpoints,
+    parse_checkpoint_name,
     point_latest,
     prune,
     put_in_place,
@@ -32,6 +33,7 @@ from mixtral_ms.checkpoint.store.manifest import (
     DamagedManifestError,
     Manifest,
     read_manifest,
+    read_state,
     verify_checkpoint,
     write_manifest,
 )
@@ -208,7 +210,7 @@ def load_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
         tensors = {Path(name).stem: TensorFile(open_tensors(path / name)) for name in files}
     except (DamagedManifestError, DamagedFileError) as error:
         raise UserError(_damage_text(path, [str(error)])) from error
-    return Checkpoint(path, tensors, json.loads((path / STATE).read_bytes()))
+    return Checkpoint(path, tensors, read_state(path))
 
 
 def resolve_checkpoint(path: str | Path, name: str | None = None) -> Path:
@@ -271,10 +273,16 @@ def _damage_text(path: Path, problems: Sequence[str]) -> str:
 
 
 def _offer(root: Path, damaged: Path | None = None) -> str:
-    """Name the newest checkpoint in `root` that is whole."""
+    """Name the newest checkpoint in `root` that is whole, and of the damaged one's series."""
     for path in reversed(list_checkpoints(root)):
-        if path != damaged and not verify_checkpoint(path):
-            return (
-                f". The newest good one is {path.name}; to go on from it: --load_checkpoint {path}"
-            )
-    return ". No other whole checkpoint is beside it"
+        if path != damaged and _of_one_run(path, damaged) and not verify_checkpoint(path):
+            return f". The newest good one is {path.name}; to go on from it: {path}"
+    return ". No other whole checkpoint of its series is beside it"
+
+
+def _of_one_run(path: Path, damaged: Path | None) -> bool:
+    """Whether a run has saved both, one after the other: conversions side by side have not."""
+    parsed = parse_checkpoint_name(path.name)
+    if parsed is None or damaged is None:
+        return parsed is not None
+    return (parse_checkpoint_name(damaged.name) or ("",))[0] == parsed[0]

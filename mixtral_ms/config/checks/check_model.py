@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterator
 
+from mixtral_ms.config.checks.value_ranges import find_non_finite, out_of_range
 from mixtral_ms.config.derived.expert_grid import expert_matrix
 from mixtral_ms.config.derived.parameter_table import LAYER, adaptable_rows, adapted_rows
 from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
 from mixtral_ms.config.derived.recomputed_layers import selected_layers
 from mixtral_ms.config.loading.resolve import effective_parallel
-from mixtral_ms.config.sections.model_section import MixtralConfig
-from mixtral_ms.config.sections.run_section import RunConfig
+from mixtral_ms.config.sections.model_section import NO_TOKEN, MixtralConfig
+from mixtral_ms.config.sections.run_section import ModelSection, RunConfig
 from mixtral_ms.errors import UserError
 
 _MAX_CAPACITY_FACTOR = 64.0
@@ -24,6 +25,14 @@ def check_model(config: RunConfig) -> Iterator[str]:
     yield from _check_adapters(model)
     yield from _check_split(config)
     yield from _check_stages(config)
+
+
+def network_problems(network: MixtralConfig) -> list[str]:
+    """What is wrong with a network by itself, wherever it was read: numbers and contradictions."""
+    run = RunConfig(model=ModelSection(model_config=network), moe_config=network.moe_config)
+    if problems := find_non_finite(run) or out_of_range(run):
+        return problems
+    return [*_check_attention(network), *_check_experts(network), *_check_tokens(network)]
 
 
 def _divides(value: int, by: int, value_key: str, by_key: str) -> Iterator[str]:
@@ -62,14 +71,14 @@ def _check_experts(model: MixtralConfig) -> Iterator[str]:
 
 
 def _check_tokens(model: MixtralConfig) -> Iterator[str]:
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        token = getattr(model, key)
-        lowest = -1 if key == "pad_token_id" else 0  # -1: the data holds no padding
-        if not lowest <= token < model.vocab_size:
-            yield (
-                f"model_config.{key} {token} is not in {lowest} … vocab_size - 1 = "
-                f"{model.vocab_size - 1}"
-            )
+    ids = {"bos_token_id": [model.bos_token_id], "pad_token_id": [model.pad_token_id]}
+    for key, tokens in {**ids, "eos_token_id": model.eos_token_ids or [NO_TOKEN]}.items():
+        for token in tokens:
+            if not NO_TOKEN <= token < model.vocab_size:
+                yield (
+                    f"model_config.{key} {token} is not in {NO_TOKEN} (there is none) … "
+                    f"vocab_size - 1 = {model.vocab_size - 1}"
+                )
     if 0 <= model.ignore_token_id < model.vocab_size:
         yield (
             f"model_config.ignore_token_id {model.ignore_token_id} is a token of vocab_size "

@@ -75,7 +75,7 @@ _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
     ("model.model_config.ffn_dim_multiplier", ">0", None),
     ("model.model_config.max_position_embedding", 1, None),
     ("model.model_config.rms_norm_eps", ">0", "<1"),
-    ("model.model_config.theta", ">0", None),
+    ("model.model_config.theta", 1, 1e12),
     ("model.model_config.init_method_std", ">0", None),
     ("model.model_config.sliding_window", 1, None),
     ("model.model_config.block_size", 1, None),

@@ -20,6 +20,8 @@ from mixtral_ms.errors import UserError
 _MULTI_DEVICE = "it tunes collectives on Ascend only"
 _OTHER_MODEL = "Mixtral has no such part"
 
+NO_TOKEN = -1
+"""An id that stands for: there is no such token."""
 ROUTING_POLICIES = ["TopkRouterV2"]
 """Values of `routing_policy`; model/moe/router_policy.py has their rules, and adds more of them."""
 
@@ -148,7 +150,9 @@ class MixtralConfig:
     init_method_std: float = 0.02
     # tokens
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | list[int] = 2
+    """Ends an answer; of several each does, and the first is the one that is written. -1, as with
+    the other two: there is none."""
     pad_token_id: int = 0
     ignore_token_id: int = -100
     # structure
@@ -214,3 +218,14 @@ class MixtralConfig:
         if isinstance(self.pet_config, dict):
             self.pet_config = PetSection(**self.pet_config)
         fill_derived(self)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that is written where a text ends; None where there is none."""
+        return next(iter(self.eos_token_ids), None)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Every id that ends an answer; the first is the one that is written."""
+        given = self.eos_token_id
+        return [one for one in (given if isinstance(given, list) else [given]) if one != NO_TOKEN]

@@ -13,21 +13,20 @@ from pathlib import Path
 from mixtral_ms.checkpoint.formats.file_formats import FILE_FORMATS, written_suffixes
 from mixtral_ms.checkpoint.reshard.open_checkpoint import checkpoint_folder, own_strategy
 from mixtral_ms.checkpoint.shards.rank_files import ADAPTER_STEM, is_rank_folders, is_rank_name
-from mixtral_ms.checkpoint.store.manifest import (
-    MANIFEST,
-    STATE,
-    file_entry,
-    manifest_problems,
-    verify_checkpoint,
-    verify_file,
-)
-from mixtral_ms.convert.adapters.peft_export import CONFIG_FILE
-from mixtral_ms.convert.formats.conversion_record import (
-    FILES_KEY,
+from mixtral_ms.checkpoint.store.conversion_record import (
     FOLDER_RECORD,
     FORMAT_KEY,
     RECORD_SUFFIX,
+    recorded_entries,
+    recorded_problems,
 )
+from mixtral_ms.checkpoint.store.manifest import (
+    MANIFEST,
+    STATE,
+    manifest_problems,
+    verify_checkpoint,
+)
+from mixtral_ms.convert.adapters.peft_export import CONFIG_FILE
 from mixtral_ms.convert.formats.foreign_config import (
     CONFIG_JSON,
     PARAMS_JSON,
@@ -151,15 +150,9 @@ class FoundWeights:
             return None
         if self.hashes.name == MANIFEST:
             return verify_checkpoint(self.path) if read_all else manifest_problems(self.path)
-        files = read_json_object(self.hashes).get(FILES_KEY)
-        if not files:
-            return None
-        return [
-            line
-            for name, entry in files.items()
-            if read_all
-            for line in verify_file(self.hashes.parent / name, file_entry(entry))
-        ]
+        if read_all:
+            return recorded_problems(self.path)
+        return None if recorded_entries(self.hashes) is None else []
 
 
 def find_weights(path: Path, flags: Flags = Flags(), strategy: Path | None = None) -> FoundWeights:

@@ -9,6 +9,7 @@ from mixtral_ms.checkpoint.formats.file_formats import format_of
 from mixtral_ms.checkpoint.formats.open_file import MergedSource, open_tensors
 from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.checkpoint.reshard import open_checkpoint
+from mixtral_ms.checkpoint.store.conversion_record import require_as_recorded
 from mixtral_ms.convert.formats.found_weights import (
     FoundWeights,
     Kind,
@@ -35,9 +36,11 @@ def open_found(found: FoundWeights) -> TensorSource:
     """
     if found.by_rank or found.strategy is not None:
         return _open_by_rank(found)
+    files = [found.path] if found.kind is Kind.FILE else _files(found)
+    require_as_recorded(found.path)
     if found.kind is Kind.FILE:
         return open_tensors(found.path)
-    return MergedSource(found.path, [open_tensors(file) for file in _files(found)])
+    return MergedSource(found.path, [open_tensors(file) for file in files])
 
 
 def _open_by_rank(found: FoundWeights) -> TensorSource:

@@ -23,13 +23,12 @@ from mixtral_ms.convert.formats.foreign_config import (
     FoundConfig,
     check_sizes,
     read_config,
-    to_huggingface,
-    to_yaml_section,
 )
 from mixtral_ms.convert.formats.found_weights import Flags, find_weights
 from mixtral_ms.convert.formats.open_weight_files import open_found
 from mixtral_ms.convert.formats.weight_names import FORMATS, NATIVE, OURS, Format
 from mixtral_ms.convert.formats.weight_view import open_weights
+from mixtral_ms.convert.formats.write_config import to_huggingface, to_yaml_section
 from mixtral_ms.convert.job.conversion_plan import ConversionPlan, plan_conversion
 from mixtral_ms.convert.job.execute import Outcome, execute
 from mixtral_ms.convert.job.output import (
@@ -78,8 +77,13 @@ class Conversion:
     options: ConvertOptions
     plan: ConversionPlan
     target: Destination
-    config: MixtralConfig | None
-    """The network's; None where none was found and none is needed."""
+    found: FoundConfig | None
+    """The network's configuration; None where none was found and none is needed."""
+
+    @property
+    def config(self) -> MixtralConfig | None:
+        """The network's."""
+        return None if self.found is None else self.found.config
 
 
 @dataclass(frozen=True)
@@ -136,15 +140,15 @@ def prepare(options: ConvertOptions) -> Conversion:
     )
     dtypes = {one.layout.name: one.info.dtype for one in plan.targets}
     require_dtypes(target.file_format, dtypes, "say with --dtype what they are to have")
-    described = _with_compute_dtype(found, plan)
-    _require_yaml_possible(options, described)
-    return Conversion(options, plan, target, described)
+    _note_compute_dtype(found, plan)
+    _require_yaml_possible(options, found)
+    return Conversion(options, plan, target, found)
 
 
-def _require_yaml_possible(options: ConvertOptions, config: MixtralConfig | None) -> None:
+def _require_yaml_possible(options: ConvertOptions, found: FoundConfig | None) -> None:
     if options.emit_yaml is None:
         return
-    if config is None:
+    if found is None:
         raise UserError("--emit_yaml: no configuration lies with the input; give one with --config")
     if options.emit_yaml.exists() and not options.overwrite:
         raise UserError(
@@ -187,14 +191,11 @@ def _require_config_not_needed(
     )
 
 
-def _with_compute_dtype(found: FoundConfig | None, plan: ConversionPlan) -> MixtralConfig | None:
-    """The configuration; compute in what the weights are stored in, where no YAML says other."""
-    if found is None:
-        return None
+def _note_compute_dtype(found: FoundConfig | None, plan: ConversionPlan) -> None:
+    """Compute in what the weights are stored in, where no YAML says other."""
     stored = plan.targets[0].info.dtype
-    if found.names and is_dtype(stored):  # from another system's file
+    if found is not None and found.names and is_dtype(stored):  # from another system's file
         found.config.compute_dtype = stored
-    return found.config
 
 
 def convert(conversion: Conversion) -> Summary:
@@ -215,8 +216,8 @@ def convert(conversion: Conversion) -> Summary:
             workspace.output,
             target,
             outcome.files,
-            description(plan, conversion.config),
-            _huggingface_config(conversion),
+            description(plan, conversion.found),
+            _huggingface_files(conversion),
         )
         put_output(workspace.output, target)
     if options.emit_yaml and conversion.config:
@@ -226,10 +227,11 @@ def convert(conversion: Conversion) -> Summary:
     return Summary(outcome, time.monotonic() - began, tokenizer)
 
 
-def _huggingface_config(conversion: Conversion) -> dict[str, Any]:
-    """config.json; empty where the output has none."""
+def _huggingface_files(conversion: Conversion) -> dict[str, dict[str, Any]]:
+    """What transformers reads beside the tensors; nothing where the output is not for it."""
     if conversion.target.kind != "huggingface":
         return {}
-    if conversion.config is None:
+    found = conversion.found
+    if found is None:
         raise ValueError("a folder for transformers was planned without a configuration")
-    return to_huggingface(conversion.config, conversion.plan.targets[0].info.dtype)
+    return to_huggingface(found.config, found.others, conversion.plan.targets[0].info.dtype)

@@ -18,10 +18,10 @@ from mixtral_ms.checkpoint.formats.file_formats import (
     written_suffixes,
 )
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
+from mixtral_ms.checkpoint.store.conversion_record import FOLDER_RECORD, RECORD_SUFFIX
 from mixtral_ms.checkpoint.store.folders import put_in_place, restore_moved
 from mixtral_ms.checkpoint.store.manifest import STATE, Manifest, write_manifest
-from mixtral_ms.convert.formats.conversion_record import FOLDER_RECORD, RECORD_SUFFIX
-from mixtral_ms.convert.formats.foreign_config import CONFIG_JSON
+from mixtral_ms.convert.formats.foreign_config import CONFIG_JSON, GENERATION_JSON
 from mixtral_ms.convert.formats.found_weights import TOKENIZER_FILE
 from mixtral_ms.convert.job.output_record import file_hashes
 from mixtral_ms.errors import UserError
@@ -36,14 +36,13 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-_GENERATION = "generation_config.json"
 _OWN_NAMES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|rank_0|manifest\.(json|sha256)|"
     + "|".join(
         re.escape(one)
         for one in (
             SAFETENSORS_INDEX,
-            _GENERATION,
+            GENERATION_JSON,
             CONFIG_JSON,
             FOLDER_RECORD,
             STATE,
@@ -143,27 +142,26 @@ def complete(
     target: Destination,
     files: Mapping[str, FileEntry],
     description: dict[str, Any],
-    huggingface_config: dict[str, Any],
+    huggingface_files: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Write what belongs beside the tensors into `output`, config.json for transformers."""
+    """Write what belongs beside the tensors into `output`, transformers' own files too."""
     if target.kind == "file":
         _write_json(output / (target.path.name + RECORD_SUFFIX), description | file_hashes(files))
     elif target.kind == "checkpoint":
         state = _write_json(output / STATE, {"step": 0, **description})
         write_manifest(output, Manifest(1, hashlib.sha256(state).hexdigest(), dict(files)))
     else:
-        _complete_huggingface(output, files, huggingface_config)
+        _complete_huggingface(output, files, huggingface_files)
         _write_json(output / FOLDER_RECORD, description | file_hashes(files))
     for path in (*output.rglob("*"), output):
         fsync_path(path)
 
 
 def _complete_huggingface(
-    output: Path, files: Mapping[str, FileEntry], config: dict[str, Any]
+    output: Path, files: Mapping[str, FileEntry], written: Mapping[str, dict[str, Any]]
 ) -> None:
-    _write_json(output / CONFIG_JSON, config)
-    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
-    _write_json(output / _GENERATION, {"_from_model_config": True, **tokens})
+    for name, content in written.items():
+        _write_json(output / name, content)
     if len(files) > 1:
         total = sum(one.size for entry in files.values() for one in entry.tensors.values())
         names = {tensor: file for file, entry in files.items() for tensor in entry.tensors}

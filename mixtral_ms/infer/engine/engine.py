@@ -260,7 +260,7 @@ class Engine:
         return self._tokenizer.decode([i for i in ids if i < self._tokenizer.vocab_size])
 
     def _end_ids(self, params: SamplingParams) -> frozenset[int]:
-        eos = () if params.ignore_eos else (self._config.eos_token_id,)
+        eos = () if params.ignore_eos else self._config.eos_token_ids
         return frozenset((*eos, *params.stop_token_ids))
 
     def _room(self, prompt: int, params: SamplingParams) -> tuple[int, int]:

@@ -16,10 +16,10 @@ class ChatHistory:
 
     Args:
         tokenizer: of the network.
-        eos_id: what ends each answer.
+        eos_id: what ends each answer; None takes the tokenizer's.
     """
 
-    def __init__(self, tokenizer: TokenizerLike, eos_id: int) -> None:
+    def __init__(self, tokenizer: TokenizerLike, eos_id: int | None) -> None:
         self._tokenizer, self._eos_id = tokenizer, eos_id
         self.system = ""
         self.turns: list[tuple[str, str]] = []

@@ -30,7 +30,7 @@ def problems(path, *overrides):
         (["moe_config.num_experts_chosen=9"], ("num_experts_chosen 9", "expert_num 8")),
         (["moe_config.capacity_factor=1000"], ("capacity_factor 1000",)),
         (["model.model_config.eos_token_id=32000"], ("eos_token_id 32000", "31999")),
-        (["model.model_config.bos_token_id=-1"], ("bos_token_id -1",)),
+        (["model.model_config.bos_token_id=-2"], ("bos_token_id -2",)),
         (["model.model_config.ignore_token_id=5"], ("ignore_token_id 5", "32000")),
         (["model.model_config.max_position_embedding=128"], ("seq_length 256", "128")),
         (["model.model_config.sliding_window=0"], ("sliding_window is 0",)),

@@ -9,7 +9,7 @@ from helpers.answering import make_model, network
 import mixtral_ms
 from mixtral_ms import Trainer, load_config
 from mixtral_ms.cli.commands.convert import main as convert
-from mixtral_ms.convert.formats.foreign_config import to_huggingface
+from mixtral_ms.convert.formats.write_config import to_huggingface
 from mixtral_ms.errors import UserError
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
@@ -32,7 +32,8 @@ def folder(model, tmp_path_factory):
     """Hugging Face's names and config.json, with the tokenizer."""
     folder = tmp_path_factory.mktemp("hf") / "hf"
     weights = model.parent / "weights"
-    (weights / "config.json").write_text(json.dumps(to_huggingface(network(model), "float32")))
+    written = to_huggingface(network(model), {}, "float32")["config.json"]
+    (weights / "config.json").write_text(json.dumps(written))
     convert(["--reversed", "--input_path", str(weights), "--output_path", str(folder)])
     shutil.copy(weights / "tokenizer.model", folder)
     return folder
