@@ -94,7 +94,8 @@ def _turns(messages: Any) -> tuple[list[_Turn], list[str]]:
     """Role, text and whether it is learnt of each message; and what of them is left out."""
     if not isinstance(messages, list):
         raise UnfitRowError(f"its messages are a {type(messages).__name__}, not a list")
-    turns, left_out = [], []
+    turns: list[_Turn] = []
+    left_out: list[str] = []
     for number, message in enumerate(messages):
         role, text_key = _role(message, number)
         left_out += check_message(message, number)

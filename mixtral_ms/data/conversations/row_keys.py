@@ -41,9 +41,7 @@ def check_message(message: Mapping[str, Any], number: int) -> Iterator[str]:
     """
     for key in (*_CALLS, *_MEDIA):
         if _is_there(message, key):
-            raise UnfitRowError(
-                f"message {number} has {key}, which are not written into a template"
-            )
+            raise UnfitRowError(f"message {number} has {key}, which no template here writes")
     if _is_there(message, "train_detail"):
         raise UnfitRowError(f"message {number} is to be learnt in parts (train_detail)")
     if message.get("prefix") is True:
