@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,11 @@ from mixtral_ms.train.objectives.objective import MakeObjective, Objective, batc
 from mixtral_ms.train.step.gradients import Graphs
 from mixtral_ms.train.step.pipeline_gradients import Neighbours
 from mixtral_ms.train.step_plan import Loader
+
+_NO_TARGET = (
+    "eval_dataset holds no supervised token: all its labels are ignore_token_id or pad_token_id; "
+    "give it other data"
+)
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,21 @@ class Evaluator:
             sums[:] = 0.0  # its tokens are counted on another rank
         total, tokens = sum_values(mesh.world, sums)
         if tokens == 0:
-            raise UserError("the evaluation data holds no supervised token")
+            raise UserError(_NO_TARGET)
         loss = float(total / tokens)
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return Evaluation(loss, perplexity, int(tokens), time.monotonic() - start)
+
+    def require_targets(self) -> None:
+        """Look for the first batch with a target, as a run should not find out behind its steps.
+
+        Raises:
+            UserError: there is none on any rank. All must ask.
+        """
+        with closing(self.loader.batches(0)) as batches:
+            own = any(self._objective.targets(batch) for batch in batches)
+        if not sum_values(self._network.mesh.world, float(own)):
+            raise UserError(_NO_TARGET)
 
     def graphs(self, batch: Batch) -> Graphs:
         """What is compiled for batches like this one, with its inputs."""

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end training after the step under way, with a checkpoint."""
+"""Signals that end training after the step under way, with a checkpoint."""
 
 import signal
 from collections.abc import Callable
@@ -9,13 +9,23 @@ from mixtral_ms.log import get_logger
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,  # the terminal, or the connection to it, is gone
+    signal.SIGUSR1,  # schedulers of clusters: the time is nearly up
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
+"""What ends a run that would otherwise lose its last steps by them, the most telling first."""
+_ALWAYS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
     """Within the block, the first signal sets `signal_number`; a second Ctrl-C interrupts.
 
-    While a graph runs, MindSpore turns Ctrl-C into SIGTERM: `signal_number` may be that.
+    While a graph runs, MindSpore turns Ctrl-C into SIGTERM: `signal_number` may be that. What nohup
+    or the program around has set for the others of STOP_SIGNALS stays.
     """
 
     def __init__(self) -> None:
@@ -23,7 +33,8 @@ class StopRequest:
         self._previous: dict[int, Handler] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        taken = [n for n in STOP_SIGNALS if n in _ALWAYS or signal.getsignal(n) == signal.SIG_DFL]
+        self._previous = {number: signal.signal(number, self._note) for number in taken}
         return self
 
     def listen(self) -> None:
@@ -32,7 +43,7 @@ class StopRequest:
         Each graph that MindSpore runs replaces the handler of Ctrl-C by one that sends SIGTERM
         to the process itself, and leaves it in place.
         """
-        for number in _SIGNALS:
+        for number in self._previous:
             signal.signal(number, self._note)
 
     def __exit__(

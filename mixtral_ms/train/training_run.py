@@ -5,12 +5,14 @@ Every rank goes through the same steps; the first one alone writes metrics, samp
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mindspore
 
 from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource
+from mixtral_ms.checkpoint.store.store import CheckpointError
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.loading.render import render_config
 from mixtral_ms.config.loading.resolve import dataset_of, micro_batch_size
@@ -24,7 +26,9 @@ from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.files import write_aside
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.lora import set_dropout_keys
+from mixtral_ms.parallel.comm.process_groups import gather_objects
 from mixtral_ms.parallel.grid.mesh import Mesh
+from mixtral_ms.train.announcement import announce
 from mixtral_ms.train.builders import (
     build_learning_rate,
     build_loader,
@@ -40,10 +44,10 @@ from mixtral_ms.train.builders import (
 from mixtral_ms.train.evaluation import Evaluation, Evaluator
 from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
 from mixtral_ms.train.objectives.objective import MakeObjective
-from mixtral_ms.train.report.metrics import MetricsWriter, NoMetrics
+from mixtral_ms.train.report.metrics import MetricsWriter, NoMetrics, read_metrics
 from mixtral_ms.train.report.report import write_report
 from mixtral_ms.train.report.step_monitor import StepMonitor, step_line
-from mixtral_ms.train.state.lora_run import base_of, save_peft, trained_text
+from mixtral_ms.train.state.lora_run import base_of, save_peft
 from mixtral_ms.train.state.rank_agreement import StepSync, Storage, require_same_on_all_ranks
 from mixtral_ms.train.state.resume import restore
 from mixtral_ms.train.state.saver import Saver, checkpoint_root, write_strategy_files
@@ -51,6 +55,8 @@ from mixtral_ms.train.step.loss_scale import build_loss_scale
 from mixtral_ms.train.step.non_finite import first_non_finite
 from mixtral_ms.train.step_plan import plan_steps
 from mixtral_ms.train.stop_signals import StopRequest
+
+_TO_GO_ON = "the same command with --resume_training True"
 
 
 class NotFiniteError(RuntimeError):
@@ -130,10 +136,12 @@ class TrainingRun:
         if eval_loader:
             rows = eval_loader.batch_size
             self.evaluator = Evaluator(self.network, eval_loader, rows, objective)
+            self.evaluator.require_targets()
         self.samples = build_samples(config, self.network)
         self.step_sync = StepSync(mesh)
         self.evaluation: Evaluation | None = None
         self.resumed_step = self._restore(checkpoint) if checkpoint else None
+        self.done, self._updates = self.resumed_step or 0, self.optimizer.updates
 
     def _require_same_files(self, evaluated: str | None, checkpoint: OpenedSource | None) -> None:
         if self.mesh.world.size == 1:
@@ -164,7 +172,7 @@ class TrainingRun:
         self._announce(step)
         if self.plan.last_step <= step:
             get_logger().info("nothing to do: step %d of %d is done", step, self.plan.last_step)
-        loss, ended_by = float("nan"), None
+        self.loss, ended_by = float("nan"), None
         if self.samples:
             self.samples.before()
         with contextlib.ExitStack() as stack:
@@ -172,23 +180,87 @@ class TrainingRun:
             writer = stack.enter_context(contextlib.closing(self._metrics_writer(step)))
             stack.enter_context(contextlib.closing(self.saver))
             self.monitor = self._new_monitor()
-            steps = self.plan.micro_batches(self.loader, step)
-            ended_by, _ = self.step_sync(stop.signal_number, False)
-            while step < self.plan.last_step and ended_by is None:
-                self.monitor.start_step()
-                micro_batches = next(steps)
-                step += 1
-                loss = self._one_step(step, micro_batches, writer)
-                if self.evaluator and self._evaluation_due(step):
-                    self._evaluate(self.evaluator, step, writer)
-                stop.listen()
-                ended_by, time_to_save = self.step_sync(stop.signal_number, self.saver.time_is_up())
-                if time_to_save or self.saver.due(step):
-                    self.saver.save(step)
-            if step != self.resumed_step:
-                self.saver.save(step)
+            with self._saved_on_error():
+                ended_by = self._train(step, stop, writer)
         self.step_sync.wait()  # who leaves earlier is taken for failed, and the others are ended
-        return self._finish(step, loss, ended_by)
+        return self._finish(self.done, self.loss, ended_by)
+
+    def _train(self, step: int, stop: StopRequest, writer: MetricsWriter | NoMetrics) -> int | None:
+        """The steps behind `step`; returns the signal that ended them early, None without one."""
+        steps = self.plan.micro_batches(self.loader, step)
+        if self.evaluator and self._owes_evaluation(step):
+            self._evaluate(self.evaluator, step, writer)
+        micro_batches, ended_by = self._next_step(steps, stop)
+        while step < self.plan.last_step and ended_by is None:
+            step += 1
+            self._one_step(step, micro_batches, writer)
+            stop.listen()
+            micro_batches, ended_by = self._next_step(steps, stop)
+            if self.evaluator and ended_by is None and self._evaluation_due(step):
+                self._evaluate(self.evaluator, step, writer)
+                stop.listen()
+                ended_by, _, _ = self.step_sync(stop.signal_number, False)
+        if self.done != self.resumed_step:
+            self.saver.save(self.done)
+        return ended_by
+
+    def _next_step(
+        self, steps: Iterator[list[Batch]], stop: StopRequest
+    ) -> tuple[list[Batch], int | None]:
+        """Between two steps: the data of the next one, what ended the run, and a due checkpoint.
+
+        It is saved before what comes then, evaluation and reading errors included.
+        """
+        error, micro_batches = None, []
+        if self.done < self.plan.last_step:
+            self.monitor.start_step()
+            try:
+                micro_batches = next(steps)
+            except Exception as found:  # noqa: BLE001 - of any kind, it is raised behind the save
+                error = found
+            self.monitor.pause()
+        time_is_up = self.saver.time_is_up()
+        ended_by, time_to_save, failed = self.step_sync(stop.signal_number, time_is_up, error)
+        last = self.done == self.plan.last_step or ended_by is not None or failed
+        if self.done != (self.resumed_step or 0) and (
+            last or time_to_save or self.saver.due(self.done)
+        ):
+            self.saver.save(self.done)
+        if failed:
+            self._say_what_is_saved()
+            self.step_sync.raise_error(error)
+        return micro_batches, ended_by
+
+    @contextlib.contextmanager
+    def _saved_on_error(self) -> Iterator[None]:
+        """Save the steps that are done when something else than training itself fails.
+
+        Of several ranks each would wait for the others: they save what is due, and what fails on
+        all of them.
+        """
+        try:
+            yield
+        except (NotFiniteError, CheckpointError):
+            raise  # their weights, or what is saved, are better as they are
+        except Exception:
+            whole = self.optimizer.updates == self._updates
+            new = self.done not in (self.resumed_step or 0, self.saver.saved_step)
+            if whole and new and self.mesh.world.size == 1:
+                try:
+                    self.saver.save(self.done)
+                except Exception as error:  # noqa: BLE001 - the first error is the one to raise
+                    get_logger().warning("step %d cannot be saved: %s", self.done, error)
+                else:
+                    self._say_what_is_saved()
+            raise
+
+    def _say_what_is_saved(self) -> None:
+        if self.saver.saved_step is not None:
+            get_logger().info(
+                "an error ends the run; step %d is saved: when it is mended, %s goes on",
+                self.saver.saved_step,
+                _TO_GO_ON,
+            )
 
     def _metrics_writer(self, step: int) -> MetricsWriter | NoMetrics:
         """A run that was killed before its first checkpoint starts again: step 0 keeps no line."""
@@ -198,12 +270,15 @@ class TrainingRun:
 
     def _one_step(
         self, step: int, micro_batches: list[Batch], writer: MetricsWriter | NoMetrics
-    ) -> float:
+    ) -> None:
+        self.monitor.go_on()
         rate, scale = self.learning_rate(step - 1), self.loss_scale.value
         result = self.step_fn(
             micro_batches, rate, scale, lambda index: self._set_noise_keys(step, index)
         )
         self.loss_scale.update(result.skipped)
+        self.loss = result.loss
+        self.done, self._updates = step, self.optimizer.updates
         record = self.monitor.record(step, result, rate, scale)
         metrics = callback(self.config, MetricsWriterSection) or MetricsWriterSection()
         if metrics.per_layer_steps and step % metrics.per_layer_steps == 0:
@@ -213,7 +288,6 @@ class TrainingRun:
         if step % monitor.per_print_times == 0 or step == self.plan.last_step:
             get_logger().info(step_line(record, self.plan.last_step))
         self._stop_if_lost(step, micro_batches)
-        return result.loss
 
     def _set_noise_keys(self, step: int, micro_batch: int) -> None:
         """Another noise for each micro batch, the same after a resume and on any layout."""
@@ -245,6 +319,13 @@ class TrainingRun:
         ends_epoch = self.plan.ends_epoch(step)
         due = by_epoch > 0 and ends_epoch and self.plan.epoch_of(step) % by_epoch == 0
         return due or step == self.plan.total_steps
+
+    def _owes_evaluation(self, step: int) -> bool:
+        """Whether the run was stopped between the step that is resumed and its evaluation."""
+        path, kinds = metrics_path(self.config), set()
+        if self.leads and self.resumed_step and path.exists():
+            kinds = {record["kind"] for record in read_metrics(path) if record["step"] == step}
+        return self._evaluation_due(step) and gather_objects(self.mesh.world, kinds == {"train"})[0]
 
     def _evaluate(self, evaluator: Evaluator, step: int, writer: MetricsWriter | NoMetrics) -> None:
         self.evaluation = result = evaluator()
@@ -286,26 +367,10 @@ class TrainingRun:
                 aside.write_text(render_config(config), encoding="utf-8")
         if self.leads or self.storage.leads:
             write_strategy_files(config, self.network)
-        moe = config.moe_config
-        get_logger().info(
-            "%s, %s kernels, %s; aux loss %s, z loss %s",
-            trained_text(self.network.config),
-            self.network.kernel_name,
-            "dropless" if moe.dropless else f"capacity factor {moe.capacity_factor:g}",
-            f"x {moe.aux_loss_factor:g}" if moe.aux_loss_factor else "off",
-            f"x {moe.z_loss_factor:g}" if moe.z_loss_factor else "off",
-        )
-        get_logger().info(
-            "steps %d to %d of %d, %d an epoch; compiling the graph at the first one",
-            step + 1,
-            plan.last_step,
-            plan.total_steps,
-            plan.steps_per_epoch,
-        )
+        announce(config, plan, self.network, self.loader, step)
 
     def _finish(self, step: int, loss: float, signal_number: int | None) -> TrainResult:
-        root, report = checkpoint_root(self.config), None
-        resume = "the same command with --resume_training True"
+        root, report, resume = checkpoint_root(self.config), None, _TO_GO_ON
         if signal_number is not None:
             name = signal.Signals(signal_number).name
             get_logger().info("stopped by %s after step %d; to go on: %s", name, step, resume)

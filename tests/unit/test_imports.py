@@ -46,7 +46,7 @@ SHELVES = {
         ("trainer",),
         ("evaluate_mode", "train_mode"),
         ("training_run",),
-        ("builders",),
+        ("announcement", "builders"),
         ("sample_answers",),
         ("evaluation",),
         ("report", "state"),

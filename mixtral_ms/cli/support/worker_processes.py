@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from mixtral_ms.cli.support.exit_status import EXIT_BAD_INPUT, EXIT_FAILURE
+from mixtral_ms.train.stop_signals import STOP_SIGNALS
 
 EXIT_TIME_LIMIT = 124
 """As `timeout` gives it."""
@@ -25,7 +26,6 @@ _TAIL_BYTES, _TAIL_LINES, _ERROR_LINES = 1 << 16, 20, 40
 _ERROR_STARTS = ("Traceback (most recent call last)", "error: ", "failed: ")
 _TEARDOWN = re.compile(rb"^\[INFO\] DISTRIBUTED\([^\n]*(\n|\Z)", re.MULTILINE)
 """What MindSpore logs while it is unloaded, when it no longer knows GLOG_v."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -179,7 +179,7 @@ class _Watch:
         self.signals: list[int] = []
 
     def run(self) -> int:
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup and & stay what they are
                 signal.signal(number, self._note)
         try:

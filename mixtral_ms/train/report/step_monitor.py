@@ -38,11 +38,19 @@ class StepMonitor:
         self.token_flops = flops_per_token(config, config.seq_length)["total"]
         self.peak, self.devices = peak_flops(device_target, peak_tflops), devices
         self._recent: deque[float] = deque(maxlen=_ETA_WINDOW)
-        self._started = time.perf_counter()
+        self._started = self._paused = time.perf_counter()
 
     def start_step(self) -> None:
         """Begin to time a step."""
-        self._started = time.perf_counter()
+        self._started = self._paused = time.perf_counter()
+
+    def pause(self) -> None:
+        """Its data is there; what is done before it goes on is no part of it."""
+        self._paused = time.perf_counter()
+
+    def go_on(self) -> None:
+        """Time on."""
+        self._started += time.perf_counter() - self._paused
 
     def record(
         self, step: int, result: StepResult, learning_rate: float, loss_scale: float

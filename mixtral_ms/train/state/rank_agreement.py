@@ -4,13 +4,12 @@ A rank that did something else than the others would leave them waiting in a col
 """
 
 import hashlib
-import signal
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import yaml
@@ -24,6 +23,7 @@ from mixtral_ms.parallel.comm.device import set_up_device
 from mixtral_ms.parallel.comm.hosts import Hosts
 from mixtral_ms.parallel.comm.process_groups import connect, gather_objects, sum_values
 from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
+from mixtral_ms.train.stop_signals import STOP_SIGNALS
 
 _OWN_KEYS = frozenset({"context.device_id"})
 """Keys of the configuration that may differ between ranks."""
@@ -150,21 +150,31 @@ class StepSync:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
 
-    def __call__(self, signal_number: int | None, time_to_save: bool) -> tuple[int | None, bool]:
-        """The signal that any rank has had, and whether rank 0's clock says to save.
+    def __call__(
+        self, signal_number: int | None, time_to_save: bool, error: Exception | None = None
+    ) -> tuple[int | None, bool, bool]:
+        """The signal that any rank has had, whether rank 0's clock says to save, and any error.
 
         Args:
             signal_number: that this rank has had, None without one.
             time_to_save: by this rank's clock.
+            error: that this rank has met between steps.
         """
-        own = np.zeros(3)
-        own[0] = signal_number == signal.SIGTERM
-        own[1] = signal_number == signal.SIGINT
-        own[2] = time_to_save and self.mesh.rank == 0
-        terminated, interrupted, save = sum_values(self.mesh.world, own)
-        if terminated:
-            return signal.SIGTERM, bool(save)
-        return (signal.SIGINT if interrupted else None), bool(save)
+        own = np.zeros(2 + len(STOP_SIGNALS))
+        own[0] = time_to_save and self.mesh.rank == 0
+        own[1] = error is not None
+        own[2:] = [signal_number == number for number in STOP_SIGNALS]
+        save, failed, *had = sum_values(self.mesh.world, own)
+        ended_by = next((n for n, times in zip(STOP_SIGNALS, had, strict=True) if times), None)
+        return ended_by, bool(save), bool(failed)
+
+    def raise_error(self, error: Exception | None) -> NoReturn:
+        """Raise this rank's error, or else that of another, of which one has one. All must call."""
+        texts = gather_objects(self.mesh.world, None if error is None else str(error))
+        if error is not None:
+            raise error
+        rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
+        raise UserError(f"rank {rank}: {text}")
 
     def wait(self) -> None:
         """Return when all ranks have come here."""
