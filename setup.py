@@ -54,6 +54,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff==0.17.5",  # another version formats otherwise
             "mypy==2.4.1",  # another version finds other errors

@@ -12,10 +12,11 @@ Makes .venv when it is missing, installs mixtral-ms[test] into it, and mixtral-m
 options given. Ends with the slowest tests and the seconds of each part.
 
   bash scripts/test.sh                        everything but the tests marked long
-  bash scripts/test.sh --fast                 in about ten minutes: the unit tests, of the others those
-                                              that need no job, no process and no long computation
+  bash scripts/test.sh --fast                 the unit tests, of the others those that need
+                                              no job, no process and no long computation
   bash scripts/test.sh --long                 everything
   bash scripts/test.sh tests/unit -k config   a part
+  bash scripts/test.sh -n 0 --pdb tests/cli   one test after the other, as a debugger needs it
 HELP
   exit 0
 fi
@@ -40,12 +41,20 @@ finish() {
 }
 
 # shellcheck disable=SC2329 # part calls it
+# Both environments at once: unpacking takes one processor and most of the time.
 install() {
-  prepare_venv test || return
+  local status=0 other=''
   case " $* " in
-    *" --fast "*) ;; # none of those tests is among the fast ones
-    *) prepare_venv mindformers .venv-mindformers && export MINDFORMERS_PYTHON ;;
+    *" --fast "*) ;; # no test of MindFormers is among the fast ones
+    *)
+      export MINDFORMERS_PYTHON
+      prepare_venv mindformers .venv-mindformers &
+      other=$!
+      ;;
   esac
+  prepare_venv test || status=$?
+  [ -z "$other" ] || wait "$other" || status=$?
+  return $status
 }
 
 part installation install "$@"
@@ -55,5 +64,5 @@ part format "$VENV_PYTHON" -m ruff format --check .
 echo "== types"
 part types "$VENV_PYTHON" scripts/check_types.py
 echo "== tests"
-part tests "$VENV_PYTHON" -m pytest --durations=20 --durations-min=1 "$@"
+part tests "$VENV_PYTHON" -m pytest "${PYTEST_AT_ONCE[@]}" --durations=20 --durations-min=1 "$@"
 finish 0

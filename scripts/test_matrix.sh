@@ -99,7 +99,8 @@ run_pair() {
     unset MINDFORMERS_PYTHON
   fi
   local status=0
-  timeout "$((MINUTES * 60))" "$FOLDER/$name/bin/python" -m pytest "$@" >>"$log" 2>&1 || status=$?
+  timeout "$((MINUTES * 60))" "$FOLDER/$name/bin/python" -m pytest \
+    "${PYTEST_AT_ONCE[@]}" "$@" >>"$log" 2>&1 || status=$?
   result=$(tail -1 "$log" | tr -d '=')
   [ $status -ne 124 ] || result="not done after $MINUTES minutes"
   [ -z "$REMOVE" ] || rm -r "${FOLDER:?}/$name" "$FOLDER/$name-mindformers" 2>/dev/null || true

@@ -43,8 +43,14 @@ prepare_venv() {
   fi
   echo "== installing mixtral-ms[$extra] and MindSpore $mindspore into $folder: a few minutes, once"
   # pip before 23.1, which Python 3.10 brings, builds old packages (fschat leads to one) in a way
-  # that fails by now, unless told otherwise.
-  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --use-pep517 \
+  # that fails by now, unless told otherwise. Most files are never imported: Python compiles those
+  # that are, when they are.
+  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --use-pep517 --no-compile \
     -e "${ROOT}[$extra]" "mindspore==$mindspore" || return
   echo "$wanted" >"$stamp"
 }
+
+# Options of pytest for all tests: as many files at once as there are processors, at most four, for
+# each takes some 3 GB. Tests that share what they make stay together: tests/conftest.py says which.
+PROCESSORS=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+PYTEST_AT_ONCE=(-n "$((PROCESSORS > 4 ? 4 : PROCESSORS))" --dist loadgroup)

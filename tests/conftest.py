@@ -35,14 +35,20 @@ def pytest_addoption(parser):
     extent(
         "--fast",
         action="store_true",
-        help="an answer in about ten minutes: leave out what is marked slow, and jobs of several "
-        "processes and other systems",
+        help="leave out what is marked slow, and jobs of several processes and other systems",
     )
+
+
+def group_of(item):
+    """Tests of a file run in one process, and so do files that share what is made once for all."""
+    return "graphs of Ascend" if "compiled" in item.fixturenames else item.path.name
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--long") and config.getoption("--fast"):
         raise pytest.UsageError("--long and --fast: give one of them")
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
     left_out = set() if config.getoption("--long") else {"long"}
     if config.getoption("--fast"):
         left_out.add("slow")
@@ -116,17 +122,13 @@ def ascend_emulation(device, monkeypatch):
     emulate_ascend(monkeypatch)
 
 
-_errors = {}
-
-
 @pytest.fixture
 def report_error(request):
-    """Keeps each test's largest error for the end of the run."""
+    """Notes an error and its bound in the test's report; the largest are printed at the end."""
 
     def report(what, error, tolerance):
-        test = request.node.nodeid.split("[")[0]
-        where = f"{request.node.name}: {what}"
-        _errors[test] = max(_errors.get(test, (0.0, "", 0.0)), (error, where, tolerance))
+        note = (float(error), f"{request.node.name}: {what}", tolerance)
+        request.node.user_properties.append(("error", note))
 
     return report
 
@@ -143,10 +145,16 @@ def record_error(report_error):
 
 
 _seconds = Counter()
+_errors = {}
 
 
 def pytest_runtest_logreport(report):
     _seconds["/".join(report.nodeid.split("/")[:2])] += report.duration
+    if report.when == "call":
+        test = report.nodeid.partition("[")[0].partition("@")[0]
+        for name, note in report.user_properties:
+            if name == "error":
+                _errors[test] = max(_errors.get(test, (0.0, "", 0.0)), tuple(note))
 
 
 def pytest_terminal_summary(terminalreporter):
