@@ -15,6 +15,7 @@ from mixtral_ms.config.loading.resolve import (
     is_zero,
     micro_batch_size,
     micro_batches,
+    sequences_per_step,
 )
 from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.config.sections.data_section import DatasetSection
@@ -35,6 +36,7 @@ from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
 from mixtral_ms.train.objectives.objective import MakeObjective
 from mixtral_ms.train.report.metrics import METRICS_FILE
+from mixtral_ms.train.report.step_monitor import StepMonitor
 from mixtral_ms.train.sample_answers import Samples
 from mixtral_ms.train.state.parameter_loading import load_parameters
 from mixtral_ms.train.step.adamw import AdamW
@@ -204,6 +206,18 @@ def build_learning_rate(config: RunConfig, total_steps: int) -> Schedule:
     if (rate := config.optimizer.learning_rate) is None:
         raise UserError("give lr_schedule or optimizer.learning_rate: there is no learning rate")
     return constant_schedule(rate)
+
+
+def build_monitor(config: RunConfig, mesh: Mesh, last_step: int) -> StepMonitor:
+    """What times and describes the steps of the run, up to `last_step`."""
+    return StepMonitor(
+        config.model.model_config,
+        config.context.device_target,
+        sequences_per_step(config) * config.model.model_config.seq_length,
+        last_step,
+        config.runner_config.peak_tflops,
+        mesh.world_size,
+    )
 
 
 def callback(config: RunConfig, kind: type[Section]) -> Section | None:

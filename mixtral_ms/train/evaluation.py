@@ -5,6 +5,7 @@ import math
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -41,6 +42,17 @@ class Evaluation:
     seconds: float
     exact_perplexity: float | None = None
     """With the weights as they are, where these were rounded to another dtype."""
+
+    def record(self, step: int) -> dict[str, Any]:
+        """Its line of metrics.jsonl."""
+        return {
+            "kind": "eval",
+            "step": step,
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "tokens": self.tokens,
+            "eval_seconds": self.seconds,
+        }
 
 
 class Evaluator:

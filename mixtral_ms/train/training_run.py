@@ -15,7 +15,7 @@ from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource
 from mixtral_ms.checkpoint.store.store import CheckpointError
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.loading.render import render_config
-from mixtral_ms.config.loading.resolve import dataset_of, micro_batch_size
+from mixtral_ms.config.loading.resolve import dataset_of
 from mixtral_ms.config.sections.training_section import (
     LossMonitorSection,
     MetricsWriterSection,
@@ -32,6 +32,7 @@ from mixtral_ms.train.announcement import announce
 from mixtral_ms.train.builders import (
     build_learning_rate,
     build_loader,
+    build_monitor,
     build_network,
     build_optimizer,
     build_samples,
@@ -46,10 +47,11 @@ from mixtral_ms.train.objectives.causal_lm import CausalLMObjective
 from mixtral_ms.train.objectives.objective import MakeObjective
 from mixtral_ms.train.report.metrics import MetricsWriter, NoMetrics, read_metrics
 from mixtral_ms.train.report.report import write_report
-from mixtral_ms.train.report.step_monitor import StepMonitor, step_line
+from mixtral_ms.train.report.step_monitor import step_line
 from mixtral_ms.train.state.lora_run import base_of, save_peft
 from mixtral_ms.train.state.rank_agreement import StepSync, Storage, require_same_on_all_ranks
 from mixtral_ms.train.state.resume import restore
+from mixtral_ms.train.state.run_facts import TrainingFacts, data_state
 from mixtral_ms.train.state.saver import Saver, checkpoint_root, write_strategy_files
 from mixtral_ms.train.step.loss_scale import build_loss_scale
 from mixtral_ms.train.step.non_finite import first_non_finite
@@ -122,12 +124,15 @@ class TrainingRun:
         self.optimizer = build_optimizer(config, self.network)
         self.loss_scale = build_loss_scale(config.runner_wrapper.scale_sense)
         self.learning_rate = build_learning_rate(config, self.plan.total_steps)
+        self.data = data_state(config, self.loader)
+        self.training = TrainingFacts(config, self.plan.total_steps, self.learning_rate)
         self.saver = Saver(
             config,
             self.network,
             self.optimizer,
             self.loss_scale,
-            self.loader.fingerprint,
+            self.data,
+            self.training,
             self.base,
             storage,
         )
@@ -156,15 +161,18 @@ class TrainingRun:
         require_same_on_all_ranks(self.mesh.world, facts)
 
     def _restore(self, checkpoint: OpenedSource) -> int:
-        return restore(
+        step = restore(
             checkpoint,
             self.config,
             self.network,
             self.optimizer,
             self.loss_scale,
-            self.loader.fingerprint,
+            self.data,
             self.base,
         )
+        if saved := checkpoint.state.get("training"):
+            self.training.say_what_changed(saved, step)
+        return step
 
     def run(self) -> TrainResult:
         """Train from the step of the checkpoint on, or from the first."""
@@ -179,7 +187,7 @@ class TrainingRun:
             stop = stack.enter_context(StopRequest())
             writer = stack.enter_context(contextlib.closing(self._metrics_writer(step)))
             stack.enter_context(contextlib.closing(self.saver))
-            self.monitor = self._new_monitor()
+            self.monitor = build_monitor(self.config, self.mesh, self.plan.last_step)
             with self._saved_on_error():
                 ended_by = self._train(step, stop, writer)
         self.step_sync.wait()  # who leaves earlier is taken for failed, and the others are ended
@@ -337,28 +345,7 @@ class TrainingRun:
             result.tokens,
             result.seconds,
         )
-        writer.write(
-            {
-                "kind": "eval",
-                "step": step,
-                "loss": result.loss,
-                "perplexity": result.perplexity,
-                "tokens": result.tokens,
-                "eval_seconds": result.seconds,
-            }
-        )
-
-    def _new_monitor(self) -> StepMonitor:
-        runner, model = self.config.runner_config, self.config.model.model_config
-        micro_batches = self.plan.accumulation * self.mesh.grid.data_parallel
-        return StepMonitor(
-            model,
-            self.config.context.device_target,
-            micro_batch_size(self.config) * micro_batches * model.seq_length,
-            self.plan.last_step,
-            runner.peak_tflops,
-            self.mesh.world_size,
-        )
+        writer.write(result.record(step))
 
     def _announce(self, step: int) -> None:
         config, plan = self.config, self.plan

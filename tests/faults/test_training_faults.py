@@ -143,7 +143,7 @@ def refusal(config):
             "micro_batches was 2 and is 4",
         ),
         ("train_dataset.data_loader.shuffle=False", "shuffle was True and is False"),
-        ("train_dataset.data_loader.num_samples=40", "fingerprint was"),
+        ("train_dataset.data_loader.num_samples=40", "records was 44 and is 40"),
     ],
 )
 def test_a_resume_that_would_see_other_rows_is_refused(folder, stopped, override, both):

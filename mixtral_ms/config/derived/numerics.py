@@ -14,7 +14,7 @@ _OF_MODEL = (
     "sliding_window",
     "tie_word_embeddings",
 )
-_OF_EXPERTS = ("num_experts_chosen", "norm_topk_prob", "routing_policy")
+_OF_EXPERTS = ("num_experts_chosen", "norm_topk_prob", "routing_policy", "uniform_routing")
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,7 @@ from mixtral_ms.checkpoint.store.async_writer import CheckpointWriter
 from mixtral_ms.checkpoint.store.folders import checkpoint_name
 from mixtral_ms.checkpoint.store.multi_rank_save import STRATEGY_FOLDER, WAIT_SECONDS, SavingRanks
 from mixtral_ms.config import RunConfig
-from mixtral_ms.config.loading.resolve import (
-    dataset_of,
-    is_zero,
-    micro_batch_size,
-    sequences_per_step,
-)
+from mixtral_ms.config.loading.resolve import is_zero
 from mixtral_ms.config.sections.training_section import CheckpointMonitorSection
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
@@ -27,6 +22,7 @@ from mixtral_ms.parallel.grid.sharding_rules import (
     placements,
 )
 from mixtral_ms.train.state.rank_agreement import Storage
+from mixtral_ms.train.state.run_facts import TrainingFacts
 from mixtral_ms.train.step.adamw import AdamW
 from mixtral_ms.train.step.loss_scale import LossScale
 
@@ -53,7 +49,8 @@ class Saver:
         network: whose parameters to save.
         optimizer: whose moments to save.
         loss_scale: saved with the state.
-        fingerprint: of the data, so that a resume on other data is refused.
+        data: what the steps see of it, so that a resume on other data is refused.
+        training: how the next step trains, so that a resume says what it does otherwise.
         base: the record of the weights beneath adapters; None where the weights are trained.
         storage: what the ranks of this run have agreed on.
     """
@@ -64,12 +61,13 @@ class Saver:
         network: MixtralForCausalLM,
         optimizer: AdamW,
         loss_scale: LossScale,
-        fingerprint: str,
+        data: dict[str, Any],
+        training: TrainingFacts,
         base: dict[str, str] | None = None,
         storage: Storage | None = None,
     ) -> None:
         self.section = checkpoint_section(config)
-        self.config, self.fingerprint, self.base = config, fingerprint, base
+        self.data, self.training, self.base = data, training, base
         self.network, self.optimizer, self.loss_scale = network, optimizer, loss_scale
         self.writer = CheckpointWriter(
             checkpoint_root(config),
@@ -112,7 +110,8 @@ class Saver:
             "step": step,
             "optimizer_updates": self.optimizer.updates,
             "loss_scale": dataclasses.asdict(self.loss_scale),
-            "data": data_state(self.config, self.fingerprint),
+            "data": self.data,
+            "training": self.training.behind(step),
             "model_config": dataclasses.asdict(self.network.config),
             **({"base": self.base} if self.base else {}),
         }
@@ -132,21 +131,6 @@ def saving_ranks(
         return None
     board = Board(hosts, WAIT_SECONDS) if hosts else None
     return SavingRanks(network.config, mesh, zero, storage.run, board)
-
-
-def data_state(config: RunConfig, fingerprint: str) -> dict[str, Any]:
-    """What decides which sequences a step sees, and how ranks and micro batches share them."""
-    sequences, size = sequences_per_step(config), micro_batch_size(config)
-    data = config.parallel_config.data_parallel if config.use_parallel else 1
-    return {
-        "fingerprint": fingerprint,
-        "seed": config.seed,
-        "shuffle": dataset_of(config, training=True).data_loader.shuffle,
-        "rows_per_step": sequences,
-        "batch_size": size,
-        "data_parallel": data,
-        "micro_batches": sequences // (size * data),
-    }
 
 
 def write_strategy_files(config: RunConfig, network: MixtralForCausalLM) -> None:
