@@ -10,6 +10,11 @@ from mixtral_ms.config.derived.prediction import prediction_batch
 from mixtral_ms.config.loading.resolve import effective_parallel
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.convert.run_weights import find_run_weights, open_run_weights, run_tokenizer
+from mixtral_ms.data.conversations.conversation_encoder import (
+    ConversationEncoder,
+    conversation_encoder,
+)
+from mixtral_ms.data.conversations.mistral_encoder import MISTRAL
 from mixtral_ms.data.tokenizer.tokenizer import Tokenizer
 from mixtral_ms.infer.engine.engine import Engine, Prompt
 from mixtral_ms.infer.engine.sampling_params import SamplingParams
@@ -43,6 +48,11 @@ class LoadedModel:
     def params(self) -> SamplingParams:
         """How the configuration says answers are generated."""
         return sampling_params(self.config)
+
+    @cached_property
+    def chat_encoder(self) -> ConversationEncoder:
+        """What makes prompts of conversations."""
+        return conversation_encoder(self.tokenizer, MISTRAL, self.network.eos_id)
 
     def prompt(self, text: str) -> Prompt:
         """A text as the engine takes it: as ids where the tokenizer's bos or eos are not as usual.

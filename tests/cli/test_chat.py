@@ -55,7 +55,7 @@ def answer_to(model, *messages):
     """Greedy answer to messages, by the template and the engine alone."""
     roles = ("user", "assistant")
     rows = [{"role": roles[i % 2], "content": text} for i, text in enumerate(messages)]
-    ids = encode_chat(model.tokenizer, rows, 2)
+    ids = encode_chat(model.chat_encoder, rows)
     (answer,) = model.engine.generate([ids], model.params)
     return answer.text.strip()
 
@@ -175,7 +175,7 @@ def test_the_oldest_turns_are_dropped_with_a_word(model):
                 for r, t in zip(("user", "assistant"), turn, strict=True)]  # fmt: skip
     expected.append({"role": "user", "content": "What is the weather like today?"})
     assert 0 < kept < 6
-    assert ids == encode_chat(model.tokenizer, expected, 2)
+    assert ids == encode_chat(model.chat_encoder, expected)
 
 
 def test_a_stopped_answer_stays_in_the_history(model):

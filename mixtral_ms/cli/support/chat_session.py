@@ -18,7 +18,7 @@ class ChatSession:
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
         self.params: SamplingParams = model.params
-        self.history = ChatHistory(model.tokenizer, model.network.eos_id)
+        self.history = ChatHistory(model.chat_encoder)
         self.notes: list[str] = []
         """What the user should know of the last answer."""
         self._asked = 0

@@ -27,7 +27,8 @@ def add_qa_flags(parser: argparse.ArgumentParser) -> None:
         "--template",
         default=DEFAULT_TEMPLATE,
         metavar="NAME",
-        help="one of fschat's conversation templates: vicuna (default), mistral, ...",
+        help="mistral (Mixtral Instruct's own, by the version of the tokenizer) or one of fschat's "
+        "conversation templates (default: vicuna)",
     )
     add(
         "--long_rows",

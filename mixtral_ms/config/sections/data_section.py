@@ -22,7 +22,7 @@ class DataLoaderSection:
     num_samples: int | None = None
     """Use only so many records; empty means all."""
     template: str = "vicuna"
-    """ConversationDataset: one of fschat's conversation templates."""
+    """ConversationDataset: mistral, Mixtral Instruct's own, or one of fschat's templates."""
     long_rows: Literal["cut", "drop", "error"] = "cut"
     """ConversationDataset: what to do with a row of more than seq_length + 1 ids."""
     packing: bool = False

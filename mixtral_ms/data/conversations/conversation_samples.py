@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from mixtral_ms.data.conversations.chat_template import DEFAULT_TEMPLATE, load_template
+from mixtral_ms.data.conversations.chat_template import DEFAULT_TEMPLATE
+from mixtral_ms.data.conversations.conversation_encoder import conversation_encoder
 from mixtral_ms.data.conversations.parse_conversation import read_conversation
-from mixtral_ms.data.conversations.sample_encoder import Sample, SampleEncoder
+from mixtral_ms.data.conversations.sample_encoder import Sample
 from mixtral_ms.data.conversations.sample_packing import Record, one_a_record, pack
 from mixtral_ms.data.mindrecord.writer import MAX_RECORD_LENGTH
 from mixtral_ms.data.readers.json_and_parquet import read_rows
@@ -58,7 +59,7 @@ class Conversations:
         )
         self.record_length = options.seq_length + 1
         self.pad_id = self._pad_id()
-        self._encode = SampleEncoder(self.tokenizer, load_template(options.template))
+        self._encode = conversation_encoder(self.tokenizer, options.template)
 
     def records(self, advance: Advance) -> Iterator[Record]:
         """Samples that share a record, together at most seq_length + 1 ids."""

@@ -7,12 +7,13 @@ anew.
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from mixtral_ms.data.conversations.chat_template import ChatTemplate
-from mixtral_ms.data.conversations.parse_conversation import Conversation
+from mixtral_ms.data.conversations.parse_conversation import Conversation, Round
 from mixtral_ms.data.readers.row_log import UnfitRowError
 from mixtral_ms.data.tokenizer.tokenizer import Tokenizer
 from mixtral_ms.errors import UserError
@@ -32,13 +33,21 @@ class SampleEncoder:
     template that has none there. What a template writes behind the last eos is left out. Text
     between two control ids is encoded in one piece, as MindFormers does it.
 
+    Args:
+        tokenizer: encodes.
+        template: the texts around the messages.
+        eos_id: what ends each answer; None takes the tokenizer's.
+
     Raises UserError for a tokenizer without bos or eos.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, eos_id: int | None = None
+    ) -> None:
         if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
             raise UserError(f"{tokenizer.model_file} has no bos or no eos, which answers end with")
         self._tokenizer, self._template = tokenizer, template
+        self._eos_id = tokenizer.eos_id if eos_id is None else eos_id
         self._controls = {
             tokenizer.id_to_piece(one): one for one in (tokenizer.bos_id, tokenizer.eos_id)
         }
@@ -55,7 +64,7 @@ class SampleEncoder:
     def __call__(self, conversation: Conversation) -> Sample:
         """Raises UnfitRowError for a system message that the template has no place for."""
         builder = _Builder(self._tokenizer)
-        self._open(builder, conversation)
+        self._open(builder, conversation.system)
         last = len(conversation.rounds) - 1
         for number, (question, answer) in enumerate(conversation.rounds):
             builder.text(question)
@@ -64,10 +73,37 @@ class SampleEncoder:
             builder.add(self._lead)
             builder.text(answer)
             builder.add(self._closing if number == last else self._between)
-        return builder.sample()
+        return self._finished(builder)
 
-    def _open(self, builder: "_Builder", conversation: Conversation) -> None:
-        if not conversation.system:
+    def prompt(self, rounds: Sequence[Round], system: str, question: str) -> list[int]:
+        """The ids from which the answer to `question` follows, behind earlier rounds.
+
+        Raises UnfitRowError for a system message that the template has no place for.
+        """
+        builder = _Builder(self._tokenizer)
+        self._open(builder, system)
+        for asked, answer in rounds:
+            builder.text(asked)
+            builder.add([*self._to_answer, *self._lead])
+            builder.text(answer)
+            builder.add(self._between)
+        builder.text(question)
+        builder.add(self._to_answer)
+        return self._finished(builder).ids.tolist()
+
+    @property
+    def name(self) -> str:
+        """The template's."""
+        return self._template.name
+
+    def _finished(self, builder: "_Builder") -> Sample:
+        sample = builder.sample()
+        if self._eos_id != self._tokenizer.eos_id:
+            sample.ids[sample.ids == self._tokenizer.eos_id] = self._eos_id
+        return sample
+
+    def _open(self, builder: "_Builder", system: str | None) -> None:
+        if not system:
             builder.add(self._opening)
             return
         if self._template.system is None:
@@ -75,7 +111,7 @@ class SampleEncoder:
                 f"a system message, for which template {self._template.name} has no place"
             )
         builder.add(self._system[0])
-        builder.text(conversation.system)
+        builder.text(system)
         builder.add(self._system[1])
 
     def _parts(self, text: str) -> list[str | int]:
@@ -125,11 +161,12 @@ class _Builder:
         self._supervising = on
 
     def sample(self) -> Sample:
-        """What was collected; ends with a control id."""
+        """What was collected."""
+        self._encode_text()
         return Sample(np.concatenate(self._ids), np.concatenate(self._supervised))
 
-    def _control(self, one: int) -> None:
-        supervising = self._supervising
+    def _encode_text(self) -> None:
+        """The text since the last control id, in one piece."""
         self.supervise(False)
         if self._length:
             ids, ends = self._tokenizer.encode_with_ends("".join(self._texts))
@@ -140,6 +177,10 @@ class _Builder:
             self._ids.append(ids)
             self._supervised.append(supervised)
         self._texts, self._length, self._spans = [], 0, []
+
+    def _control(self, one: int) -> None:
+        supervising = self._supervising
+        self._encode_text()
         self._ids.append(np.array([one], np.int32))
         self._supervised.append(np.array([supervising]))
         if supervising and one != self._tokenizer.eos_id:

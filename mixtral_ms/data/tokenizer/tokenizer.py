@@ -157,6 +157,12 @@ class Tokenizer:
         """The piece an id stands for, as the model writes it."""
         return self._processor.id_to_piece(int(one))
 
+    def control_id(self, piece: str) -> int | None:
+        """The id of a control piece; None where the model has no such piece."""
+        one = self._processor.piece_to_id(piece)
+        found = self._processor.is_control(one) and self._processor.id_to_piece(one) == piece
+        return one if found else None
+
     def is_byte(self, one: int) -> bool:
         """Whether an id stands for one byte of a character."""
         return self._processor.is_byte(int(one))

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from mixtral_ms.data.conversations.conversation_encoder import ConversationEncoder
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
-from mixtral_ms.infer.text.detokenizer import TokenizerLike
 from mixtral_ms.infer.text.instruct_template import encode_chat
 
 Message = dict[str, str]
@@ -15,12 +15,11 @@ class ChatHistory:
     """Messages in turn, with an optional system text.
 
     Args:
-        tokenizer: of the network.
-        eos_id: what ends each answer; None takes the tokenizer's.
+        encoder: of the template, with the network's tokenizer.
     """
 
-    def __init__(self, tokenizer: TokenizerLike, eos_id: int | None) -> None:
-        self._tokenizer, self._eos_id = tokenizer, eos_id
+    def __init__(self, encoder: ConversationEncoder) -> None:
+        self._encoder = encoder
         self.system = ""
         self.turns: list[tuple[str, str]] = []
         """Questions with their answers, oldest first."""
@@ -46,7 +45,7 @@ class ChatHistory:
         for dropped in range(len(self.turns) + 1):
             messages = _messages(self.system, self.turns[dropped:])
             messages.append({"role": "user", "content": question})
-            ids = encode_chat(self._tokenizer, messages, self._eos_id)
+            ids = encode_chat(self._encoder, messages)
             if len(ids) <= room:
                 break
         return ids, dropped

@@ -1,44 +1,36 @@
-"""The chat format of Mixtral Instruct: `<s>[INST] question [/INST] answer</s>[INST] ...`."""
+"""A conversation of messages as the prompt that its template makes of it."""
 
 from collections.abc import Mapping, Sequence
 
+from mixtral_ms.data.conversations.conversation_encoder import ConversationEncoder
+from mixtral_ms.data.conversations.parse_conversation import Round
+from mixtral_ms.data.readers.row_log import UnfitRowError
 from mixtral_ms.errors import UserError
-from mixtral_ms.infer.text.detokenizer import TokenizerLike
 
 ROLES = ("system", "user", "assistant")
 
 
-def encode_chat(
-    tokenizer: TokenizerLike, messages: Sequence[Mapping[str, str]], eos_id: int | None = None
-) -> list[int]:
+def encode_chat(encoder: ConversationEncoder, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Ids of a conversation, for an answer to its last message.
 
-    Every text is encoded literally and on its own, so that nothing a user writes becomes a
-    control id. A system message comes first and is put before the first question.
+    Every text is encoded literally, so that nothing a user writes becomes a control id.
 
     Args:
-        tokenizer: encodes, and knows bos.
+        encoder: of the template, with the tokenizer.
         messages: {"role": "system" | "user" | "assistant", "content": text}; after the system
             message user and assistant take turns, the user first and last.
-        eos_id: what ends each answer; None takes the tokenizer's.
 
     Raises:
-        UserError: another order, an unknown role or an empty text.
-
-    Source: version 1 of mistral-common.
+        UserError: another order, an unknown role, an empty text, or a system message for which the
+            template has no place.
     """
-    eos_id = tokenizer.eos_id if eos_id is None else eos_id
     system, turns = _split(messages)
-    ids = [tokenizer.bos_id]
-    for number, message in enumerate(turns):
-        content = message["content"]
-        if message["role"] == "assistant":
-            ids += [*tokenizer.encode(content), eos_id]
-            continue
-        if number == 0 and system:
-            content = f"{system}\n\n{content}"
-        ids += tokenizer.encode(f"[INST] {content} [/INST]")
-    return ids
+    texts = [message["content"] for message in turns]
+    rounds = [Round(*pair) for pair in zip(texts[:-1:2], texts[1::2], strict=True)]
+    try:
+        return encoder.prompt(rounds, system, texts[-1])
+    except UnfitRowError as error:
+        raise UserError(f"it cannot be asked so: {error}") from error
 
 
 def _split(messages: Sequence[Mapping[str, str]]) -> tuple[str, list[Mapping[str, str]]]:

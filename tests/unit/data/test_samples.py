@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtral_ms.data.conversations.chat_template import load_template
+from mixtral_ms.data.conversations.conversation_encoder import conversation_encoder
 from mixtral_ms.data.conversations.parse_conversation import (
     Conversation,
     Round,
@@ -57,7 +58,7 @@ ROUNDS = st.lists(st.builds(Round, MESSAGE, MESSAGE), min_size=1, max_size=3)
 
 @functools.cache
 def encoder(name="vicuna", model=MODEL, backend="auto"):
-    return SampleEncoder(Tokenizer(model, backend), load_template(name))
+    return conversation_encoder(Tokenizer(model, backend), name)
 
 
 @functools.cache
@@ -133,10 +134,8 @@ def test_backends_agree(backend):
 
 def test_a_system_message_takes_the_default_ones_place():
     check(Conversation([Round("q", "a")], "You answer </s> briefly."))
-    raw = load_template("mistral")
-    assert raw.system  # "[INST] S\nq [/INST]"
-    sample = encoder("mistral")(Conversation([Round("q", "a")], "S"))
-    assert PIECES.decode(sample.ids.tolist()) == "[INST] S\nq [/INST] a"
+    sample = encoder("mistral")(Conversation([Round("q", "a")], "S"))  # fschat has one line end
+    assert PIECES.decode(sample.ids.tolist()) == "[INST] S\n\nq [/INST] a"
 
 
 def test_a_system_message_without_a_place_is_refused():

@@ -1,0 +1,82 @@
+"""Mistral's instruct format, `[INST] question [/INST] answer</s>`, in training and in chats alike.
+
+Source: versions 1, 2 and 3 of mistral-common. Version 1 (Mixtral 8x7B) writes the markers as text
+and puts a system message in front of the first question; 2 and 3 (Mixtral 8x22B) have pieces for
+them, and the system message stands in front of the last question.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mixtral_ms.data.conversations.parse_conversation import Conversation, Round
+from mixtral_ms.data.conversations.sample_encoder import Sample
+from mixtral_ms.data.tokenizer.tokenizer import Tokenizer
+from mixtral_ms.errors import UserError
+
+MISTRAL = "mistral"
+BEGIN_INST, _END_INST, _SYSTEM_PROMPT = "[INST]", "[/INST]", "[SYSTEM_PROMPT]"
+
+
+class MistralEncoder:
+    """Turns conversations into samples and prompts; each message is encoded on its own.
+
+    So nothing that a message spells becomes a control id, or is joined with a marker.
+
+    Args:
+        tokenizer: its control pieces tell the version.
+        eos_id: what ends each answer; None takes the tokenizer's.
+
+    Raises UserError for a tokenizer without bos or eos, and for one of another version.
+    """
+
+    name = MISTRAL
+
+    def __init__(self, tokenizer: Tokenizer, eos_id: int | None = None) -> None:
+        if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
+            raise UserError(f"{tokenizer.model_file} has no bos or no eos, which answers end with")
+        self._tokenizer = tokenizer
+        self._eos_id = tokenizer.eos_id if eos_id is None else eos_id
+        self._begin, self._end = map(tokenizer.control_id, (BEGIN_INST, _END_INST))
+        if tokenizer.control_id(_SYSTEM_PROMPT) is not None or (
+            (self._begin is None) != (self._end is None)
+        ):
+            raise UserError(
+                f"{tokenizer.model_file} is of a version after 3, whose conversations are written "
+                "in another way than Mixtral's; give the tokenizer.model of the model's weights"
+            )
+
+    def __call__(self, conversation: Conversation) -> Sample:
+        """The ids of a conversation with all its answers, and which of them are supervised."""
+        rounds, system = conversation.rounds, conversation.system or ""
+        parts, supervised = [np.array([self._tokenizer.bos_id], np.int32)], [np.zeros(1, bool)]
+        for number, (question, answer) in enumerate(rounds):
+            asked = self._question(question, system, number, len(rounds))
+            told = self._answer(answer)
+            learnt = number not in conversation.not_learnt
+            parts += (asked, told)
+            supervised += (np.zeros(len(asked), bool), np.full(len(told), learnt))
+        return Sample(np.concatenate(parts), np.concatenate(supervised))
+
+    def prompt(self, rounds: Sequence[Round], system: str, question: str) -> list[int]:
+        """The ids from which the answer to `question` follows, behind earlier rounds."""
+        count = len(rounds) + 1
+        ids = [self._tokenizer.bos_id]
+        for number, (asked, answer) in enumerate(rounds):
+            ids += self._question(asked, system, number, count).tolist()
+            ids += self._answer(answer).tolist()
+        return ids + self._question(question, system, count - 1, count).tolist()
+
+    def _question(self, text: str, system: str, number: int, count: int) -> np.ndarray:
+        """The ids of one of so many questions, one of which has the system message."""
+        if system and number == (0 if self._begin is None else count - 1):
+            text = f"{system}\n\n{text}"
+        if self._begin is None:
+            return self._tokenizer.encode_array(f"{BEGIN_INST} {text} {_END_INST}")
+        ids = self._tokenizer.encode_array(text)
+        return np.concatenate([[self._begin], ids, [self._end]]).astype(np.int32)
+
+    def _answer(self, text: str) -> np.ndarray:
+        """With the eos behind it; versions 2 and 3 write no spaces at an answer's end."""
+        ids = self._tokenizer.encode_array(text if self._begin is None else text.rstrip(" "))
+        return np.append(ids, np.int32(self._eos_id))
