@@ -9,6 +9,10 @@ class UserError(ValueError):
     """
 
 
+class BusyError(UserError):
+    """Another process is writing what was to be written."""
+
+
 class MissingDependencyError(UserError):
     """An optional package is not installed; the message names the pip command."""
 

@@ -11,11 +11,11 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mixtral_ms.errors import UserError
+from mixtral_ms.errors import BusyError, UserError
 from mixtral_ms.log import get_logger
 
 _HASH_CHUNK = 1 << 22
-_ASIDE = re.compile(r"\.(.+)\.(?:[0-9a-f]{8}\.tmp|converting)")
+_ASIDE = re.compile(r"\.(.+)\.(?:[0-9a-f]{8}\.tmp|converting|writing)")
 # The system names no file with these, and nothing but writing gives them.
 _WRITE_ERRORS = {errno.EDQUOT, errno.EFBIG, errno.ENOSPC}
 
@@ -64,6 +64,36 @@ def _is_or_holds(given: str, path: Path) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+    """Yield a hidden path beside a command's output; rename it to that when the block succeeds.
+
+    No other process writes the same output meanwhile, and what a killed one left is replaced.
+
+    Raises UserError for an output that is there, before the block or after it, unless `overwrite`,
+    and when another process is writing it.
+    """
+    target = Path(path)
+    aside = target.with_name(f".{target.name}.writing")
+    with sole_writer(target.with_name(f".{target.name}.lock"), f"{target}: wait for its writer"):
+        require_absent(target, overwrite)
+        aside.unlink(missing_ok=True)
+        try:
+            yield aside
+            fsync_path(aside)
+            require_absent(target, overwrite)
+            os.replace(aside, target)
+            fsync_path(target.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def require_absent(path: Path, overwrite: bool) -> None:
+    """Raise UserError for an output that is there, unless it may be replaced."""
+    if not overwrite and os.path.lexists(path):
+        raise UserError(f"{path} exists; give --overwrite to replace it, or another name")
+
+
 def asked_path(path: str | bytes) -> str:
     """The path that was asked for, of one at which its file or folder is written aside."""
     parts = Path(os.fsdecode(path)).parts
@@ -103,11 +133,11 @@ def sole_writer(lock: Path, refusal: str) -> Iterator[None]:
         refusal: which place it is and what to do, for the error.
 
     Raises:
-        UserError: another process writes there, or nothing can be written there.
+        BusyError: another process writes there.
+        UserError: nothing can be written there.
     """
     made = [folder for folder in (lock.parent, *lock.parent.parents) if not folder.exists()]
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(lock, refusal)
     except OSError as error:
         raise UserError(f"{lock.parent}: cannot be written to: {error.strerror}") from None
@@ -124,13 +154,17 @@ def sole_writer(lock: Path, refusal: str) -> Iterator[None]:
 def _locked(lock: Path, refusal: str) -> int:
     """The descriptor of a file that is there and locked."""
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # its holder has removed the folder
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
-            raise UserError(f"{refusal} ({holder or 'another process'} writes there)") from None
+            raise BusyError(f"{refusal} ({holder or 'another process'} writes there)") from None
         except OSError as error:
             text = "%s cannot be locked (%s): nothing keeps another process from writing there too"
             get_logger().warning(text, lock.parent, error.strerror)

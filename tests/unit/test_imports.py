@@ -82,7 +82,16 @@ SHELVES = {
     "data": (("loader",), ("conversations", "documents"), ("mindrecord", "readers", "tokenizer")),
     "integrations": (("mindformers",),),
 }
-FOUNDATION = {"errors", "log", "files", "printable", "progress", "file_kind", "json_reader"}
+FOUNDATION = {
+    "errors",
+    "log",
+    "files",
+    "file_sets",
+    "printable",
+    "progress",
+    "file_kind",
+    "json_reader",
+}
 LEVEL = {package: level for level, layer in enumerate(LAYERS) for package in layer}
 
 

@@ -12,7 +12,7 @@ from mixtral_ms.data.readers.json_rows import Row
 from mixtral_ms.data.readers.row_log import UnfitRowError
 from mixtral_ms.errors import UserError
 from mixtral_ms.file_kind import require_file
-from mixtral_ms.files import write_aside
+from mixtral_ms.files import new_file, require_absent
 from mixtral_ms.progress import progress_bar
 
 
@@ -51,10 +51,9 @@ def convert_alpaca(
     """
     source, target = Path(data_path), Path(output_path)
     require_file(source, "--data_path")
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; give --overwrite to replace it, or another path")
+    require_absent(target, overwrite)
     summary = AlpacaSummary()
-    with write_aside(target) as aside, open(aside, "w", encoding="utf-8") as file:
+    with new_file(target, overwrite=overwrite) as aside, open(aside, "w", encoding="utf-8") as file:
         with progress_bar(source.stat().st_size, "convert", "B", scale=True) as bar:
             _write_list(_conversations(read_rows(source, bar.update), summary), file)
         if summary.bad and not skip_bad_rows:

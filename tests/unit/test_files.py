@@ -1,0 +1,65 @@
+"""Outputs of commands: one writer, whole or as they were, errors that name them."""
+
+import os
+
+import pytest
+
+from mixtral_ms.errors import BusyError, UserError
+from mixtral_ms.files import new_file
+
+
+def test_a_new_file_is_there_when_the_block_ends(tmp_path):
+    path = tmp_path / "made" / "out.json"
+    with new_file(path, overwrite=False) as aside:
+        aside.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["out.json"]
+
+
+def test_what_was_there_stays_until_the_new_is_whole(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text("old")
+    with (
+        pytest.raises(UserError, match="exists; give --overwrite"),
+        new_file(path, overwrite=False),
+    ):
+        raise AssertionError("not refused")
+    with pytest.raises(RuntimeError), new_file(path, overwrite=True) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    with new_file(path, overwrite=True) as aside:
+        aside.write_text("new")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["out.json"]
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path):
+    path = tmp_path / "out.json"
+    with (
+        pytest.raises(UserError, match="exists; give --ov"),
+        new_file(path, overwrite=False) as aside,
+    ):
+        aside.write_text("mine")
+        path.write_text("theirs")
+    assert path.read_text() == "theirs"
+
+
+def test_two_writers_of_one_file(tmp_path):
+    path = tmp_path / "out.json"
+    with new_file(path, overwrite=True) as aside:
+        with pytest.raises(BusyError, match=rf"{path}: wait .*process {os.getpid()} on"):
+            new_file(path, overwrite=True).__enter__()
+        aside.write_text("first")
+    assert path.read_text() == "first"
+
+
+def test_what_a_killed_writer_left_is_replaced(tmp_path):
+    (tmp_path / ".out.json.writing").write_text("a long text that nobody finished")
+    (tmp_path / ".out.json.lock").write_text("process 1 on elsewhere")
+    written = new_file(tmp_path / "out.json", overwrite=False)
+    with written as aside, open(aside, "a", encoding="utf-8") as file:
+        file.write("short")
+    assert (tmp_path / "out.json").read_text() == "short"
+    assert os.listdir(tmp_path) == ["out.json"]
