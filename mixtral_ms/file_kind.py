@@ -139,6 +139,8 @@ def _unpack(name: str, command: str) -> FileKind:
 
 _UTF16 = "convert it: iconv -f {0} -t utf-8"
 _WEIGHTS = "weights are given by --load_checkpoint or --input_path"
+MINDRECORD = FileKind("a MindRecord", "it is read by training: --train_data")
+"""What a MindRecord's data file is to other readers."""
 _KINDS: tuple[tuple[Callable[[bytes], bool], FileKind], ...] = (
     (
         lambda start: not start,
@@ -201,7 +203,7 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], FileKind], ...] = (
     (_begins(b"%PDF-"), FileKind("a PDF", "extract its text first")),
     (
         _has_header(b'"shard_addresses"', b'"index_fields"', b'"blob_fields"'),
-        FileKind("a MindRecord", "it is read by training: --train_data"),
+        MINDRECORD,
     ),
     (
         _has_header(b'"data_offsets"', b'"__metadata__"'),

@@ -16,7 +16,7 @@ from mixtral_ms.data.conversations.sample_encoder import Sample
 from mixtral_ms.data.conversations.sample_packing import Record, lay_out
 from mixtral_ms.data.mindrecord.writer import RecordWriter
 from mixtral_ms.data.readers.find_files import find_inputs
-from mixtral_ms.data.readers.row_log import RowLog, list_named_rows, listing_of
+from mixtral_ms.data.readers.row_log import LISTING_SUFFIX, RowLog, list_named_rows
 from mixtral_ms.errors import UserError
 from mixtral_ms.progress import progress_bar
 
@@ -53,23 +53,28 @@ def preprocess_qa(options: QaOptions) -> QaSummary:
     Raises UserError for input, model or options that cannot be used; then nothing is written.
     """
     inputs = find_inputs(options.input_glob)
-    listing = listing_of(options.output_file, options.overwrite)
     if not options.file_partition >= 1:
         raise UserError(f"--file_partition {options.file_partition} must be at least 1")
     columns = ("input_ids", "labels", *["segment_ids"] * options.packing)
     writer = RecordWriter(
-        options.output_file, columns, partitions=options.file_partition, overwrite=options.overwrite
+        options.output_file,
+        columns,
+        partitions=options.file_partition,
+        overwrite=options.overwrite,
+        beside=(LISTING_SUFFIX,),
     )
     log = RowLog()
     data = Conversations(inputs, options, log)
     summary = QaSummary(log, input_files=len(inputs))
-    with list_named_rows(listing, log), writer:
-        with progress_bar(data.total_bytes, "preprocess", "B", scale=True) as bar:
-            _write(data, data.records(bar.update), writer, summary)
+    with writer:
+        listing = writer.beside(LISTING_SUFFIX)
+        bar = progress_bar(data.total_bytes, "preprocess", "B", scale=True)
+        with list_named_rows(listing, log), bar as shown:
+            _write(data, data.records(shown.update), writer, summary)
         if not writer.records:
             raise log.nothing_usable(repr(options.input_glob))
     summary.files, summary.records = writer.files, writer.records
-    summary.named_rows = listing if log.named else None
+    summary.named_rows = writer.path.with_name(listing.name) if log.named else None
     return summary
 
 

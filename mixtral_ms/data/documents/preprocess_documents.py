@@ -14,7 +14,7 @@ from mixtral_ms.data.documents.wikitext import read_wiki
 from mixtral_ms.data.mindrecord.writer import MAX_RECORD_LENGTH, RecordWriter
 from mixtral_ms.data.readers.find_files import find_inputs
 from mixtral_ms.data.readers.json_and_parquet import JSON_SUFFIXES, PARQUET_SUFFIXES
-from mixtral_ms.data.readers.row_log import RowLog, list_named_rows, listing_of
+from mixtral_ms.data.readers.row_log import LISTING_SUFFIX, RowLog, list_named_rows
 from mixtral_ms.data.readers.text_blocks import Advance, DocumentPart
 from mixtral_ms.data.tokenizer.tokenizer import Backend, Tokenizer
 from mixtral_ms.errors import UserError
@@ -101,21 +101,26 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
     tokenizer = Tokenizer(options.model_file, options.tokenizer_backend, bulk=total >= _BULK_BYTES)
     _check_special_ids(options, tokenizer)
     writer = RecordWriter(
-        options.output_file, partitions=options.file_partition, overwrite=options.overwrite
+        options.output_file,
+        partitions=options.file_partition,
+        overwrite=options.overwrite,
+        beside=(LISTING_SUFFIX,),
     )
     if options.dataset_type == "wiki" and options.clean_text:
         _say_what_cleaning_changes(inputs)
     packer = TokenPacker(options.seq_length + 1)
-    log, listing = RowLog(), listing_of(options.output_file, options.overwrite)
+    log = RowLog()
     summary = PreprocessSummary(log, input_files=len(inputs))
-    bar = progress_bar(total, "preprocess", "B", scale=True)
-    with list_named_rows(listing, log), writer, bar as shown:
-        parts = _all_parts(options, inputs, shown, tokenizer.splits_at_spaces, log)
-        with closing(parts):
-            _encode_and_write(options, tokenizer, packer, writer, parts, summary)
+    with writer:
+        listing = writer.beside(LISTING_SUFFIX)
+        bar = progress_bar(total, "preprocess", "B", scale=True)
+        with list_named_rows(listing, log), bar as shown:
+            parts = _all_parts(options, inputs, shown, tokenizer.splits_at_spaces, log)
+            with closing(parts):
+                _encode_and_write(options, tokenizer, packer, writer, parts, summary)
         if not writer.records:
             raise _too_little(options, inputs, packer.tokens)
-    summary.named_rows = listing if log.named else None
+    summary.named_rows = writer.path.with_name(listing.name) if log.named else None
     summary.files = writer.files
     summary.tokens = packer.tokens
     summary.records = writer.records

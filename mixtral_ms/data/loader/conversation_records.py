@@ -56,7 +56,7 @@ class ConversationRecords:
             packing=section.packing,
             pad_token_id=pad_token_id,
         )
-        self.where = section.dataset_dir
+        self._where = section.dataset_dir
         self.columns = ["input_ids", "labels", *["segment_ids"] * section.packing]
         log = RowLog()
         self._data = Conversations(find_conversations(section.dataset_dir), options, log)
@@ -81,9 +81,13 @@ class ConversationRecords:
             )
             yield [columns[name][0] for name in self.columns]
 
+    def name_of(self, record: int) -> str:
+        """What to call a record in messages."""
+        return f"record {record} of {self._where}"
+
     def _report(self, log: RowLog) -> None:
         if not self._records:
-            raise log.nothing_usable(self.where)
+            raise log.nothing_usable(self._where)
         for line in log.report().splitlines():
             get_logger().info("%s", line)
 

@@ -161,21 +161,44 @@ class RecordLoader:
         return Batch(inputs_BS, labels_BS, segments_BS)
 
     def _check_record(self, record: list[np.ndarray], number: int) -> None:
-        """Raise UserError, with the record's number, unless it fits the model."""
+        """Raise UserError, with the record's number and file, unless it fits the model."""
         wanted = self.seq_length + 1
         for name, ids in zip(self.data.columns, record, strict=True):
             if len(ids) != wanted:
                 raise UserError(
-                    f"record {number} of {self.data.where} has {len(ids)} {name}, but "
+                    f"{self.data.name_of(number)} has {len(ids)} {name}, but "
                     f"seq_length {self.seq_length} needs records of {wanted}: {_advice(len(ids))}"
                 )
-        low, high = int(record[0].min()), int(record[0].max())
-        if low < 0 or (self._vocab_size is not None and high >= self._vocab_size):
-            limit = "" if self._vocab_size is None else f" and below vocab_size {self._vocab_size}"
+        columns = dict(zip(self.data.columns, record, strict=True))
+        self._check_ids(columns["input_ids"], "id", number)
+        if "labels" in columns:
+            labels = columns["labels"]
+            self._check_ids(labels[labels != self._ignore], "label", number)
+        if "segment_ids" in columns and not _are_segments(columns["segment_ids"]):
             raise UserError(
-                f"record {number} of {self.data.where} has the id {low if low < 0 else high}, "
-                f"but ids must be 0 or more{limit}; was it made with another tokenizer?"
+                f"{self.data.name_of(number)} has segment_ids that are negative or that come "
+                "again after others: each packed sample has a number of its own, padding 0"
             )
+
+    def _check_ids(self, ids: np.ndarray, what: str, number: int) -> None:
+        """Raise UserError unless all are in the vocabulary."""
+        if not len(ids):
+            return
+        low, high = int(ids.min()), int(ids.max())
+        if low >= 0 and (self._vocab_size is None or high < self._vocab_size):
+            return
+        limit = "" if self._vocab_size is None else f" and below vocab_size {self._vocab_size}"
+        ignored = "" if what == "id" else f", or ignore_token_id {self._ignore}"
+        raise UserError(
+            f"{self.data.name_of(number)} has the {what} {low if low < 0 else high}, "
+            f"but {what}s must be 0 or more{limit}{ignored}; was it made with another tokenizer?"
+        )
+
+
+def _are_segments(ids: np.ndarray) -> bool:
+    """Whether each number stands in one run only, and none is negative."""
+    runs = ids[np.append(True, ids[1:] != ids[:-1])]
+    return int(runs.min()) >= 0 and len(np.unique(runs)) == len(runs)
 
 
 def _advice(length: int) -> str:

@@ -1,15 +1,18 @@
 """MindRecord files as a list of records that can be read by number."""
 
-import re
+import os
+from bisect import bisect_right
 from collections.abc import Generator, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import mindspore.dataset as ds
 import numpy as np
 
-from mixtral_ms.data.mindrecord.writer import count_records, index_of, parts_of, read_header
+from mixtral_ms.data.mindrecord.record_file import RecordFile
+from mixtral_ms.data.mindrecord.record_header import index_of, parts_of, read_header
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_sets import finish_interrupted_sets
 
 _COLUMNS = (["input_ids"], ["input_ids", "labels"])
 _SEGMENTS = "segment_ids"
@@ -20,11 +23,9 @@ class Records(Protocol):
 
     Attributes:
         columns: names of a record's columns, `input_ids` first.
-        where: what to call the data's folder in messages.
     """
 
     columns: list[str]
-    where: str
 
     @property
     def identity(self) -> object:
@@ -34,7 +35,10 @@ class Records(Protocol):
         """How many records there are."""
 
     def read(self, records: list[int]) -> Generator[list[np.ndarray], None, None]:
-        """The columns of some records, none of them twice, in the order asked for."""
+        """The columns of some records, in the order asked for."""
+
+    def name_of(self, record: int) -> str:
+        """What to call a record in messages: its number and its file."""
 
 
 class MindRecords:
@@ -53,39 +57,38 @@ class MindRecords:
     def __init__(
         self, dataset_dir: str | Path | Sequence[str | Path], input_columns: Sequence[str]
     ) -> None:
-        self.files = find_records(dataset_dir)
-        self.where = str(self.files[0].parent)
         self.columns = [name for name in input_columns if name != _SEGMENTS]
         if self.columns not in _COLUMNS:
             raise UserError(
                 f"input_columns {list(input_columns)} must be {' or '.join(map(str, _COLUMNS))}"
             )
-        if _SEGMENTS in input_columns or _SEGMENTS in _schema(self.files[0]):
+        self._files = [RecordFile(one) for one in find_records(dataset_dir)]
+        if _SEGMENTS in input_columns or _SEGMENTS in self._files[0].header.types:
             self.columns.append(_SEGMENTS)
-        _check_columns(self.files, self.columns)
-        self._count = sum(count_records(one) for one in self.files)
-        self.identity = [one.stat().st_size for one in self.files]
+        for one in self._files:
+            _check_columns(one, self.columns)
+        self._ends = list(accumulate(map(len, self._files)))
+        self.identity = [one.size for one in self._files]
 
     def __len__(self) -> int:
         """How many records there are."""
-        return self._count
+        return self._ends[-1]
 
     def read(self, records: list[int]) -> Generator[list[np.ndarray], None, None]:
-        """The columns of some records, none of them twice, in the order asked for."""
-        try:
-            data = ds.MindDataset(
-                [str(one) for one in self.files],
-                columns_list=self.columns,
-                sampler=ds.SubsetSampler(records),
-                num_parallel_workers=1,  # more are no faster here
-            )
-            iterator = data.create_tuple_iterator(num_epochs=1, output_numpy=True)
-            try:
-                yield from iterator
-            finally:
-                iterator.stop()  # ends its threads, also when a reader leaves in mid epoch
-        except RuntimeError as error:
-            raise UserError(f"{self.where}: {_mindspore_message(error)}") from error
+        """The columns of some records, in the order asked for."""
+        for record in records:
+            file, number = self._find(record)
+            yield file.read(number, self.columns)
+
+    def name_of(self, record: int) -> str:
+        """What to call a record in messages: its number in its file."""
+        file, number = self._find(record)
+        return f"record {number} of {file.path}"
+
+    def _find(self, record: int) -> tuple[RecordFile, int]:
+        """The file of a record, and its number there."""
+        which = bisect_right(self._ends, record)
+        return self._files[which], record - (self._ends[which] - len(self._files[which]))
 
 
 def find_records(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -93,6 +96,7 @@ def find_records(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
 
     Raises UserError when there is none, when one is damaged, or when a partition is missing.
     """
+    _finish_interrupted(dataset_dir)
     if not isinstance(dataset_dir, str | Path):
         files = [Path(one) for one in dataset_dir]
     elif not str(dataset_dir):
@@ -109,18 +113,33 @@ def find_records(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
         )
     for path in files:
         _check_complete(path, files)
-    return [path.resolve() for path in files]
+    # Not resolved: a link may have the name that the record holds, and its target another one.
+    return [Path(os.path.abspath(path)) for path in files]
+
+
+def _finish_interrupted(dataset_dir: str | Path | Sequence[str | Path]) -> None:
+    """Put in place what a killed writer had written whole."""
+    given = [dataset_dir] if isinstance(dataset_dir, str | Path) else dataset_dir
+    paths = [Path(one) for one in given if str(one)]
+    for folder in sorted({one if one.is_dir() else one.parent for one in paths}):
+        if folder.is_dir():
+            finish_interrupted_sets(folder)
 
 
 def _is_data_file(path: Path) -> bool:
-    """Whether a folder's entry is a data file: by its index, or by its usual name."""
-    if path.name.startswith(".") or path.suffix in (".db", ".jsonl") or not path.is_file():
+    """Whether a folder's entry is a data file: by its index, or by its usual name.
+
+    So is a link to nothing of that name: part of the data is missing then.
+    """
+    if path.name.startswith(".") or path.suffix in (".db", ".jsonl"):
         return False
-    return index_of(path).is_file() or ".mindrecord" in path.name
+    if path.is_file():
+        return index_of(path).is_file() or ".mindrecord" in path.name
+    return path.is_symlink() and not path.exists() and ".mindrecord" in path.name
 
 
 def _check_complete(path: Path, files: list[Path]) -> None:
-    names = read_header(path)["shard_addresses"]
+    names = read_header(path).shard_addresses
     given = {one.name for one in files if one.parent == path.parent}
     missing = sorted(set(names) - given)
     if path.name not in names:
@@ -135,26 +154,15 @@ def _check_complete(path: Path, files: list[Path]) -> None:
         )
 
 
-def _schema(path: Path) -> dict[str, Any]:
-    """Columns of one file, by name."""
-    return read_header(path)["schema"][0]["schema"]
-
-
-def _check_columns(files: list[Path], columns: list[str]) -> None:
-    for path in files:
-        schema = _schema(path)
-        for name in columns:
-            if name not in schema:
-                raise UserError(
-                    f"{path} has no column {name!r} (input_columns); it has {', '.join(schema)}"
-                )
-            if schema[name].get("type") != "int32":
-                raise UserError(
-                    f"{path}: column {name!r} is {schema[name].get('type')}, but must be int32"
-                )
-
-
-def _mindspore_message(error: RuntimeError) -> str:
-    """The one telling line of MindSpore's long messages."""
-    found = re.search(r"\[ERROR\] (.+)", str(error))
-    return f"cannot read the records: {found.group(1) if found else error}"
+def _check_columns(file: RecordFile, columns: list[str]) -> None:
+    types = file.header.types
+    for name in columns:
+        if name not in types:
+            raise UserError(
+                f"{file.path} has no column {name!r} (input_columns); it has {', '.join(types)}"
+            )
+        if types[name] != "int32" or name not in file.header.blob_fields:
+            kind = types[name] if name in file.header.blob_fields else f"a single {types[name]}"
+            raise UserError(
+                f"{file.path}: column {name!r} is {kind}, but must be an array of int32"
+            )

@@ -1,25 +1,28 @@
-"""Write MindRecord files that are whole or absent, and read what their header says.
+"""Write MindRecord files that are whole or absent.
 
 A MindRecord is a data file and an index (`.db`), or one such pair per partition. Both hold the
 files' own names, so they can be moved to another folder but never renamed: writing goes to a
 folder beside the target, under the final names, from where the files are moved.
+
+What belongs to the records, a listing of rows, say, is written with them: in that folder too.
 """
 
-import json
+import contextlib
+import errno
 import os
+import re
 import shutil
-import sqlite3
-import uuid
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from mixtral_ms.data.mindrecord.record_file import RecordFile
+from mixtral_ms.data.mindrecord.record_header import index_of, parts_of
 from mixtral_ms.errors import UserError
-from mixtral_ms.files import fsync_path
+from mixtral_ms.file_sets import new_file_set, put_set_in_place
 
 _FORBIDDEN = set("\\/:*?\"<>|`&';")
 _MAX_PARTITIONS = 1000
@@ -29,7 +32,6 @@ _SMALL_HEADER = 1 << 16
 _SMALL_PAGE = 1 << 18
 _DEFAULT_PAGE = 1 << 25
 _MAX_PAGE = 1 << 28
-_MAX_HEADER = 1 << 27
 _BATCH_RECORDS = 1000
 _BATCH_BYTES = 4 << 20
 
@@ -41,10 +43,19 @@ class RecordWriter:
     """Writes records of int32 columns of equal length as a MindRecord; a context manager.
 
     Nothing is at `path` before the block ends without an error; then all files are, and their
-    records have been counted. With several partitions the files are `path` followed by 0, 1, …, and
-    the records are dealt out to them a stretch at a time.
+    records have been counted. What was there is there until then, whatever ends the process.
+    With several partitions the files are `path` followed by 0, 1, …, and the records are dealt out
+    to them a stretch at a time.
 
-    Raises UserError for an existing output (unless `overwrite`) or a name MindRecord refuses.
+    Args:
+        path: the MindRecord to write.
+        columns: names of the columns.
+        partitions: into how many files.
+        overwrite: replace what is there.
+        beside: ends of the names of files that belong to the records, see `beside`.
+
+    Raises UserError for an existing output (unless `overwrite`), now or when all is written, for a
+    name MindRecord refuses, and when entered while another process writes the same output.
     """
 
     def __init__(
@@ -54,21 +65,27 @@ class RecordWriter:
         *,
         partitions: int = 1,
         overwrite: bool = False,
+        beside: tuple[str, ...] = (),
     ) -> None:
         self.path = Path(os.path.abspath(path))
         self.columns = columns
         self.partitions = partitions
         self.records = 0
         self.files: list[Path] = []
-        _check_target(self.path, partitions, overwrite)
-        self._aside = self.path.parent / f".{self.path.name}.{uuid.uuid4().hex[:8]}.tmp"
+        self._overwrite = overwrite
+        self._beside = beside
+        self._check_target()
+        self._stack = contextlib.ExitStack()
+        self._aside = self.path  # a folder of its own from __enter__ on
         self._writer: Any = None
         self._record_shape: tuple[int, ...] | None = None
         self._held: list[dict[str, np.ndarray]] = []
         self._held_bytes = 0
 
     def __enter__(self) -> "RecordWriter":
-        self._aside.mkdir(parents=True)
+        self._aside = self._stack.enter_context(new_file_set(self.path))
+        self._stack.callback(self._close)
+        self._check_target()
         return self
 
     def __exit__(
@@ -77,12 +94,18 @@ class RecordWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                self._commit()
-        finally:
-            self._writer = None
-            shutil.rmtree(self._aside, ignore_errors=True)
+        if error is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            self._commit()
+
+    def _close(self) -> None:
+        self._writer = None
+
+    def beside(self, end: str) -> Path:
+        """Where to write, inside the block, the file beside the records whose name ends so."""
+        return self._aside / (self.path.name + end)
 
     def batch_records(self, record_length: int) -> int:
         """Rows to hand to `write` at a time: enough for speed, few enough for memory."""
@@ -99,13 +122,14 @@ class RecordWriter:
         if not records:
             return
         self.records += records
-        if self._writer is not None:
-            self._write_now(columns)
-            return
-        self._held.append(columns)
-        self._held_bytes += sum(one.nbytes for one in columns.values())
-        if self._held_bytes > _SMALL_BYTES:
-            self._open(small=False)
+        with self._naming_errors():
+            if self._writer is not None:
+                self._write_now(columns)
+                return
+            self._held.append(columns)
+            self._held_bytes += sum(one.nbytes for one in columns.values())
+            if self._held_bytes > _SMALL_BYTES:
+                self._open(small=False)
 
     def _check_columns(self, columns: Mapping[str, np.ndarray]) -> None:
         if set(columns) != set(self.columns):
@@ -153,30 +177,73 @@ class RecordWriter:
     def _commit(self) -> None:
         if not self.records:
             raise UserError(f"no records to write to {self.path}")
-        if self._writer is None:
-            self._open(small=True)
-        self._writer.commit()
+        with self._naming_errors():
+            if self._writer is None:
+                self._open(small=True)
+            self._writer.commit()
         written = _target_files(self._aside / self.path.name, self.partitions)
-        counted = sum(count_records(one) for one in written)
+        counted = sum(len(RecordFile(one)) for one in written)
         if counted != self.records:
             raise RuntimeError(
                 f"MindRecord kept {counted} of {self.records} records; nothing was written to "
                 f"{self.path}"
             )
-        self.files = self._move(written)
+        self._check_target()  # once more: it is some time ago
+        # The indexes last: a data file without one is never read.
+        ends = [self.beside(end).name for end in self._beside if self.beside(end).exists()]
+        new = [*ends, *(one.name for one in written), *(index_of(one).name for one in written)]
+        put_set_in_place(self._aside, new, [one.name for one in self._existing_files()])
+        self.files = [self.path.parent / one.name for one in written]
 
-    def _move(self, written: list[Path]) -> list[Path]:
-        """Put the files in place, the indexes last: a data file without one is never read."""
-        for old in reversed(_existing_files(self.path, self.partitions)):
-            old.unlink()
-        for data in written:
-            fsync_path(data)
-            fsync_path(index_of(data))
-            os.replace(data, self.path.parent / data.name)
-        for data in written:
-            os.replace(index_of(data), self.path.parent / index_of(data).name)
-        fsync_path(self.path.parent)
-        return [self.path.parent / data.name for data in written]
+    @contextlib.contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        """Make MindSpore's errors of writing the system's, with the file and how much room is left.
+
+        Of a full disk it says only that there is none, or that it could not go on.
+        """
+        from mindspore.mindrecord.common.exceptions import (  # noqa: PLC0415 - slow to import
+            MindRecordException,
+        )
+
+        try:
+            yield
+        except (RuntimeError, MindRecordException) as error:
+            found = re.search(r"\[ERROR\] (.+)", str(error))
+            free = shutil.disk_usage(self._aside).free
+            what = f"{found.group(1) if found else error} ({free:,} bytes are free there)"
+            raise OSError(errno.EIO, what, str(self.path)) from error
+
+    def _existing_files(self) -> list[Path]:
+        """Files that writing would replace, or that were written under the same name before."""
+        targets = _target_files(self.path, self.partitions)
+        try:
+            before = parts_of(self.path)
+        except UserError:  # something else than a record set: only what is in the way counts
+            before = []
+        files = {one for data in (*targets, *before) for one in (data, index_of(data))}
+        files |= {self.path.with_name(self.path.name + end) for end in self._beside}
+        return sorted(one for one in files if os.path.lexists(one))
+
+    def _check_target(self) -> None:
+        """Raise UserError unless the output may be written."""
+        name = self.path.name
+        bad = sorted(set(name) & _FORBIDDEN)
+        if bad or name != name.strip():
+            raise UserError(
+                f"MindRecord cannot have a file named {name!r}: it may not begin or end with a "
+                f"space or contain any of {''.join(sorted(_FORBIDDEN))}"
+            )
+        if not 1 <= self.partitions <= _MAX_PARTITIONS:
+            raise UserError(f"{self.partitions} partitions: allowed are 1 to {_MAX_PARTITIONS}")
+        if self.path.is_dir():
+            raise UserError(
+                f"{self.path} is a folder; name a file, for example {self.path}/wiki.mindrecord"
+            )
+        existing = self._existing_files()
+        if existing and not self._overwrite:
+            raise UserError(
+                f"{existing[0]} exists; give --overwrite to replace it, or another --output_file"
+            )
 
 
 class _KnownHeader:
@@ -197,91 +264,9 @@ def _keep_schema(writer: Any) -> None:
         writer._header = _KnownHeader(header)  # noqa: SLF001 - there is no public way
 
 
-def index_of(path: Path) -> Path:
-    """The index that belongs to a data file."""
-    return path.with_name(path.name + ".db")
-
-
-def count_records(path: Path) -> int:
-    """Records that the index of one data file lists."""
-    with closing(sqlite3.connect(f"{index_of(path).as_uri()}?mode=ro", uri=True)) as index:
-        return index.execute("SELECT COUNT(*) FROM INDEXES").fetchone()[0]
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a MindRecord data file: `schema`, `shard_addresses` and more.
-
-    Raises UserError for a file that is no MindRecord or lacks its index.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if 0 < size < _MAX_HEADER else None
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from error
-    except ValueError:
-        header = None
-    if not isinstance(header, dict) or "shard_addresses" not in header:
-        raise UserError(f"{path} is not a MindRecord file, or is damaged; make it again")
-    if not index_of(path).is_file():
-        raise UserError(
-            f"{path} has no index {index_of(path).name} beside it: it was not written to the end, "
-            "or was copied without it; copy both or make it again"
-        )
-    return header
-
-
-def parts_of(path: Path) -> list[Path]:
-    """Data files of the MindRecord named `path`: itself, or its numbered partitions if it has any.
-
-    The header says which files are partitions of one record set; names alone do not, since `wiki`
-    and `wiki4096` may be two sets.
-    """
-    if path.is_file():
-        return [path]
-    for zeros in ("0", "00", "000"):
-        first = path.with_name(path.name + zeros)
-        if first.is_file():
-            names = read_header(first)["shard_addresses"]
-            if len(names) > 1:
-                return [path.with_name(name) for name in names]
-    return []
-
-
 def _target_files(path: Path, partitions: int) -> list[Path]:
     """The data files that FileWriter makes."""
     if partitions == 1:
         return [path]
     width = len(str(partitions - 1))
     return [path.with_name(f"{path.name}{part:0{width}}") for part in range(partitions)]
-
-
-def _existing_files(path: Path, partitions: int) -> list[Path]:
-    """Files that writing `path` would replace, or that were written under the same name before."""
-    targets = _target_files(path, partitions)
-    targets += [index_of(one) for one in targets]
-    existing = {one for one in targets if one.exists()}
-    try:
-        before = parts_of(path)
-    except UserError:  # something else than a record set: only what is in the way counts
-        before = []
-    existing |= {one for data in before for one in (data, index_of(data)) if one.exists()}
-    return sorted(existing)
-
-
-def _check_target(path: Path, partitions: int, overwrite: bool) -> None:
-    bad = sorted(set(path.name) & _FORBIDDEN)
-    if bad or path.name != path.name.strip():
-        raise UserError(
-            f"MindRecord cannot have a file named {path.name!r}: it may not begin or end with a "
-            f"space or contain any of {''.join(sorted(_FORBIDDEN))}"
-        )
-    if not 1 <= partitions <= _MAX_PARTITIONS:
-        raise UserError(f"{partitions} partitions: allowed are 1 to {_MAX_PARTITIONS}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file, for example {path}/wiki.mindrecord")
-    existing = _existing_files(path, partitions)
-    if existing and not overwrite:
-        raise UserError(
-            f"{existing[0]} exists; give --overwrite to replace it, or another --output_file"
-        )

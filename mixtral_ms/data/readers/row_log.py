@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import IO, Literal, get_args
 
 from mixtral_ms.errors import UserError
-from mixtral_ms.files import write_aside
 
 Fate = Literal["left out", "cut", "shortened"]
 
@@ -68,19 +67,10 @@ class RowLog:
         return UserError(f"none of the {self.read} rows of {where} can be used{reasons}")
 
 
-def listing_of(output_file: str, overwrite: bool) -> Path:
-    """Where named rows are listed. Raises UserError for one that is there already."""
-    path = Path(f"{output_file}{LISTING_SUFFIX}").absolute()
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists; give --overwrite to replace it, or another --output_file")
-    return path
-
-
 @contextlib.contextmanager
 def list_named_rows(path: Path, log: RowLog) -> Iterator[None]:
-    """Lets the log write to `path`; without named rows there is no such file in the end."""
-    with write_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
-        log.file = file
+    """Lets the log write to `path`, beside records; without named rows it is not there after."""
+    with open(path, "w", encoding="utf-8") as log.file:
         yield
     if not log.named:
         path.unlink()
