@@ -12,7 +12,7 @@ from mixtral_ms.data.readers.json_rows import Row
 from mixtral_ms.data.readers.row_log import UnfitRowError
 from mixtral_ms.errors import UserError
 from mixtral_ms.file_kind import require_file
-from mixtral_ms.files import new_file, require_absent
+from mixtral_ms.files import new_file, not_an_input, require_absent
 from mixtral_ms.progress import progress_bar
 
 
@@ -52,6 +52,7 @@ def convert_alpaca(
     source, target = Path(data_path), Path(output_path)
     require_file(source, "--data_path")
     require_absent(target, overwrite)
+    not_an_input(target, "--output_path", [("--data_path", str(source))])
     summary = AlpacaSummary()
     with new_file(target, overwrite=overwrite) as aside, open(aside, "w", encoding="utf-8") as file:
         with progress_bar(source.stat().st_size, "convert", "B", scale=True) as bar:
