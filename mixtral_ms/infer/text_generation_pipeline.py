@@ -1,7 +1,7 @@
 """One line from a model to text: `pipeline("text_generation", model=DIR)("hello", top_k=3)`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mixtral_ms.infer.engine.sampling_params import SamplingParams
 from mixtral_ms.infer.load_model import LoadedModel, load_model
 from mixtral_ms.infer.predict import predict
 from mixtral_ms.infer.runners.infer_weights import WeightDtype
+from mixtral_ms.log import get_logger
 
 TASK = "text_generation"
 _YAML = (".yaml", ".yml")
@@ -41,6 +42,8 @@ class TextGenerationPipeline:
         Raises:
             UserError: an option is unknown or out of range, or a prompt cannot be answered.
         """
+        if isinstance(inputs, (bytes, Mapping)) or not isinstance(inputs, Iterable):
+            raise UserError(f"inputs {inputs!r}: must be a text, or several")
         prompts = [inputs] if isinstance(inputs, str) else list(inputs)
         for one in prompts:
             if not isinstance(one, str):
@@ -60,6 +63,9 @@ class TextGenerationPipeline:
                 )
         if options.get("max_new_tokens") is not None:
             options = {"max_length": None, **options}
+        if (options.get("num_beams") or 1) > 1 and self.model.params.do_sample:
+            get_logger().info("num_beams: the configuration's do_sample True is left out")
+            options = {"do_sample": False, **options}
         return replace(self.model.params, **options)
 
 
@@ -71,6 +77,7 @@ def pipeline(
     vocab_file: str | os.PathLike[str] | None = None,
     weight_dtype: WeightDtype | None = None,
     batch_size: int | None = None,
+    seq_length: int | None = None,
 ) -> TextGenerationPipeline:
     """Load a model for text generation.
 
@@ -82,6 +89,8 @@ def pipeline(
         vocab_file: the tokenizer.model, where it does not lie beside the weights.
         weight_dtype: "float32", "float16" or "int8".
         batch_size: most prompts at a time.
+        seq_length: longest prompt and answer together; without it as the YAML says, and 4096 at
+            most where only weights are given.
 
     Raises:
         UserError: another task, no configuration found, or as `load_model`.
@@ -99,6 +108,8 @@ def pipeline(
     if vocab_file is not None:
         tokenizer = replace(config.processor.tokenizer, vocab_file=os.fspath(vocab_file))
         config.processor = replace(config.processor, tokenizer=tokenizer)
+    if seq_length is not None:
+        config.model = replace(config.model, model_config=_longer(config, seq_length))
     check_config(config, needs_paths=False)
     return TextGenerationPipeline(load_model(config))
 
@@ -112,7 +123,24 @@ def _config_of(path: Path) -> RunConfig:
             f"model: there is no configuration with {path} (config.json, params.json or our own "
             "record): give the run's YAML as model, and these weights as load_checkpoint"
         )
-    return _predicting(found.config, path)
+    network = found.config
+    if network.max_position_embedding > network.seq_length:
+        get_logger().info(
+            "prompt and answer may have %d tokens together, of the network's %d: seq_length says "
+            "otherwise",
+            network.seq_length,
+            network.max_position_embedding,
+        )
+    return _predicting(network, path)
+
+
+def _longer(config: RunConfig, seq_length: int) -> MixtralConfig:
+    """The network with another context, and a cache that holds at least one such sequence."""
+    network = config.model.model_config
+    if isinstance(seq_length, bool) or not isinstance(seq_length, int) or seq_length < 1:
+        raise UserError(f"seq_length {seq_length!r}: must be a whole number, at least 1")
+    blocks = max(network.num_blocks, -(-seq_length // network.block_size))
+    return replace(network, seq_length=seq_length, num_blocks=blocks)
 
 
 def _predicting(network: MixtralConfig, weights: Path) -> RunConfig:

@@ -20,7 +20,7 @@ from mixtral_ms.files import write_aside
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.comm.process_groups import gather_objects
 from mixtral_ms.train.evaluation import dropless
-from mixtral_ms.train.report.report import SAMPLES_FILE
+from mixtral_ms.train.report.report import SAMPLES_FILE, read_samples
 
 
 class Samples:
@@ -63,6 +63,7 @@ class Samples:
     def before(self) -> None:
         """Ask before the first step; a run that is taken up again has done so."""
         if gather_objects(self.mesh.world, self.path.is_file())[0]:
+            self._kept()
             return
         texts = [self._decode(ids) for ids in self.prompts]
         expected = [self._decode(ids[: self.most]) for ids in self.answers]
@@ -74,8 +75,21 @@ class Samples:
         """Ask again, with the weights as they are now."""
         answers = self._generate()
         if self.mesh.rank == 0:
-            kept = json.loads(self.path.read_text(encoding="utf-8"))
-            self._write([{**one, "after": text} for one, text in zip(kept, answers, strict=True)])
+            self._write(
+                [{**one, "after": text} for one, text in zip(self._kept(), answers, strict=True)]
+            )
+
+    def _kept(self) -> list[dict[str, str]]:
+        """What was answered before the first step; UserError where it is of other prompts."""
+        if self.mesh.rank:
+            return []
+        kept = read_samples(self.path.parent)
+        if [one.get("prompt") for one in kept] != [self._decode(ids) for ids in self.prompts]:
+            raise UserError(
+                f"{self.path}: holds answers to other prompts than this run's callback "
+                "SampleMonitor asks: move it away"
+            )
+        return kept
 
     def _generate(self) -> list[str]:
         """Greedy answers, every token by a pass over the whole sequence."""

@@ -147,3 +147,19 @@ def test_nothing_there(tmp_path, inspect):
     status, text = inspect(tmp_path / "nowhere")
     assert (status, text) == (2, f"error: {tmp_path / 'nowhere'} does not exist\n")
     assert inspect(tmp_path)[0] == 1
+
+
+def test_names_forge_no_line(tmp_path, inspect):
+    from safetensors.numpy import save_file  # noqa: PLC0415
+
+    forged = "a\nproblems: none\x1b[2J\r"
+    folder = tmp_path / "b\nproblems: none"
+    folder.mkdir()
+    save_file({forged: np.zeros(2, np.float32)}, folder / "w.safetensors")
+    _, text = inspect(folder / "w.safetensors")
+    assert "a\\nproblems: none\\x1b[2J\\r  float32" in text
+    assert "\x1b" not in text
+    (folder / "w.safetensors").write_bytes(b"no weights")
+    status, text = inspect(folder / "w.safetensors")
+    assert status != 0
+    assert "problems: none" not in text.splitlines()

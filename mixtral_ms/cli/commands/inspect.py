@@ -11,6 +11,7 @@ from typing import Any
 from mixtral_ms.checkpoint.formats.tensor_source import TensorInfo, TensorSource
 from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, EXIT_FAILURE, EXIT_OK, run_command
 from mixtral_ms.cli.support.inspection import Inspection, inspect_checkpoint, tensor_sha256
+from mixtral_ms.printable import printable, printable_block
 from mixtral_ms.progress import progress_bar
 
 _DESCRIPTION = """\
@@ -102,7 +103,7 @@ def _as_json(found: Inspection, hashes: dict[str, str]) -> dict[str, Any]:
 
 def _report(found: Inspection, hashes: dict[str, str], *, every_layer: bool) -> str:
     facts = {
-        "checkpoint": str(found.path),
+        "checkpoint": printable(found.path),
         "format": f"{found.file_format or 'unknown'}, names: {found.names or 'unknown'}",
         "ranks": f"{found.ranks}" + (f", {found.layout}" if found.layout else ""),
         "tensors": f"{len(found.tensors)}, {found.size:,} bytes",
@@ -113,7 +114,8 @@ def _report(found: Inspection, hashes: dict[str, str], *, every_layer: bool) -> 
     lines = [f"{key + ':':12}{value}" for key, value in facts.items()]
     lines += ["", *_table(found, hashes, every_layer=every_layer)] if found.tensors else []
     if found.problems:
-        lines += ["", f"problems: {len(found.problems)}", *(f"  {one}" for one in found.problems)]
+        problems = (f"  {printable_block(one)}" for one in found.problems)
+        lines += ["", f"problems: {len(found.problems)}", *problems]
     else:
         lines += ["", "problems: none"]
     return "\n".join(lines)
@@ -128,7 +130,7 @@ def _table(found: Inspection, hashes: dict[str, str], *, every_layer: bool) -> l
     rows = []
     for (_, info, local), names in groups.items():
         shape = f"{list(info.shape)}" + (f" in parts of {list(local)}" if local else "")
-        rows.append((_folded(names), info.dtype, shape, hashes.get(names[0], "")))
+        rows.append((printable(_folded(names)), info.dtype, shape, hashes.get(names[0], "")))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return [
         "  ".join(

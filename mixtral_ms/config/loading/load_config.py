@@ -12,6 +12,8 @@ from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 
+_MOST_ERRORS = 50
+
 
 def load_config(path: str | Path, overrides: Sequence[str | Override] = ()) -> RunConfig:
     """Read a run's YAML, MindFormers' or ours, into typed sections.
@@ -96,4 +98,7 @@ def _joined(errors: list[str], path: str) -> str:
     errors = list(dict.fromkeys(errors))
     if len(errors) == 1:
         return errors[0]
-    return f"{len(errors)} mistakes in {path}:\n" + "\n".join(f"  {error}" for error in errors)
+    lines = [f"  {error}" for error in errors[:_MOST_ERRORS]]
+    if len(errors) > _MOST_ERRORS:
+        lines.append(f"  … and {len(errors) - _MOST_ERRORS} more")
+    return "\n".join([f"{len(errors)} mistakes in {path}:", *lines])

@@ -13,6 +13,7 @@ from mixtral_ms.config.loading.yaml_tree import Value
 from mixtral_ms.config.sections.fields import DERIVED, INERT, ONE_OF, UNSUPPORTED, VARIANTS
 from mixtral_ms.errors import UserError
 
+_MOST_SHOWN = 200
 _NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -242,7 +243,10 @@ def _shown(data: Any) -> str:
         return f"a mapping with {_listed(data)}"
     if isinstance(data, list):
         return f"a list of {len(data)}"
-    return f"the text {data!r}" if isinstance(data, str) else repr(data)
+    shown = repr(data)
+    if len(shown) > _MOST_SHOWN:
+        shown = f"{shown[:_MOST_SHOWN]}… ({len(shown)} characters)"
+    return f"the text {shown}" if isinstance(data, str) else shown
 
 
 def _quote_advice(kind: type, data: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import not_utf8
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -19,6 +20,7 @@ _PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F][0-9a-fA-F_]*)")
 _KINDS = ("null", "bool", "int", "float", "str", "timestamp", "value", "merge", "seq", "map")
 _TAGS = {_TAG + kind for kind in _KINDS}
 _MAX_DIGITS = 100  # Python refuses to read a whole number of thousands of digits
+_MAX_BYTES = 1 << 18  # a run's YAML has some thousands; PyYAML reads 50 kB a second
 _MAX_VALUES = 100_000  # aliases of aliases can describe more values than fit in memory
 
 
@@ -44,13 +46,20 @@ def read_tree(path: str | Path) -> Value:
             names the file and, where there is one, the line.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:  # it may be a pipe
+            data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: give --config an existing YAML file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder: give --config a YAML file in it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > _MAX_BYTES:
+        raise UserError(f"{path}: more than {_MAX_BYTES} bytes: that is no run's YAML")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error.start, error) from None
     value = parse_tree(text, str(path))
     if not isinstance(value.data, dict):
         found = "nothing" if value.data is None else f"a {type(value.data).__name__}"

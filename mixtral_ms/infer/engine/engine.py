@@ -27,6 +27,7 @@ from mixtral_ms.infer.engine.step_batch import step_input, wants_logits
 from mixtral_ms.infer.runners.base import Runner
 from mixtral_ms.infer.text.detokenizer import TextStream, TokenizerLike
 
+_CONTEXT = "the context (seq_length)"
 Prompt = str | Sequence[int]
 """Text, before which bos is put, or ids, which are taken as they are."""
 
@@ -259,6 +260,13 @@ class Engine:
     def _text(self, ids: list[int]) -> str:
         return self._tokenizer.decode([i for i in ids if i < self._tokenizer.vocab_size])
 
+    def _longer_context(self, name: str, context: int) -> str:
+        """What to do beside shortening a prompt."""
+        most = self._config.max_position_embedding
+        if name != _CONTEXT:
+            return ", or raise it"
+        return f", or raise seq_length (the network takes {most})" if most > context else ""
+
     def _end_ids(self, params: SamplingParams) -> frozenset[int]:
         eos = () if params.ignore_eos else self._config.eos_token_ids
         return frozenset((*eos, *params.stop_token_ids))
@@ -267,14 +275,14 @@ class Engine:
         """Longest prompt and answer together, and the blocks to reserve for a beam search."""
         block_size, available = self._runner.block_size, self._runner.num_blocks
         context = self._config.seq_length
-        name = "the context (seq_length)"
+        name = _CONTEXT
         if params.max_length is not None and params.max_length < context:
             context, name = params.max_length, "max_decode_length"
         scoring = params.max_new_tokens == 0
         if prompt + (not scoring) > context:
             raise UserError(
                 f"the prompt has {prompt} tokens and {name} is {context}, prompt and answer "
-                "together: shorten the prompt"
+                f"together: shorten the prompt{self._longer_context(name, context)}"
             )
         limit = context
         if params.max_new_tokens is not None:

@@ -7,6 +7,7 @@ from mixtral_ms.data.conversations.conversation_encoder import ConversationEncod
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
 from mixtral_ms.infer.text.instruct_template import encode_chat
+from mixtral_ms.json_reader import read_json_object
 
 Message = dict[str, str]
 
@@ -60,8 +61,8 @@ class ChatHistory:
             raise UserError(f"{path} already exists: choose another name")
         try:
             with write_aside(path) as aside:
-                text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1)
-                aside.write_text(text + "\n", encoding="utf-8")
+                text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n"
+                aside.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
@@ -71,12 +72,10 @@ class ChatHistory:
         Raises:
             UserError: the file cannot be read, or holds no conversation.
         """
-        try:
-            messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path} is no saved conversation: JSON with "messages"') from None
+        data = read_json_object(path)
+        if "messages" not in data:
+            raise UserError(f'{path} is no saved conversation: JSON with "messages"')
+        messages = data["messages"]
         self.system, self.turns = _taken_apart(messages, path)
 
 

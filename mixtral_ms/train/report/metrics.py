@@ -16,6 +16,7 @@ from typing import Any
 
 from mixtral_ms.errors import MissingDependencyError
 from mixtral_ms.files import write_aside
+from mixtral_ms.json_reader import decode_json, require_shape
 
 TIMING_FIELDS = frozenset(
     {
@@ -122,10 +123,11 @@ def _repair(path: Path, resume_step: int | None) -> None:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """One line's record; None when the line is torn."""
     try:
-        record = json.loads(line)
+        record = decode_json(line.decode(), row=True)
+        require_shape(record, {"step": int, "kind": str}, "a record", ValueError)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """report.html: a run at a glance, from its metrics.jsonl and configuration."""
 
 import base64
-import json
 import math
 import statistics
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
+from mixtral_ms.json_reader import read_json, require_shape
 from mixtral_ms.train.report.charts import MetricRecords, draw_charts, layer_series, series
 from mixtral_ms.train.report.flops import Mfu
 from mixtral_ms.train.report.metrics import METRICS_FILE, read_metrics
@@ -66,9 +66,16 @@ def write_report(
 
 
 def read_samples(folder: Path) -> list[dict[str, str]]:
-    """What a run was asked and answered; nothing for a run that was not asked."""
+    """What a run was asked and answered; nothing for a run that was not asked.
+
+    Raises UserError for a file that holds something else.
+    """
     path = folder / SAMPLES_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if not path.is_file():
+        return []
+    samples: list[dict[str, str]] = read_json(path)
+    require_shape(samples, [{str: str}], str(path))
+    return samples
 
 
 def summary_rows(train: MetricRecords, evaluations: MetricRecords) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Reading a run's YAML: positions, types, anchors, overrides, MindFormers' keys."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,29 @@ def test_missing_file_folder_and_binary(tmp_path):
     refused(tmp_path, "is a folder")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     refused(tmp_path / "b.yaml", "UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("".join(f"key{number}: 1\n" for number in range(60_000)), "more than 262144 bytes"),
+        (f"seed: {'x' * 10**6}\n", "more than 262144 bytes"),
+        ("".join(f"key{number}: 1\n" for number in range(600)), "… and 550 more"),
+        (f"seed: {'x' * 10**5}\n", "… (100002 characters) given"),
+        (f"run_mode: {'x' * 10**5}\n", "… (100002 characters) given"),
+    ],
+    ids=range(5),
+)
+def test_a_flood_is_refused_in_few_words(write, text, part):
+    assert len(refused(write(text), "run.yaml", part)) < 30_000
+
+
+def test_a_pipe_is_read():
+    reading, writing = os.pipe()
+    os.write(writing, b"seed: 5\n")
+    os.close(writing)
+    assert load_config(f"/dev/fd/{reading}").seed == 5
+    os.close(reading)
 
 
 def test_exploding_aliases_are_refused(write):

@@ -84,6 +84,10 @@ def test_weights_apart_from_their_configuration(model, tmp_path, expected):
         ("x", {"top_p": 0}, "top_p 0"),
         (["x", "word " * 80], {}, "prompt 2 of 2: the prompt has"),
         ([3], {}, "prompt 3: must be a text"),
+        (b"abc", {}, "inputs b'abc': must be a text"),
+        (None, {}, "inputs None: must be a text"),
+        ({"prompt": "x"}, {}, "inputs {'prompt': 'x'}: must be a text"),
+        ("x", {"num_beams": 2, "do_sample": True}, "num_beams 2 does not go with do_sample True"),
     ],
 )
 def test_wrong_calls_are_named(model, prompts, options, part):
@@ -91,6 +95,33 @@ def test_wrong_calls_are_named(model, prompts, options, part):
     with pytest.raises(UserError) as caught:
         generate(prompts, **options)
     assert part in str(caught.value)
+
+
+def test_beams_do_not_meet_a_default_that_nobody_gave(model, capsys):
+    settings = ["model.model_config.do_sample=True"]
+    generate = mixtral_ms.pipeline("text_generation", model=load_config(model, settings))
+    beams = {"num_beams": 2, "max_new_tokens": 3}
+    assert generate("hello", **beams) == generate("hello", do_sample=False, **beams)
+    assert "num_beams: the configuration's do_sample True is left out" in capsys.readouterr().err
+
+
+def test_a_longer_context_than_is_usual(folder, tmp_path, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "max_position_embeddings": 32768, "sliding_window": None})
+    )
+    prompt = "word " * 5000
+    usual = mixtral_ms.pipeline("text_generation", tmp_path)
+    assert "may have 4096 tokens together, of the network's 32768" in capsys.readouterr().err
+    with pytest.raises(UserError, match="raise seq_length .the network takes 32768."):
+        usual(prompt, max_new_tokens=1)
+    longer = mixtral_ms.pipeline("text_generation", tmp_path, seq_length=9001)
+    assert longer.model.network.num_blocks * longer.model.network.block_size >= 9001
+    (answer,) = longer(prompt, max_new_tokens=1, do_sample=False)
+    assert answer["text_generation_text"][0].startswith(prompt)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +132,8 @@ def test_wrong_calls_are_named(model, prompts, options, part):
         ("text_generation", "predict.yaml", {"weight_dtype": "int4"}, "weight_dtype 'int4'"),
         ("text_generation", "predict.yaml", {"batch_size": 0}, "predict_batch_size is 0"),
         ("text_generation", "predict.yaml", {"vocab_file": "none"}, "tokenizer model 'none'"),
+        ("text_generation", "predict.yaml", {"seq_length": 0}, "seq_length 0: must be a whole"),
+        ("text_generation", "predict.yaml", {"seq_length": "9"}, "seq_length '9': must be"),
     ],
 )
 def test_wrong_models_are_named(model, task, name, options, part):

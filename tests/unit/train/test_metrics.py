@@ -50,6 +50,21 @@ def test_resume_removes_later_steps_and_keeps_earlier_lines_byte_for_byte(tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"1", b"[1]", b"{}", b'{"step": 9}', b'{"kind": "train"}', b'{"kind": 1, "step": 9}',
+     b'{"kind": "train", "step": true}', b"[" * 99_999, b'{"step": ' + b"9" * 5000, b"\xff"],
+    ids=range(11),
+)  # fmt: skip
+def test_a_line_that_is_no_record_is_left_out(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1])
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    assert steps_of(path) == [1]
+    write(path, [2], resume_step=1)
+    assert steps_of(path) == [1, 2]
+
+
 @pytest.mark.parametrize("resume_step", [None, 3])
 def test_every_tear_of_the_last_line_is_repaired(tmp_path, resume_step):
     path = tmp_path / "metrics.jsonl"

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.train.report import charts
 from mixtral_ms.train.report.charts import CHARTS
 from mixtral_ms.train.report.metrics import MetricsWriter
-from mixtral_ms.train.report.report import summary_rows, write_report
+from mixtral_ms.train.report.report import read_samples, summary_rows, write_report
 
 CONFIG = "seed: 1\nname: <b>&tiny\n"
 
@@ -146,3 +147,37 @@ def test_skipped_steps_are_counted():
 def test_matplotlib_is_imported_only_when_a_report_is_written():
     code = "import sys, mixtral_ms.train.report.report; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("{}", "an object, but must be a list"),
+        ("[1]", r"\[0\]: a whole number, but must be an object"),
+        ('[{"prompt": 1}]', "'prompt': a whole number, but must be a text"),
+        ('[{"prompt": "a"}, {"prompt": null}]', r"\[1\]: 'prompt': null"),
+        ("[" * 9999, "nested"),
+        ("no JSON", "not JSON"),
+        ("", "empty"),
+    ],
+)
+def test_samples_of_another_shape_are_named(tmp_path, content, part):
+    (tmp_path / "samples.json").write_text(content)
+    with pytest.raises(UserError, match=f"samples.json.*{part}"):
+        read_samples(tmp_path)
+
+
+def test_samples_of_other_prompts_are_no_beginning(tmp_path):
+    from mixtral_ms.train.sample_answers import Samples  # noqa: PLC0415 - MindSpore
+
+    run = SimpleNamespace(
+        mesh=SimpleNamespace(rank=0),
+        path=tmp_path / "samples.json",
+        prompts=["a", "b"],
+        _decode=lambda ids: ids,
+    )
+    (tmp_path / "samples.json").write_text('[{"prompt": "a"}, {"prompt": "b"}]')
+    assert len(Samples._kept(run)) == 2
+    (tmp_path / "samples.json").write_text('[{"prompt": "a"}]')
+    with pytest.raises(UserError, match="samples.json: holds answers to other prompts"):
+        Samples._kept(run)
