@@ -140,14 +140,15 @@ def sole_writer(lock: Path, refusal: str) -> Iterator[None]:
     try:
         descriptor = _locked(lock, refusal)
     except OSError as error:
-        raise UserError(f"{lock.parent}: cannot be written to: {error.strerror}") from None
+        place = asked_path(str(lock.parent))
+        raise UserError(f"{place}: cannot be written to: {error.strerror}") from None
     try:
         yield
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
-        with contextlib.suppress(OSError):
-            for folder in made:
+        for folder in made:
+            with contextlib.suppress(OSError):
                 folder.rmdir()
 
 

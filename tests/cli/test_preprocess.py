@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import sentencepiece
 from mindspore.dataset import MindDataset
 
 from mixtral_ms.cli.commands.preprocess import main
-from mixtral_ms.cli.support.exit_status import run_command
+from mixtral_ms.cli.support.exit_status import SignalInterrupt, run_command
 from mixtral_ms.data.documents import wikitext as wiki_module
+from mixtral_ms.data.mindrecord.writer import RecordWriter
 from mixtral_ms.data.readers import text_blocks as text_module
 from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 from mixtral_ms.errors import UserError
@@ -217,6 +219,14 @@ def test_empty_input_is_named(tmp_path, capsys):
     assert "no text found in 1 file" in capsys.readouterr().err
 
 
+def interrupted_import():
+    """What Ctrl-C becomes while a native module is imported."""
+    try:
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+    except ImportError as error:
+        return error
+
+
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
@@ -227,6 +237,9 @@ def test_empty_input_is_named(tmp_path, capsys):
             1,
             "failed: RuntimeError: [ERROR] disk full (add --debug for the traceback)",
         ),
+        (SignalInterrupt(signal.SIGTERM), 143, "interrupted by SIGTERM"),
+        (SignalInterrupt(signal.SIGHUP), 129, "interrupted by SIGHUP"),
+        (interrupted_import(), 130, "interrupted"),
         (OSError(), 1, "failed: OSError: no message (add --debug for the traceback)"),
     ],
 )
@@ -238,6 +251,65 @@ def test_exit_status_and_message_of_errors(capsys, error, status, message):
     assert capsys.readouterr().err == f"{message}\n"
     assert run_command(fail, ["--debug"]) == status
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.fixture
+def killed(wiki, monkeypatch):
+    """Makes the command get a signal when it has written its records."""
+    real = RecordWriter.write
+    folder = output(wiki).parent
+
+    def by(number):
+        def write(self, **columns):
+            real(self, **columns)
+            assert os.listdir(folder) == [".wiki.mindrecord.writing"]
+            os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(RecordWriter, "write", write)
+        return run(wiki)
+
+    return by
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_it_and_leaves_nothing(wiki, killed, capsys, number):
+    assert killed(number) == 128 + number
+    assert "interrupted" in capsys.readouterr().err
+    assert not output(wiki).parent.exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_nohup_has_set_stays(wiki, killed):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert killed(signal.SIGHUP) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert output(wiki).exists()
+
+
+def test_a_second_one_at_the_same_time_is_refused(wiki, capsys):
+    with RecordWriter(output(wiki)) as first:
+        assert run(wiki) == run(wiki, "--overwrite") == 2
+        wanted = rf"error: {output(wiki)}: wait for its writer, or .* \(process {os.getpid()} on"
+        assert re.search(wanted, capsys.readouterr().err)
+        first.write(input_ids=np.ones((3, 17), np.int32))
+    assert_holds(output(wiki), [1] * 51, 16)
+
+
+def test_an_input_is_not_replaced(wiki, capsys):
+    text = (wiki / "a.tokens").read_bytes()
+    for more, flag in (
+        (("--output_file", str(wiki / "a.tokens")), "--input_glob"),
+        (
+            ("--output_file", str(wiki / "a.tokens"), "--input_glob", str(wiki / "a*")),
+            "--input_glob",
+        ),
+        (("--output_file", MODEL), "--model_file"),
+    ):
+        assert run(wiki, *more, "--overwrite") == 2
+        assert f"is read too ({flag} " in capsys.readouterr().err
+    assert (wiki / "a.tokens").read_bytes() == text
 
 
 def test_exit_status_of_success():

@@ -178,6 +178,13 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["v", "v.db"]
 
 
+def test_a_folder_that_cannot_be_is_named_and_not_the_hidden_one(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "v"
+    with pytest.raises(UserError, match=rf"^{path}: cannot be written to: Not a directory$"):
+        make(path, np.ones((3, SEQ + 1), np.int32))
+
+
 def test_a_reader_without_permission_says_who_can_finish(sets, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(sets / f"{OLD} in 1", tmp_path / "of another"))
 

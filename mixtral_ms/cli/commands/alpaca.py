@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, run_command
+from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, interrupted_by_signals, run_command
 from mixtral_ms.data.conversations.alpaca_converter import convert_alpaca
 
 _DESCRIPTION = """\
@@ -18,6 +18,7 @@ example:
 """
 
 
+@interrupted_by_signals()
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit status. Raises UserError for bad input."""
     arguments = _parser().parse_args(argv)

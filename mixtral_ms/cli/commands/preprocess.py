@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, get_args
 
-from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, run_command
+from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, interrupted_by_signals, run_command
 from mixtral_ms.cli.support.flags import true_or_false
 from mixtral_ms.cli.support.preprocess_qa import ONLY_QA, add_qa_flags, run_qa
 from mixtral_ms.data.documents.preprocess_documents import (
@@ -48,6 +48,7 @@ dataset types:
 _ONLY_DOCUMENTS = ("repeat", "samples_num", "text_column", "add_bos", "add_eos", "clean_text")
 
 
+@interrupted_by_signals()
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit status. Raises UserError for bad input."""
     parser = _parser()

@@ -63,6 +63,7 @@ def preprocess_qa(options: QaOptions) -> QaSummary:
         overwrite=options.overwrite,
         beside=(LISTING_SUFFIX,),
     )
+    writer.keep_inputs(options.model_file, inputs)
     log = RowLog()
     data = Conversations(inputs, options, log)
     summary = QaSummary(log, input_files=len(inputs))

@@ -106,6 +106,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
         overwrite=options.overwrite,
         beside=(LISTING_SUFFIX,),
     )
+    writer.keep_inputs(options.model_file, inputs)
     if options.dataset_type == "wiki" and options.clean_text:
         _say_what_cleaning_changes(inputs)
     packer = TokenPacker(options.seq_length + 1)

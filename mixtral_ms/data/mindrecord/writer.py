@@ -12,7 +12,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,7 @@ from mixtral_ms.data.mindrecord.record_file import RecordFile
 from mixtral_ms.data.mindrecord.record_header import index_of, parts_of
 from mixtral_ms.errors import UserError
 from mixtral_ms.file_sets import new_file_set, put_set_in_place
+from mixtral_ms.files import not_an_input
 
 _FORBIDDEN = set("\\/:*?\"<>|`&';")
 _MAX_PARTITIONS = 1000
@@ -54,6 +55,11 @@ class RecordWriter:
         overwrite: replace what is there.
         beside: ends of the names of files that belong to the records, see `beside`.
 
+    Attributes:
+        records: how many have been written.
+        files: the data files, when the block has ended.
+        replaced: what was there and will be replaced.
+
     Raises UserError for an existing output (unless `overwrite`), now or when all is written, for a
     name MindRecord refuses, and when entered while another process writes the same output.
     """
@@ -74,7 +80,7 @@ class RecordWriter:
         self.files: list[Path] = []
         self._overwrite = overwrite
         self._beside = beside
-        self._check_target()
+        self.replaced = self._check_target()
         self._stack = contextlib.ExitStack()
         self._aside = self.path  # a folder of its own from __enter__ on
         self._writer: Any = None
@@ -102,6 +108,12 @@ class RecordWriter:
 
     def _close(self) -> None:
         self._writer = None
+
+    def keep_inputs(self, model_file: str, inputs: Sequence[Path]) -> None:
+        """Raise UserError when what the records are made from would be replaced by them."""
+        given = [("--model_file", model_file), *(("--input_glob", str(one)) for one in inputs)]
+        for path in self.replaced:
+            not_an_input(path, "--output_file", given)
 
     def beside(self, end: str) -> Path:
         """Where to write, inside the block, the file beside the records whose name ends so."""
@@ -188,11 +200,11 @@ class RecordWriter:
                 f"MindRecord kept {counted} of {self.records} records; nothing was written to "
                 f"{self.path}"
             )
-        self._check_target()  # once more: it is some time ago
+        replaced = self._check_target()  # once more: it is some time ago
         # The indexes last: a data file without one is never read.
         ends = [self.beside(end).name for end in self._beside if self.beside(end).exists()]
         new = [*ends, *(one.name for one in written), *(index_of(one).name for one in written)]
-        put_set_in_place(self._aside, new, [one.name for one in self._existing_files()])
+        put_set_in_place(self._aside, new, [one.name for one in replaced])
         self.files = [self.path.parent / one.name for one in written]
 
     @contextlib.contextmanager
@@ -224,8 +236,8 @@ class RecordWriter:
         files |= {self.path.with_name(self.path.name + end) for end in self._beside}
         return sorted(one for one in files if os.path.lexists(one))
 
-    def _check_target(self) -> None:
-        """Raise UserError unless the output may be written."""
+    def _check_target(self) -> list[Path]:
+        """Files that will be replaced. Raises UserError unless the output may be written."""
         name = self.path.name
         bad = sorted(set(name) & _FORBIDDEN)
         if bad or name != name.strip():
@@ -244,6 +256,7 @@ class RecordWriter:
             raise UserError(
                 f"{existing[0]} exists; give --overwrite to replace it, or another --output_file"
             )
+        return existing
 
 
 class _KnownHeader:
