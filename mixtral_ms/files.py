@@ -15,6 +15,7 @@ from mixtral_ms.errors import BusyError, UserError
 from mixtral_ms.log import get_logger
 
 _HASH_CHUNK = 1 << 22
+_MOST_ATTEMPTS = 100
 _ASIDE = re.compile(r"\.(.+)\.(?:[0-9a-f]{8}\.tmp|converting|writing)")
 # The system names no file with these, and nothing but writing gives them.
 _WRITE_ERRORS = {errno.EDQUOT, errno.EFBIG, errno.ENOSPC}
@@ -31,16 +32,24 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield aside
-        fsync_path(aside)
+        with _naming(target):
+            yield aside
+            fsync_path(aside)
         os.replace(aside, target)
         fsync_path(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Let a full disk's error name the file that was being written: the system does not."""
+    try:
+        yield
     except OSError as error:
         if error.filename is None and error.errno in _WRITE_ERRORS:
             raise OSError(error.errno, error.strerror, str(target)) from error
         raise
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def not_an_input(output: Path, flag: str, inputs: Iterable[tuple[str, str]]) -> None:
@@ -71,7 +80,7 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]
     No other process writes the same output meanwhile, and what a killed one left is replaced.
 
     Raises UserError for an output that is there, before the block or after it, unless `overwrite`,
-    and when another process is writing it.
+    and when another process is writing it; for a full disk an OSError that names `path`.
     """
     target = Path(path)
     aside = target.with_name(f".{target.name}.writing")
@@ -79,8 +88,9 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]
         require_absent(target, overwrite)
         aside.unlink(missing_ok=True)
         try:
-            yield aside
-            fsync_path(aside)
+            with _naming(target):
+                yield aside
+                fsync_path(aside)
             require_absent(target, overwrite)
             os.replace(aside, target)
             fsync_path(target.parent)
@@ -154,12 +164,16 @@ def sole_writer(lock: Path, refusal: str) -> Iterator[None]:
 
 def _locked(lock: Path, refusal: str) -> int:
     """The descriptor of a file that is there and locked."""
+    attempts = 0
     while True:
+        attempts += 1
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # its holder has removed the folder
-            continue
+        except FileNotFoundError:
+            if attempts > _MOST_ATTEMPTS:
+                raise  # a folder that takes no files, as /proc
+            continue  # its holder has removed the folder
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

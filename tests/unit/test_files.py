@@ -1,11 +1,12 @@
 """Outputs of commands: one writer, whole or as they were, errors that name them."""
 
+import errno
 import os
 
 import pytest
 
 from mixtral_ms.errors import BusyError, UserError
-from mixtral_ms.files import new_file
+from mixtral_ms.files import new_file, write_aside
 
 
 def test_a_new_file_is_there_when_the_block_ends(tmp_path):
@@ -63,3 +64,23 @@ def test_what_a_killed_writer_left_is_replaced(tmp_path):
         file.write("short")
     assert (tmp_path / "out.json").read_text() == "short"
     assert os.listdir(tmp_path) == ["out.json"]
+
+
+@pytest.mark.parametrize("write", [write_aside, lambda path: new_file(path, overwrite=True)])
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EFBIG, "File too large"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (OSError(errno.ENOSPC, "No space left on device", "another"), False),
+    ],
+)
+def test_a_full_disk_names_the_file_and_keeps_the_old(tmp_path, write, error, named):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(OSError, match=error.strerror) as caught, write(tmp_path / "a") as aside:
+        aside.write_text("new")
+        raise error
+    assert (caught.value.filename == str(tmp_path / "a")) == named
+    assert [one.name for one in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,4 +78,13 @@ def test_a_file_where_a_folder_should_be_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     lock = tmp_path / "file" / ".lock"
     with pytest.raises(UserError, match="file: cannot be written to"), sole_writer(lock, "place"):
+        pass
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_a_folder_that_takes_no_files_is_an_error():
+    with (
+        pytest.raises(UserError, match="/proc: cannot be written to"),
+        sole_writer(Path("/proc/.place.lock"), "place"),
+    ):
         pass

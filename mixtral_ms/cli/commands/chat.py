@@ -17,6 +17,7 @@ from mixtral_ms.cli.support.run_flags import (
     parse_args,
 )
 from mixtral_ms.errors import UserError
+from mixtral_ms.printable import printable_block
 from mixtral_ms.train.trainer import Trainer
 
 _EXAMPLE = f"""\
@@ -75,7 +76,7 @@ def _talk(session: ChatSession) -> None:
             elif line.strip():
                 interrupted = _answer(session, line.removeprefix("/"))
         except UserError as error:
-            print(f"error: {error}", flush=True)
+            print(f"error: {printable_block(error)}", flush=True)
         except KeyboardInterrupt:  # the second one within an answer
             break
     if sys.stdin.isatty():
