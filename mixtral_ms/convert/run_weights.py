@@ -6,6 +6,12 @@ from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.config import RunConfig
 from mixtral_ms.convert.formats.found_weights import TOKENIZER_FILE, FoundWeights, find_weights
 from mixtral_ms.convert.formats.weight_view import open_weights
+from mixtral_ms.data.conversations.chat_template import (
+    CHAT_TEMPLATE_KEY,
+    MISTRAL,
+    ChatTemplate,
+    template_of_record,
+)
 from mixtral_ms.errors import UserError
 
 
@@ -40,6 +46,22 @@ def open_run_weights(config: RunConfig, found: FoundWeights | None = None) -> Te
         allow_partial=config.allow_partial,
         adapter=Path(config.adapter) if config.adapter else None,
     )
+
+
+def run_template(config: RunConfig, weights: FoundWeights) -> tuple[str | ChatTemplate, str]:
+    """The chat template that an adapter, or else the weights, were trained with; and who says so.
+
+    Mixtral Instruct's own where nothing was written down.
+
+    Raises:
+        UserError: what was written down is none.
+    """
+    places = [find_weights(Path(config.adapter))] if config.adapter else []
+    for found in (*places, weights):
+        if found.chat_template is not None:
+            where = f"{found.record}: {CHAT_TEMPLATE_KEY!r}"
+            return template_of_record(found.chat_template, where), f"recorded in {found.record}"
+    return MISTRAL, "Mixtral Instruct's own: none is recorded with the weights"
 
 
 def run_tokenizer(config: RunConfig, weights: FoundWeights) -> Path:

@@ -9,12 +9,17 @@ from mixtral_ms.config import RunConfig
 from mixtral_ms.config.derived.prediction import prediction_batch
 from mixtral_ms.config.loading.resolve import effective_parallel
 from mixtral_ms.config.sections.model_section import MixtralConfig
-from mixtral_ms.convert.run_weights import find_run_weights, open_run_weights, run_tokenizer
+from mixtral_ms.convert.run_weights import (
+    find_run_weights,
+    open_run_weights,
+    run_template,
+    run_tokenizer,
+)
+from mixtral_ms.data.conversations.chat_template import MISTRAL, ChatTemplate
 from mixtral_ms.data.conversations.conversation_encoder import (
     ConversationEncoder,
     conversation_encoder,
 )
-from mixtral_ms.data.conversations.mistral_encoder import MISTRAL
 from mixtral_ms.data.tokenizer.tokenizer import Tokenizer
 from mixtral_ms.infer.engine.engine import Engine, Prompt
 from mixtral_ms.infer.engine.sampling_params import SamplingParams
@@ -36,6 +41,10 @@ class LoadedModel:
     """"C++" or "graph"."""
     seconds: float
     """How long loading took."""
+    template: str | ChatTemplate = MISTRAL
+    """Of chats."""
+    template_source: str = ""
+    """Who says so, in words."""
     rank: int = 0
     """Of this process, where several share the network; the first one speaks for all."""
 
@@ -51,8 +60,12 @@ class LoadedModel:
 
     @cached_property
     def chat_encoder(self) -> ConversationEncoder:
-        """What makes prompts of conversations."""
-        return conversation_encoder(self.tokenizer, MISTRAL, self.network.eos_id)
+        """What makes prompts of conversations, with the template that the weights were made for."""
+        return self.encoder_of(self.template)
+
+    def encoder_of(self, template: str | ChatTemplate) -> ConversationEncoder:
+        """What makes prompts of conversations, with another template."""
+        return conversation_encoder(self.tokenizer, template, self.network.eos_id)
 
     def prompt(self, text: str) -> Prompt:
         """A text as the engine takes it: as ids where the tokenizer's bos or eos are not as usual.
@@ -103,7 +116,8 @@ def load_model(config: RunConfig, mesh: Mesh | None = None) -> LoadedModel:
         config.load_checkpoint,
         seconds,
     )
-    return LoadedModel(config, engine, tokenizer, runner.name, seconds, mesh.rank)
+    template, source = run_template(config, found)
+    return LoadedModel(config, engine, tokenizer, runner.name, seconds, template, source, mesh.rank)
 
 
 def _meet(config: RunConfig) -> Mesh:

@@ -22,6 +22,7 @@ from mixtral_ms.config.sections.training_section import (
     ReportSection,
 )
 from mixtral_ms.convert.adapters.lora_weights import fingerprint_of
+from mixtral_ms.data.conversations.chat_template import CHAT_TEMPLATE_KEY
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.files import write_aside
 from mixtral_ms.log import get_logger
@@ -133,7 +134,7 @@ class TrainingRun:
             self.loss_scale,
             self.data,
             self.training,
-            self.base,
+            self._further_state(),
             storage,
         )
         self.step_fn = build_train_step(config, self.network, self.optimizer, objective)
@@ -147,6 +148,14 @@ class TrainingRun:
         self.evaluation: Evaluation | None = None
         self.resumed_step = self._restore(checkpoint) if checkpoint else None
         self.done, self._updates = self.resumed_step or 0, self.optimizer.updates
+
+    def _further_state(self) -> dict[str, object]:
+        """What a checkpoint says beside how to go on: what it is for, and what asks it."""
+        template = self.loader.data.facts.get(CHAT_TEMPLATE_KEY)
+        return {
+            **({"base": self.base} if self.base else {}),
+            **({CHAT_TEMPLATE_KEY: dict(template)} if template else {}),
+        }
 
     def _require_same_files(self, evaluated: str | None, checkpoint: OpenedSource | None) -> None:
         if self.mesh.world.size == 1:

@@ -6,12 +6,14 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import yaml
 from helpers.answering import CONTEXT, make_model, network
 from helpers.runs import environment, heeding_signals
 
@@ -19,6 +21,8 @@ from mixtral_ms import load_config
 from mixtral_ms.cli.commands.chat import main as chat
 from mixtral_ms.cli.support.chat_session import ChatSession
 from mixtral_ms.cli.support.exit_status import run_command
+from mixtral_ms.data.conversations.chat_template import load_template
+from mixtral_ms.infer.engine.engine import Engine
 from mixtral_ms.infer.load_model import load_model
 from mixtral_ms.infer.text.instruct_template import encode_chat
 
@@ -45,7 +49,11 @@ def say(yaml_path, capsys, monkeypatch):
         status = run_command(chat, ["--config", str(yaml_path), *flags])
         printed = capsys.readouterr()
         assert status == 0, printed.err
-        assert re.fullmatch(r"\S+ INFO (C\+\+|graph) runner, .*loaded in .* s\n", printed.err)
+        assert re.fullmatch(
+            r"\S+ INFO (C\+\+|graph) runner, .*loaded in .* s\n"
+            r"\S+ INFO chat template mistral \(.*none is recorded.*\)\n",
+            printed.err,
+        )
         return printed.out.splitlines()
 
     return piped
@@ -64,6 +72,49 @@ def test_answers_follow_the_template_and_the_history(say, model):
     first = answer_to(model, "hello")
     second = answer_to(model, "hello", first, "again")
     assert say("hello", "", "again") == [first, CUT, second, CUT]
+
+
+@pytest.fixture
+def recorded(yaml_path, tmp_path):
+    """The same model, trained on conversations in vicuna's template; its YAML."""
+    tree = yaml.safe_load(yaml_path.read_text())
+    shutil.copytree(tree["load_checkpoint"], tmp_path / "weights")
+    record = {"chat_template": load_template("vicuna").record}
+    (tmp_path / "weights" / "state.json").write_text(json.dumps(record))
+    tree["load_checkpoint"] = str(tmp_path / "weights")
+    (tmp_path / "predict.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "predict.yaml"
+
+
+@pytest.mark.parametrize(
+    "more, name, source",
+    [
+        ((), "vicuna_v1.1", r"recorded in \S+/state.json"),
+        (("--template", "mistral"), "mistral", "--template"),
+        (("--template", "zephyr"), "zephyr", "--template"),
+    ],
+)
+def test_it_asks_with_the_template_that_was_trained_on(
+    recorded, capsys, monkeypatch, more, name, source
+):
+    asked = []
+    answer = Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda *args: asked.append(args[1]) or answer(*args))
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert run_command(chat, ["--config", str(recorded), *NEW, *more]) == 0
+    assert re.search(rf"chat template {name} \({source}\)", capsys.readouterr().err)
+    model = load_model(load_config(recorded, []))
+    assert asked == [model.encoder_of(name).prompt([], "", "hello")]
+
+
+def test_a_template_that_is_none_is_named(recorded, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert run_command(chat, ["--config", str(recorded), "--template", "vicunna"]) == 2
+    assert "did you mean 'vicuna'" in capsys.readouterr().err
+    state = recorded.parent / "weights/state.json"
+    state.write_text('{"chat_template": ["vicuna"]}')
+    assert run_command(chat, ["--config", str(recorded)]) == 2
+    assert f"error: {state}: 'chat_template': a list, but must be" in capsys.readouterr().err
 
 
 def test_a_users_text_is_never_a_control_token(model):

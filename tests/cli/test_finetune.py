@@ -19,6 +19,10 @@ from mindspore import Tensor
 
 from mixtral_ms.cli.commands.run import main
 from mixtral_ms.config import load_config
+from mixtral_ms.convert.formats.found_weights import find_weights
+from mixtral_ms.convert.job.conversion import ConvertOptions, prepare
+from mixtral_ms.convert.job.output_record import description
+from mixtral_ms.data.conversations.chat_template import CHAT_TEMPLATE_KEY
 from mixtral_ms.data.mindrecord.reader import MindRecords
 from mixtral_ms.data.mindrecord.writer import RecordWriter
 from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
@@ -31,6 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("graph")]
 PET = "{lora_rank: 4, lora_alpha: 64, lora_dropout: 0.1, target_modules: '.*w[qkvo]|.*w[123]'}"
 LORA = ("--set", f"model.model_config.pet_config={PET}")
 ANSWER = SEQ_LENGTH // 2
+TEMPLATE = {"name": "mistral"}
 
 
 def write_instructions(path, rows, seed):
@@ -38,7 +43,8 @@ def write_instructions(path, rows, seed):
     ids = np.random.RandomState(seed).randint(1, VOCAB, (rows, SEQ_LENGTH + 1)).astype(np.int32)
     labels = ids.copy()
     labels[:, :ANSWER] = -100
-    with RecordWriter(path, ("input_ids", "labels")) as writer:
+    facts = {CHAT_TEMPLATE_KEY: TEMPLATE}
+    with RecordWriter(path, ("input_ids", "labels"), facts=facts) as writer:
         writer.write(input_ids=ids, labels=labels)
 
 
@@ -104,6 +110,18 @@ def test_full_finetuning_resumes_bit_for_bit(finetune, folder, whole):
     assert_same_run(folder / "parts", whole)
     tokens = {record["tokens"] for record in metrics_of(whole) if "lm_loss" in record}
     assert tokens == {2 * 4 * (SEQ_LENGTH + 1 - ANSWER)}  # the supervised ones of a step alone
+
+
+def test_the_chat_template_goes_with_what_is_trained(folder, adapted, whole, tmp_path):
+    for run in (adapted, whole):
+        assert find_weights(run / "checkpoint").chat_template == TEMPLATE
+    assert find_weights(folder / "pretrained/checkpoint").chat_template is None
+    for weights, adapter in ((whole, None), (folder / "pretrained", adapted / "checkpoint")):
+        conversion = prepare(
+            ConvertOptions(weights / "checkpoint", tmp_path / "out", to="hf", merge_lora=adapter)
+        )
+        written = description(conversion.plan, conversion.found, conversion.chat_template)
+        assert written[CHAT_TEMPLATE_KEY] == TEMPLATE
 
 
 def test_lora_resumes_bit_for_bit(finetune, folder, adapted):

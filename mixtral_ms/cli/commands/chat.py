@@ -17,6 +17,7 @@ from mixtral_ms.cli.support.run_flags import (
     parse_args,
 )
 from mixtral_ms.errors import UserError
+from mixtral_ms.log import get_logger
 from mixtral_ms.printable import printable_block
 from mixtral_ms.train.trainer import Trainer
 
@@ -38,16 +39,25 @@ def main(argv: Sequence[str]) -> int:
     """The command; returns the exit status. Raises UserError for bad input."""
     parser = build_parser(
         "python -m mixtral_ms chat",
-        "Chat with a model, with Mixtral Instruct's template.",
+        "Chat with a model, with the template that it was trained with.",
         _EXAMPLE,
         [one for one in ANSWER_FLAGS if one.attribute not in _OF_FILES],
+    )
+    parser.add_argument(
+        "--template",
+        metavar="NAME",
+        help="mistral (Mixtral Instruct's own) or one of fschat's (default: the one recorded with "
+        "the weights, else mistral)",
     )
     args = parse_args(argv, parser)
     config = load_from_args(args)
     if looked_at(args, config):
         return 0
     config.run_mode = "predict"
-    session = ChatSession(Trainer(config).model)
+    model = Trainer(config).model
+    session = ChatSession(model, args.template)
+    source = "--template" if args.template else model.template_source
+    get_logger().info("chat template %s (%s)", session.history.template, source)
     if sys.stdin.isatty():
         print("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     _talk(session)

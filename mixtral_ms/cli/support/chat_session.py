@@ -15,10 +15,10 @@ _MOST_SHARE = 2
 class ChatSession:
     """Asks the model, and remembers what was said."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, template: str | None = None) -> None:
         self._model = model
         self.params: SamplingParams = model.params
-        self.history = ChatHistory(model.chat_encoder)
+        self.history = ChatHistory(model.encoder_of(template) if template else model.chat_encoder)
         self.notes: list[str] = []
         """What the user should know of the last answer."""
         self._asked = 0

@@ -73,6 +73,7 @@ def _report(options: QaOptions, summary: QaSummary) -> str:
     columns = "input_ids, labels" + (", segment_ids" if options.packing else "")
     lines = [
         summary.log.report(),
+        f"template:  {summary.template}; a chat with what is trained on them asks with it",
         f"tokens:    {summary.tokens:,}, of which {summary.supervised_tokens:,} supervised",
         f"records:   {summary.records:,} of {options.seq_length + 1} ids (seq_length "
         f"{options.seq_length} + 1), {filled:.1%} filled; columns {columns}",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mixtral_ms.checkpoint.formats.file_formats import FILE_FORMATS, written_suffixes
 from mixtral_ms.checkpoint.reshard.open_checkpoint import checkpoint_folder, own_strategy
@@ -35,6 +36,7 @@ from mixtral_ms.convert.formats.foreign_config import (
     says_network,
 )
 from mixtral_ms.convert.formats.weight_names import FORMATS
+from mixtral_ms.data.conversations.chat_template import CHAT_TEMPLATE_KEY
 from mixtral_ms.errors import UserError
 from mixtral_ms.json_reader import read_json_object
 
@@ -139,6 +141,11 @@ class FoundWeights:
         """The tensors' format (a key of FORMATS) as the record says it; None: they show it."""
         name = read_json_object(self.record).get(FORMAT_KEY) if self.record else None
         return name if name in FORMATS else None
+
+    @cached_property
+    def chat_template(self) -> Any:
+        """What was written down of the template of the conversations trained on; None without."""
+        return read_json_object(self.record).get(CHAT_TEMPLATE_KEY) if self.record else None
 
     def hash_problems(self, *, read_all: bool = True) -> list[str] | None:
         """What differs from the recorded hashes, one line each; None where none are recorded.

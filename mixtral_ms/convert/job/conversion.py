@@ -79,6 +79,8 @@ class Conversion:
     target: Destination
     found: FoundConfig | None
     """The network's configuration; None where none was found and none is needed."""
+    chat_template: Any = None
+    """What was written down of it, by the run that made the weights, or the merged adapter."""
 
     @property
     def config(self) -> MixtralConfig | None:
@@ -142,7 +144,8 @@ def prepare(options: ConvertOptions) -> Conversion:
     require_dtypes(target.file_format, dtypes, "say with --dtype what they are to have")
     _note_compute_dtype(found, plan)
     _require_yaml_possible(options, found)
-    return Conversion(options, plan, target, found)
+    trained = find_weights(adapter).chat_template if adapter else None
+    return Conversion(options, plan, target, found, trained or weights.chat_template)
 
 
 def _require_yaml_possible(options: ConvertOptions, found: FoundConfig | None) -> None:
@@ -216,7 +219,7 @@ def convert(conversion: Conversion) -> Summary:
             workspace.output,
             target,
             outcome.files,
-            description(plan, conversion.found),
+            description(plan, conversion.found, conversion.chat_template),
             _huggingface_files(conversion),
         )
         put_output(workspace.output, target)

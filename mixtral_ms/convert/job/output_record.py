@@ -9,10 +9,13 @@ from mixtral_ms.checkpoint.store.conversion_record import FILES_KEY, FORMAT_KEY,
 from mixtral_ms.config.checks.saved_network import NETWORK_KEY
 from mixtral_ms.convert.formats.foreign_config import FoundConfig
 from mixtral_ms.convert.job.conversion_plan import ConversionPlan
+from mixtral_ms.data.conversations.chat_template import CHAT_TEMPLATE_KEY
 
 
-def description(plan: ConversionPlan, found: FoundConfig | None) -> dict[str, Any]:
-    """What was converted, and the network's configuration where it is known."""
+def description(
+    plan: ConversionPlan, found: FoundConfig | None, chat_template: Any = None
+) -> dict[str, Any]:
+    """What was converted, the network's configuration where it is known, and its chat template."""
     network: dict[str, Any] = {}
     if found is not None:
         network = {NETWORK_KEY: dataclasses.asdict(found.config)}
@@ -24,6 +27,7 @@ def description(plan: ConversionPlan, found: FoundConfig | None) -> dict[str, An
         "converted_from": str(plan.source.path),
         "source_format": plan.source_format.name,
         **merged,
+        **({} if chat_template is None else {CHAT_TEMPLATE_KEY: chat_template}),
         **network,
     }
 

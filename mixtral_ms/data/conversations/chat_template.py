@@ -9,13 +9,18 @@ change the messages) are told by rendering trial conversations both ways, and re
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mixtral_ms.data.conversations.parse_conversation import Conversation, Round
 from mixtral_ms.errors import MissingDependencyError, UserError
+from mixtral_ms.json_reader import JsonShape, require_shape
 
 DEFAULT_TEMPLATE = "vicuna"
+MISTRAL = "mistral"
+"""Mixtral Instruct's own template, which the tokenizer's version decides."""
+CHAT_TEMPLATE_KEY = "chat_template"
+"""Of the template with which conversations became records, in what is written of them."""
 _ALIASES = {"vicuna": "vicuna_v1.1"}
 _MESSAGE, _SYSTEM = 0xE000, "\ue0ff"  # of Unicode's private use: in no template
 _TRIALS = (
@@ -46,6 +51,11 @@ class ChatTemplate:
     between: str
     closing: str
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What to write down of it, as JSON has it, for `template_of_record`."""
+        return {**asdict(self), "system": None if self.system is None else list(self.system)}
+
     def render(self, conversation: Conversation) -> str:
         """The whole text, as fschat's get_prompt gives it.
 
@@ -61,6 +71,34 @@ class ChatTemplate:
             parts += (question, self.to_answer, self.lead, answer, self.between)
         parts[-1] = self.closing
         return "".join(parts)
+
+
+_RECORD_SHAPE: JsonShape = {
+    "name": str,
+    "opening": str,
+    "system": ([str], None),
+    "to_answer": str,
+    "lead": str,
+    "between": str,
+    "closing": str,
+}
+
+
+def template_of_record(record: object, where: str) -> str | ChatTemplate:
+    """A template that was written down: all its texts, so that fschat is not asked for them again.
+
+    Raises UserError, beginning with `where`, for what is none.
+    """
+    require_shape(record, {"name": str}, where)
+    values: dict[str, Any] = dict(record) if isinstance(record, dict) else {}
+    if values["name"] == MISTRAL:
+        return MISTRAL
+    require_shape(values, _RECORD_SHAPE, where)
+    system = values["system"]
+    if system is not None and len(system) != 2:
+        raise UserError(f"{where}: 'system' must be null or two texts")
+    known = {one.name: values[one.name] for one in fields(ChatTemplate)}
+    return ChatTemplate(**{**known, "system": None if system is None else tuple(system)})
 
 
 def load_template(name: str = DEFAULT_TEMPLATE) -> ChatTemplate:

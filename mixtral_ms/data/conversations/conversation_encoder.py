@@ -1,10 +1,10 @@
 """Chat templates by name: which encoder turns conversations into samples and prompts."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from mixtral_ms.data.conversations.chat_template import ChatTemplate, load_template
-from mixtral_ms.data.conversations.mistral_encoder import BEGIN_INST, MISTRAL, MistralEncoder
+from mixtral_ms.data.conversations.chat_template import MISTRAL, ChatTemplate, load_template
+from mixtral_ms.data.conversations.mistral_encoder import BEGIN_INST, MistralEncoder
 from mixtral_ms.data.conversations.parse_conversation import Conversation, Round
 from mixtral_ms.data.conversations.sample_encoder import Sample, SampleEncoder
 from mixtral_ms.data.tokenizer.tokenizer import Tokenizer
@@ -17,6 +17,10 @@ class ConversationEncoder(Protocol):
     @property
     def name(self) -> str:
         """The template's."""
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What to write down of the template, for `template_of_record`."""
 
     def __call__(self, conversation: Conversation) -> Sample:
         """The ids of a conversation, and which of them are supervised."""

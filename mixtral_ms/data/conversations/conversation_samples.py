@@ -59,7 +59,7 @@ class Conversations:
         )
         self.record_length = options.seq_length + 1
         self.pad_id = self._pad_id()
-        self._encode = conversation_encoder(self.tokenizer, options.template)
+        self.encoder = conversation_encoder(self.tokenizer, options.template)
 
     def records(self, advance: Advance) -> Iterator[Record]:
         """Samples that share a record, together at most seq_length + 1 ids."""
@@ -83,7 +83,7 @@ class Conversations:
 
     def _sample(self, path: Path, number: int, row: object) -> Sample:
         conversation = read_conversation(row)
-        sample = self._encode(conversation)
+        sample = self.encoder(conversation)
         count = len(sample.ids)
         if count > self.record_length:
             what = f"{count} ids, seq_length + 1 is {self.record_length}"

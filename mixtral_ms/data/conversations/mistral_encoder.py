@@ -5,16 +5,17 @@ and puts a system message in front of the first question; 2 and 3 (Mixtral 8x22B
 them, and the system message stands in front of the last question.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from mixtral_ms.data.conversations.chat_template import MISTRAL
 from mixtral_ms.data.conversations.parse_conversation import Conversation, Round
 from mixtral_ms.data.conversations.sample_encoder import Sample
 from mixtral_ms.data.tokenizer.tokenizer import Tokenizer
 from mixtral_ms.errors import UserError
 
-MISTRAL = "mistral"
 BEGIN_INST, _END_INST, _SYSTEM_PROMPT = "[INST]", "[/INST]", "[SYSTEM_PROMPT]"
 
 
@@ -31,6 +32,7 @@ class MistralEncoder:
     """
 
     name = MISTRAL
+    record: Mapping[str, Any] = {"name": MISTRAL}
 
     def __init__(self, tokenizer: Tokenizer, eos_id: int | None = None) -> None:
         if min(tokenizer.bos_id, tokenizer.eos_id) < 0:

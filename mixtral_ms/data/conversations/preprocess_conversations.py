@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from mixtral_ms.data.conversations.chat_template import CHAT_TEMPLATE_KEY
 from mixtral_ms.data.conversations.conversation_samples import ConversationOptions, Conversations
 from mixtral_ms.data.conversations.sample_encoder import Sample
 from mixtral_ms.data.conversations.sample_packing import Record, lay_out
@@ -36,6 +37,8 @@ class QaSummary:
     """What was read and written."""
 
     log: RowLog
+    template: str
+    """The chat template's name."""
     files: list[Path] = field(default_factory=list)
     """The MindRecord data files."""
     named_rows: Path | None = None
@@ -56,17 +59,18 @@ def preprocess_qa(options: QaOptions) -> QaSummary:
     if not options.file_partition >= 1:
         raise UserError(f"--file_partition {options.file_partition} must be at least 1")
     columns = ("input_ids", "labels", *["segment_ids"] * options.packing)
+    log = RowLog()
+    data = Conversations(inputs, options, log)
     writer = RecordWriter(
         options.output_file,
         columns,
+        facts={CHAT_TEMPLATE_KEY: data.encoder.record},
         partitions=options.file_partition,
         overwrite=options.overwrite,
         beside=(LISTING_SUFFIX,),
     )
     writer.keep_inputs(options.model_file, inputs)
-    log = RowLog()
-    data = Conversations(inputs, options, log)
-    summary = QaSummary(log, input_files=len(inputs))
+    summary = QaSummary(log, template=data.encoder.name, input_files=len(inputs))
     with writer:
         listing = writer.beside(LISTING_SUFFIX)
         bar = progress_bar(data.total_bytes, "preprocess", "B", scale=True)

@@ -7,8 +7,8 @@ anew.
 """
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,6 +95,11 @@ class SampleEncoder:
     def name(self) -> str:
         """The template's."""
         return self._template.name
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What to write down of the template."""
+        return self._template.record
 
     def _finished(self, builder: "_Builder") -> Sample:
         sample = builder.sample()

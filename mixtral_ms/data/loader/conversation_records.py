@@ -1,12 +1,14 @@
 """Files of conversations as records, without a MindRecord between: tokenized when a run starts."""
 
 import hashlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mixtral_ms.config.sections.data_section import DataLoaderSection
+from mixtral_ms.data.conversations.chat_template import CHAT_TEMPLATE_KEY
 from mixtral_ms.data.conversations.conversation_samples import ConversationOptions, Conversations
 from mixtral_ms.data.conversations.sample_packing import lay_out
 from mixtral_ms.data.readers.find_files import files_in_folder
@@ -60,6 +62,7 @@ class ConversationRecords:
         self.columns = ["input_ids", "labels", *["segment_ids"] * section.packing]
         log = RowLog()
         self._data = Conversations(find_conversations(section.dataset_dir), options, log)
+        self.facts: Mapping[str, Any] = {CHAT_TEMPLATE_KEY: self._data.encoder.record}
         with progress_bar(self._data.total_bytes, "tokenizing", "B", scale=True) as bar:
             self._records = list(self._data.records(bar.update))
         self._report(log)

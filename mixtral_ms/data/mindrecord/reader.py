@@ -2,10 +2,10 @@
 
 import os
 from bisect import bisect_right
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from mixtral_ms.data.mindrecord.record_file import RecordFile
 from mixtral_ms.data.mindrecord.record_header import index_of, parts_of, read_header
 from mixtral_ms.errors import UserError
 from mixtral_ms.file_sets import finish_interrupted_sets
+from mixtral_ms.log import get_logger
 
 _COLUMNS = (["input_ids"], ["input_ids", "labels"])
 _SEGMENTS = "segment_ids"
@@ -23,9 +24,11 @@ class Records(Protocol):
 
     Attributes:
         columns: names of a record's columns, `input_ids` first.
+        facts: what else is known of the records, such as the template of conversations.
     """
 
     columns: list[str]
+    facts: Mapping[str, Any]
 
     @property
     def identity(self) -> object:
@@ -69,6 +72,7 @@ class MindRecords:
             _check_columns(one, self.columns)
         self._ends = list(accumulate(map(len, self._files)))
         self.identity = [one.size for one in self._files]
+        self.facts: Mapping[str, Any] = _common_facts(self._files)
 
     def __len__(self) -> int:
         """How many records there are."""
@@ -89,6 +93,21 @@ class MindRecords:
         """The file of a record, and its number there."""
         which = bisect_right(self._ends, record)
         return self._files[which], record - (self._ends[which] - len(self._files[which]))
+
+
+def _common_facts(files: list[RecordFile]) -> dict[str, Any]:
+    """What the files' writers say of their records, where all of them say the same."""
+    first, *others = files
+    facts = first.header.facts
+    for one in others:
+        if one.header.facts != facts:
+            get_logger().warning(
+                "%s and %s were made in different ways (from text, or with another chat template): "
+                "what a chat should ask with is not known",
+                first.path, one.path,
+            )  # fmt: skip
+            return {}
+    return facts
 
 
 def find_records(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:

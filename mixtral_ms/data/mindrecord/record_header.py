@@ -23,7 +23,7 @@ _SHAPE: JsonShape = {
     "header_size": int,
     "page_size": int,
     "shard_addresses": [str],
-    "schema": [{"schema": {str: {"type": str}}, "blob_fields": [str]}],
+    "schema": [{"desc?": str, "schema": {str: {"type": str}}, "blob_fields": [str]}],
     "page": [
         {
             "page_type": str,
@@ -58,6 +58,7 @@ class RecordHeader:
         page_size: bytes from page to page.
         pages: those of arrays, in the order of their records, which follow each other without gap.
         end: bytes that the file has at least, so that all pages are in it.
+        note: its schema's description.
     """
 
     shard_addresses: list[str]
@@ -67,6 +68,16 @@ class RecordHeader:
     page_size: int
     pages: list[BlobPage]
     end: int
+    note: str = ""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its writer wrote of the records beside their columns; nothing for other writers'."""
+        try:
+            facts = decode_json(self.note)
+        except ValueError:
+            return {}
+        return facts if isinstance(facts, dict) else {}
 
     @property
     def records(self) -> int:
@@ -160,6 +171,7 @@ def _header(path: Path, values: Mapping[str, Any]) -> RecordHeader:
         page_size=page_size,
         pages=_pages(values["page"], page_size),
         end=max(ends, default=header_size),
+        note=schema.get("desc", ""),
     )
 
 

@@ -9,6 +9,7 @@ What belongs to the records, a listing of rows, say, is written with them: in th
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -54,6 +55,7 @@ class RecordWriter:
         partitions: into how many files.
         overwrite: replace what is there.
         beside: ends of the names of files that belong to the records, see `beside`.
+        facts: what else the header is to say of the records, for `RecordHeader.facts`.
 
     Attributes:
         records: how many have been written.
@@ -72,6 +74,7 @@ class RecordWriter:
         partitions: int = 1,
         overwrite: bool = False,
         beside: tuple[str, ...] = (),
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(os.path.abspath(path))
         self.columns = columns
@@ -80,6 +83,7 @@ class RecordWriter:
         self.files: list[Path] = []
         self._overwrite = overwrite
         self._beside = beside
+        self._note = json.dumps(facts) if facts else "mixtral_ms"
         self.replaced = self._check_target()
         self._stack = contextlib.ExitStack()
         self._aside = self.path  # a folder of its own from __enter__ on
@@ -170,7 +174,7 @@ class RecordWriter:
         elif page > _DEFAULT_PAGE:
             writer.set_page_size(min(page, _MAX_PAGE))
         schema = {name: {"type": "int32", "shape": [-1]} for name in self.columns}
-        writer.add_schema(schema, "mixtral_ms")
+        writer.add_schema(schema, self._note)
         _keep_schema(writer)
         self._writer = writer
         for columns in self._held:

@@ -26,6 +26,11 @@ class ChatHistory:
         """Questions with their answers, oldest first."""
 
     @property
+    def template(self) -> str:
+        """The template's name."""
+        return self._encoder.name
+
+    @property
     def messages(self) -> list[Message]:
         """As {"role": "system" | "user" | "assistant", "content": text}."""
         return _messages(self.system, self.turns)

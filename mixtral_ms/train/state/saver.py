@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Saver:
         loss_scale: saved with the state.
         data: what the steps see of it, so that a resume on other data is refused.
         training: how the next step trains, so that a resume says what it does otherwise.
-        base: the record of the weights beneath adapters; None where the weights are trained.
+        others: further entries of the state: the weights beneath adapters, the chat template.
         storage: what the ranks of this run have agreed on.
     """
 
@@ -63,11 +64,11 @@ class Saver:
         loss_scale: LossScale,
         data: dict[str, Any],
         training: TrainingFacts,
-        base: dict[str, str] | None = None,
+        others: Mapping[str, Any],
         storage: Storage | None = None,
     ) -> None:
         self.section = checkpoint_section(config)
-        self.data, self.training, self.base = data, training, base
+        self.data, self.training, self.others = data, training, others
         self.network, self.optimizer, self.loss_scale = network, optimizer, loss_scale
         self.writer = CheckpointWriter(
             checkpoint_root(config),
@@ -113,7 +114,7 @@ class Saver:
             "data": self.data,
             "training": self.training.behind(step),
             "model_config": dataclasses.asdict(self.network.config),
-            **({"base": self.base} if self.base else {}),
+            **self.others,
         }
 
 

@@ -1,5 +1,6 @@
 """Reduced templates against fschat's own rendering."""
 
+import json
 import sys
 
 import pytest
@@ -7,7 +8,11 @@ from fastchat.conversation import conv_templates, get_conv_template
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixtral_ms.data.conversations.chat_template import load_template, usable_templates
+from mixtral_ms.data.conversations.chat_template import (
+    load_template,
+    template_of_record,
+    usable_templates,
+)
 from mixtral_ms.data.conversations.parse_conversation import Conversation, Round
 from mixtral_ms.errors import MissingDependencyError, UserError
 
@@ -73,3 +78,30 @@ def test_without_fschat_the_pip_command_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastchat.conversation", None)
     with pytest.raises(MissingDependencyError, match=r"fschat.*pip install"):
         load_template()
+
+
+def test_what_is_written_down_is_the_template():
+    for name in usable_templates():
+        template = load_template(name)
+        written = json.loads(json.dumps(template.record))
+        assert template_of_record(written, "x") == template or name == "mistral"
+    assert template_of_record({"name": "mistral"}, "x") == "mistral"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("vicuna", "state.json: a text, but must be an object"),
+        ({"name": None}, "'name': null, but must be a text"),
+        ({"lead": 3}, "'lead': a whole number, but must be a text"),
+        ({"system": ["a"]}, "'system' must be null or two texts"),
+        ({"system": [1, 2]}, "a whole number, but must be a text"),
+    ],
+)
+def test_what_is_no_template_is_named(change, message):
+    record = {**load_template().record, **change} if isinstance(change, dict) else change
+    with pytest.raises(UserError) as error:
+        template_of_record(record, "state.json")
+    assert str(error.value).startswith("state.json: ") and message in str(error.value)
+    with pytest.raises(UserError, match="lacks 'opening'"):
+        template_of_record({"name": "vicuna_v1.1"}, "state.json")

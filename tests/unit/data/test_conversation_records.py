@@ -11,7 +11,7 @@ from mixtral_ms.data.conversations.preprocess_conversations import QaOptions, pr
 from mixtral_ms.data.loader.record_loader import RecordLoader
 from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 from mixtral_ms.errors import UserError
-from mixtral_ms.log import LOGGER_NAME
+from mixtral_ms.log import LOGGER_NAME, get_logger
 
 MODEL = str(find_example_tokenizer())
 SEQ = 200
@@ -58,6 +58,8 @@ def test_both_ways_give_the_same_batches(folder, tmp_path, packing, template):
     recorded = loader(tmp_path, "MindDataset", **options)
     straight = loader(folder, "ConversationDataset", template=template, packing=packing, **options)
     assert len(recorded) == len(straight) > 1
+    assert recorded.data.facts == straight.data.facts
+    assert recorded.data.facts["chat_template"]["name"].startswith(template)
     for start in (0, 1):
         pairs = zip(recorded.batches(3, start), straight.batches(3, start), strict=True)
         for one, other in pairs:
@@ -67,6 +69,18 @@ def test_both_ways_give_the_same_batches(folder, tmp_path, packing, template):
             if packing:
                 np.testing.assert_array_equal(one.segment_ids, other.segment_ids)
     assert not packing or max(one.segment_ids.max() for one in straight.batches(0)) > 1
+
+
+def test_records_made_with_two_templates_are_said(folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    for template in ("vicuna", "mistral"):
+        preprocess_qa(
+            QaOptions(MODEL, SEQ, template, input_glob=str(folder / "a.jsonl"),
+                      output_file=str(tmp_path / f"{template}.mindrecord"))
+        )  # fmt: skip
+    assert loader(tmp_path / "vicuna.mindrecord", "MindDataset").data.facts and not caplog.text
+    assert loader(tmp_path, "MindDataset").data.facts == {}
+    assert "vicuna.mindrecord were made in different ways" in caplog.text
 
 
 def test_segment_ids_are_read_without_being_named(folder, tmp_path):
