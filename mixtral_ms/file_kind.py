@@ -1,6 +1,7 @@
 """What is this file? One identification that every reader asks before it calls a file damaged."""
 
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,10 @@ def kind_of(path: str | os.PathLike[str]) -> FileKind | None:
             start = file.read(_START)
     except OSError:
         return None
-    return next((kind for test, kind in _KINDS if test(start)), None)
+    found = next((kind for test, kind in _KINDS if test(start)), None)
+    if found is _LFS and (size := _LFS_SIZE.search(start)):
+        return _LFS._replace(name=f"{_LFS.name} (to {int(size[1]):,} bytes)")
+    return found
 
 
 def not_as_wanted(path: str | os.PathLike[str], wanted: str, why: str) -> UserError:
@@ -141,6 +145,13 @@ _UTF16 = "convert it: iconv -f {0} -t utf-8"
 _WEIGHTS = "weights are given by --load_checkpoint or --input_path"
 MINDRECORD = FileKind("a MindRecord", "it is read by training: --train_data")
 """What a MindRecord's data file is to other readers."""
+ZIP_KIND = FileKind(
+    "a zip archive (or a PyTorch file)", f"unzip it if it holds the data; {_WEIGHTS}"
+)
+SAFETENSORS_KIND = FileKind("a safetensors file", _WEIGHTS)
+PICKLE_KIND = FileKind("a Python pickle", _WEIGHTS)
+_LFS = FileKind("a git-lfs pointer", "fetch the file itself: git lfs pull")
+_LFS_SIZE = re.compile(rb"^size (\d{1,18})\s*$", re.MULTILINE)
 _KINDS: tuple[tuple[Callable[[bytes], bool], FileKind], ...] = (
     (
         lambda start: not start,
@@ -152,7 +163,7 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], FileKind], ...] = (
     ),
     (
         _begins(b"version https://git-lfs.github.com/spec/"),
-        FileKind("a git-lfs pointer", "fetch the file itself: git lfs pull"),
+        _LFS,
     ),
     (
         _begins(b"/annex/objects/", b"../.git/annex/objects/", b".git/annex/objects/"),
@@ -173,7 +184,7 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], FileKind], ...] = (
     (_begins(b"7z\xbc\xaf\x27\x1c"), _unpack("7-Zip", "7z x")),
     (
         _begins(b"PK\x03\x04", b"PK\x05\x06"),
-        FileKind("a zip archive (or a PyTorch file)", f"unzip it if it holds the data; {_WEIGHTS}"),
+        ZIP_KIND,
     ),
     (
         lambda start: start[257:262] == b"ustar",
@@ -207,10 +218,10 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], FileKind], ...] = (
     ),
     (
         _has_header(b'"data_offsets"', b'"__metadata__"'),
-        FileKind("a safetensors file", _WEIGHTS),
+        SAFETENSORS_KIND,
     ),
     (
         lambda start: start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"),
-        FileKind("a Python pickle", _WEIGHTS),
+        PICKLE_KIND,
     ),
 )

@@ -17,8 +17,9 @@ from mixtral_ms.checkpoint.formats.torch_format import TorchZipSource
 from mixtral_ms.errors import UserError
 
 Framework = Literal["ms", "pt"]
-SAFETENSORS_INDEX = "model.safetensors.index.json"
 """For whom a file is written: MindSpore, or PyTorch and with it transformers."""
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 Write = Callable[[Path, Sequence[OutgoingTensor], Framework, OnBytes | None], FileEntry]
 START_BYTES = 9
 """As many of a file's first bytes are looked at to recognise it."""
@@ -84,7 +85,7 @@ _TORCH = FileFormat(
     (".bin", ".pt", ".pth"),
     TorchZipSource,
     starts=lambda start: start.startswith(b"PK\x03\x04"),
-    index="pytorch_model.bin.index.json",
+    index=TORCH_INDEX,
 )
 FILE_FORMATS: dict[str, FileFormat] = {one.name: one for one in (SAFETENSORS, _CKPT, _TORCH)}
 

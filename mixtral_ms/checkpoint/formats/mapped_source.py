@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_ms.checkpoint.formats.mapped_file import MappedBytes, MappedFile
-from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorInfo, TensorSource, carrier
+from mixtral_ms.checkpoint.formats.tensor_source import (
+    DamagedFileError,
+    Region,
+    TensorInfo,
+    TensorSource,
+    carrier,
+)
+
+_MOST_AXES = 32  # numpy's, of every release
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class MappedSource(TensorSource):
     """Tensors in a mapped file; a region inside one piece of it is read as a view."""
 
     def __init__(self, path: Path, file: MappedFile, tensors: Mapping[str, StoredTensor]) -> None:
+        for name, tensor in tensors.items():
+            _require_possible(path, name, tensor.info, file.size)
         self.path, self._file, self._tensors = path, file, tensors
         self.infos = {name: tensor.info for name, tensor in tensors.items()}
 
@@ -46,6 +56,19 @@ class MappedSource(TensorSource):
             offset += sum(n * step for n, step in zip(starts, tensor.strides, strict=True))
             shape = tuple(max(0, stop - start) for start, stop in ends)
         return tensor.data.strided(offset, carrier(tensor.info.dtype), shape, tensor.strides)
+
+
+def _require_possible(path: Path, name: str, info: TensorInfo, size: int) -> None:
+    """Raises DamagedFileError for a shape that no array can have, or none out of this file."""
+    if len(info.shape) > _MOST_AXES:
+        raise DamagedFileError(
+            f"{path}: tensor {name!r} has {len(info.shape)} axes, more than {_MOST_AXES}"
+        )
+    if info.nbytes > size:
+        raise DamagedFileError(
+            f"{path}: tensor {name!r} of shape {info.shape} would have {info.nbytes:,} bytes, the "
+            f"whole file has {size:,}"
+        )
 
 
 class FramedSource(MappedSource):

@@ -33,6 +33,7 @@ from mixtral_ms.checkpoint.formats.tensor_writer import (
     require_unique_names,
 )
 from mixtral_ms.errors import UserError
+from mixtral_ms.json_reader import decode_json
 
 _DTYPE_CODES = {
     "float64": "F64",
@@ -48,8 +49,10 @@ _DTYPE_CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
 _LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header, u64
+_SHOWN_BYTES = 24
 _LARGEST_HEADER = 100 << 20  # the library's own bound
 _METADATA = "__metadata__"
+_FEW_BITS = ("F8_", "F6_", "F4")
 
 
 def installed_safetensors_is_safe() -> bool:
@@ -113,8 +116,9 @@ def _header_text(path: Path, file: MappedFile) -> bytes:
         )
     (length,) = struct.unpack("<Q", file.bytes(0, _LENGTH_BYTES).data)
     if length > _LARGEST_HEADER:
+        shown = min(_SHOWN_BYTES, file.size)
         raise DamagedFileError(
-            f"{path} is no safetensors file: its header would have {length} bytes"
+            f"{path} is no safetensors file: it begins with {file.bytes(0, shown).tobytes()!r}"
         )
     if file.size < _LENGTH_BYTES + length:
         raise DamagedFileError(
@@ -124,17 +128,9 @@ def _header_text(path: Path, file: MappedFile) -> bytes:
 
 
 def _parsed_header(path: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := {name for name in names if names.count(name) > 1} if _repeats(names) else ():
-            raise DamagedFileError(f"{path}: its header has {min(twice)!r} twice")
-        return dict(pairs)
-
     try:
-        header = json.loads(text.decode(), object_pairs_hook=unique)
-    except DamagedFileError:
-        raise
-    except (ValueError, RecursionError) as error:
+        header = decode_json(text.decode())
+    except ValueError as error:
         raise DamagedFileError(f"{path}: its header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise DamagedFileError(f"{path}: its header is not a JSON object")
@@ -142,10 +138,6 @@ def _parsed_header(path: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise DamagedFileError(f"{path}: its header's {_METADATA} does not map text to text")
     return header
-
-
-def _repeats(names: list[str]) -> bool:
-    return len(set(names)) < len(names)
 
 
 def _checked_entries(path: Path, header: dict[str, Any]) -> list[tuple[str, TensorInfo, int, int]]:
@@ -168,6 +160,11 @@ def _checked_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, 
         raise DamagedFileError(
             f"{path}: tensor {name!r} has no dtype, shape and data_offsets in the header"
         ) from error
+    if isinstance(code, str) and code.startswith(_FEW_BITS):
+        raise UserError(
+            f"{path}: tensor {name!r} is {code}, numbers of 8 bits or fewer: these weights are "
+            "quantised. Give the release in 16 bits, or dequantise them first"
+        )
     if not isinstance(code, str) or code not in _DTYPES:
         known = ", ".join(_DTYPES)
         raise DamagedFileError(f"{path}: tensor {name!r} has dtype {code!r}; known are {known}")

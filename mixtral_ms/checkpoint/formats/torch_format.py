@@ -6,23 +6,29 @@ and `data/<key>`, each storage's bytes.
 
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mixtral_ms.checkpoint.formats.mapped_file import MappedBytes, MappedFile
 from mixtral_ms.checkpoint.formats.mapped_source import MappedSource, StoredTensor
 from mixtral_ms.checkpoint.formats.tensor_source import (
     STORED_DTYPES,
     DamagedFileError,
+    Region,
     TensorInfo,
     carrier,
 )
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import PICKLE_KIND, kind_of, not_as_wanted
 
 _STORAGES = {
     "FloatStorage": "float32",
@@ -39,12 +45,16 @@ _STORAGES = {
 _ZIP_START = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<26xHH")  # ends with the lengths of the name and the extra field
 _KEYS_SHOWN = 5
+_METADATA_AT = 2  # of _rebuild_tensor_v2's arguments behind the strides
+_WANTED = "a PyTorch file of weights"
+_MEMO_PLACES = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 @dataclass(frozen=True)
 class _Storage:
     dtype: str
     data: MappedBytes
+    record: str
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,8 @@ class _Tensor:
     offset: Any
     shape: Any
     strides: Any
+    view: dict[str, Any]
+    """Lazy operations that are not in the values: {"neg": True}, {"conj": True}."""
 
 
 class TorchZipSource(MappedSource):
@@ -77,6 +89,35 @@ class TorchZipSource(MappedSource):
         tensors = _state_dict(path, _unpickled(path, archive))
         stored = {name: _stored(path, name, tensor) for name, tensor in tensors.items()}
         super().__init__(path, file, stored)
+        self._archive = archive
+        self._records = {name: tensor.storage.record for name, tensor in tensors.items()}
+
+    def read(self, name: str, region: Region | None = None) -> np.ndarray:
+        """See TensorSource. The first read of a storage compares it with the archive's sum.
+
+        Raises:
+            DamagedFileError: it has another one.
+        """
+        self._archive.require_sum(self._records[name])
+        return super().read(name, region)
+
+
+def _no_zip(path: Path) -> UserError:
+    """What a file is that does not begin as PyTorch's do."""
+    kind = kind_of(path)
+    if kind is PICKLE_KIND:
+        return UserError(
+            f"{path} is not in PyTorch's zip format (1.6 and later). Where you trust it, save it "
+            "again in Python: torch.save(torch.load(old, map_location='cpu', weights_only=True), "
+            "new)"
+        )
+    index = path.with_suffix(".idx")
+    if kind is None and index.is_file():
+        return UserError(
+            f"{path} is a Megatron data set, whose index {index.name} lies beside it: it holds "
+            "token ids, no weights"
+        )
+    return not_as_wanted(path, _WANTED, "it does not begin as PyTorch's files of 1.6 and later do")
 
 
 class _Archive:
@@ -84,12 +125,9 @@ class _Archive:
 
     def __init__(self, path: Path, file: MappedFile) -> None:
         self.path, self._file = path, file
+        self._compared: set[str] = set()
         if file.bytes(0, len(_ZIP_START)).tobytes() != _ZIP_START:
-            raise UserError(
-                f"{path} is not in PyTorch's zip format (1.6 and later); if PyTorch can read it, "
-                "save it again: python -c \"import torch; torch.save(torch.load('"
-                f"{path.name}', map_location='cpu'), 'new-{path.name}')\""
-            )
+            raise _no_zip(path)
         try:
             with zipfile.ZipFile(_Reader(file)) as archive:
                 entries = archive.infolist()
@@ -120,6 +158,26 @@ class _Archive:
         if not head.startswith(_ZIP_START) or start + entry.file_size > self._file.size:
             raise DamagedFileError(f"{self.path}: its record {name} is not where it should be")
         return self._file.range(start, start + entry.file_size)
+
+    def require_sum(self, name: str) -> None:
+        """Compare a record with the checksum that the archive has of it, once.
+
+        PyTorch can be told to compute none, and writes 0 then.
+
+        Raises:
+            DamagedFileError: it is another one.
+        """
+        if name in self._compared or not (saved := self._entries[name].CRC):
+            return
+        found = 0
+        for part in self.record(name).parts:
+            found = zlib.crc32(part.data, found)
+        if found != saved:
+            raise DamagedFileError(
+                f"{self.path}: its record {name} was changed: it has the CRC-32 {found:08x}, the "
+                f"archive says {saved:08x}"
+            )
+        self._compared.add(name)
 
 
 class _Reader(io.RawIOBase):
@@ -153,14 +211,26 @@ class _Reader(io.RawIOBase):
 
 
 def _unpickled(path: Path, archive: _Archive) -> Any:
-    text = archive.record("data.pkl")
-    reader = _Unpickler(io.BytesIO(text.bytes(0, text.size).tobytes()), path, archive)
+    record = archive.record("data.pkl")
+    archive.require_sum("data.pkl")
+    text = record.bytes(0, record.size).tobytes()
     try:
-        return reader.load()
+        _require_small(text)
+        return _Unpickler(io.BytesIO(text), path, archive).load()
     except (UserError, DamagedFileError):
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise DamagedFileError(f"{path}: its data.pkl is damaged: {error!r}") from error
+
+
+def _require_small(text: bytes) -> None:
+    """Raises ValueError for a pickle that asks for more memory than its own size warrants.
+
+    The place of a memo is as large as its highest index, and a length may stand before nothing.
+    """
+    for opcode, argument, _ in pickletools.genops(text):
+        if opcode.name in _MEMO_PLACES and int(argument or 0) > len(text):
+            raise ValueError(f"{opcode.name} {argument} in {len(text)} bytes")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -174,6 +244,8 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): _tensor_rebuilder(),
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
             ("torch.storage", "UntypedStorage"): "uint8",
+            ("torch", "device"): _Harmless,
+            ("torch", "Size"): _Harmless,
             **{("torch", name): dtype for name, dtype in _STORAGES.items()},
             **{("torch", dtype): dtype for dtype in STORED_DTYPES},
         }
@@ -196,12 +268,24 @@ class _Unpickler(pickle.Unpickler):
             raise DamagedFileError(
                 f"{self._path}: storage {key} has {data.size} bytes, not {count} of {dtype}"
             )
-        return _Storage(dtype, data)
+        return _Storage(dtype, data, f"data/{key}")
+
+
+class _Harmless:
+    """Stands for a value that is no tensor, so that the message can name its key."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
 
 
 def _tensor_rebuilder() -> Callable[..., _Tensor]:
     """A new function for every file: a pickle may set attributes of what it is given."""
-    return lambda storage, offset, shape, strides, *_: _Tensor(storage, offset, shape, strides)
+
+    def rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *others: Any) -> _Tensor:
+        changed = others[_METADATA_AT:] and others[_METADATA_AT]
+        return _Tensor(storage, offset, shape, strides, dict(changed or {}))
+
+    return rebuild
 
 
 def _state_dict(path: Path, loaded: Any) -> dict[str, _Tensor]:
@@ -238,6 +322,11 @@ def _kind(value: Any) -> str:
 
 
 def _stored(path: Path, name: str, tensor: _Tensor) -> StoredTensor:
+    if lazy := [name for name, on in tensor.view.items() if on]:
+        raise UserError(
+            f"{path}: tensor {name!r} is a lazy view ({', '.join(map(str, lazy))}), whose values "
+            "are not in the file as they are: save tensor.resolve_neg().resolve_conj()"
+        )
     numbers = (tensor.offset, *tensor.shape, *tensor.strides)
     whole = all(isinstance(n, int) and n >= 0 for n in numbers)
     if not isinstance(tensor.storage, _Storage) or not whole:

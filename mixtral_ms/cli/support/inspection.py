@@ -11,7 +11,11 @@ import numpy as np
 from mixtral_ms.checkpoint.formats.open_file import open_tensors
 from mixtral_ms.checkpoint.formats.regions import region_shape, row_major_blocks, whole_region
 from mixtral_ms.checkpoint.formats.strategy_file import read_strategies
-from mixtral_ms.checkpoint.formats.tensor_source import TensorInfo, TensorSource
+from mixtral_ms.checkpoint.formats.tensor_source import (
+    DamagedFileError,
+    TensorInfo,
+    TensorSource,
+)
 from mixtral_ms.checkpoint.shards.assemble import Strategies, assemble, open_ranks
 from mixtral_ms.checkpoint.shards.network_from_shapes import (
     network_of,
@@ -22,14 +26,23 @@ from mixtral_ms.checkpoint.shards.rank_files import find_rank_files
 from mixtral_ms.checkpoint.store.manifest import STATE
 from mixtral_ms.config.derived.parameter_table import row_of
 from mixtral_ms.convert.formats.detect_format import detect_format
+from mixtral_ms.convert.formats.examine import weight_problems
 from mixtral_ms.convert.formats.found_weights import Flags, FoundWeights, find_weights
 from mixtral_ms.convert.formats.open_weight_files import open_found
 from mixtral_ms.convert.formats.weight_names import OURS
 from mixtral_ms.errors import UserError
 from mixtral_ms.json_reader import read_json_object
 from mixtral_ms.parallel.grid.sharding_rules import MOMENTS, parameter_of
+from mixtral_ms.progress import progress_bar
 
 _PIECE_VALUES = 2 << 20
+UNKNOWN = "unknown"
+# The bits that NaN and infinity have all set, and no other number.
+_LARGEST_EXPONENT: dict[str, Any] = {
+    "float32": np.uint32(0x7F800000),
+    "float16": np.uint16(0x7C00),
+    "bfloat16": np.uint16(0x7F80),
+}
 
 
 @dataclass
@@ -87,6 +100,8 @@ def inspect_checkpoint(
     except UserError as error:
         found.problems.append(str(error))
     _name_format(found)
+    if found.source is not None and not weights.by_rank:
+        _compare(found, found.source, weights, verify)
     found.problems = list(dict.fromkeys(found.problems))
     return found
 
@@ -176,13 +191,42 @@ def _name_format(found: Inspection) -> None:
     try:
         found.names = detect_format(parameters, found.path, None).name
     except UserError:
-        found.names = "unknown"
+        found.names = UNKNOWN
     if found.names == OURS.name and found.source is not None:
         try:
             network_of(parameter_shapes_of(found.tensors))
         except UserError as error:
             found.problems.append(str(error))
     found.problems += _moment_problems(found.tensors)
+
+
+def _compare(found: Inspection, source: TensorSource, weights: FoundWeights, verify: bool) -> None:
+    """What a conversion would refuse, and values that no network has."""
+    if found.names not in (UNKNOWN, OURS.name):
+        found.problems += weight_problems(weights, source)
+    if verify and weights.hashes is None:
+        found.problems += _value_problems(source)
+
+
+def _value_problems(source: TensorSource) -> Iterable[str]:
+    """Tensors that hold NaN or infinite values, or differ from a checksum of their file's."""
+    floats = {name: one for name, one in source.infos.items() if one.dtype in _LARGEST_EXPONENT}
+    total = sum(info.nbytes for info in floats.values())
+    with progress_bar(total, "looking at values", "B", scale=True) as bar:
+        for name, info in floats.items():
+            try:
+                if not _is_finite(source, name, info):
+                    yield f"{name} holds values that are NaN or infinite"
+            except DamagedFileError as error:
+                yield str(error)
+            bar.update(info.nbytes)
+
+
+def _is_finite(source: TensorSource, name: str, info: TensorInfo) -> bool:
+    exponent = _LARGEST_EXPONENT[info.dtype]
+    blocks = row_major_blocks(whole_region(info.shape), _PIECE_VALUES)
+    values = (np.ascontiguousarray(source.read(name, block)) for block in blocks)
+    return not any(((one.view(exponent.dtype) & exponent) == exponent).any() for one in values)
 
 
 def _moment_problems(tensors: Mapping[str, TensorInfo]) -> Iterable[str]:

@@ -29,7 +29,8 @@ from mixtral_ms.config.sections.lora_section import PetSection
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
 
-CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PEFT_PREFIX = "adapter_model"
+CONFIG_FILE, TENSORS_FILE = "adapter_config.json", f"{PEFT_PREFIX}.safetensors"
 _PREFIX = "base_model.model."
 _TRANSFORMERS = ("hf_fused", "hf")
 """The formats whose names transformers' modules and parameters have."""

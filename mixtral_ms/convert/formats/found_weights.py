@@ -4,6 +4,7 @@ Evaluation, training's first weights, resuming, prediction, pipelines, conversio
 ask `find_weights` and open what it answers. It looks at names of files and opens none of tensors.
 """
 
+import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -11,7 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mixtral_ms.checkpoint.formats.file_formats import FILE_FORMATS, written_suffixes
+from mixtral_ms.checkpoint.formats.file_formats import (
+    FILE_FORMATS,
+    SAFETENSORS_INDEX,
+    TORCH_INDEX,
+    written_suffixes,
+)
 from mixtral_ms.checkpoint.reshard.open_checkpoint import checkpoint_folder, own_strategy
 from mixtral_ms.checkpoint.shards.rank_files import ADAPTER_STEM, is_rank_folders, is_rank_name
 from mixtral_ms.checkpoint.store.conversion_record import (
@@ -27,7 +33,7 @@ from mixtral_ms.checkpoint.store.manifest import (
     manifest_problems,
     verify_checkpoint,
 )
-from mixtral_ms.convert.adapters.peft_export import CONFIG_FILE
+from mixtral_ms.convert.adapters.peft_export import CONFIG_FILE, PEFT_PREFIX
 from mixtral_ms.convert.formats.foreign_config import (
     CONFIG_JSON,
     PARAMS_JSON,
@@ -58,12 +64,15 @@ class Kind(Enum):
 
 
 _BY_RANK = (Kind.CHECKPOINT, Kind.RANKS, Kind.LORA)
-# In this order: the first pattern of which files are there decides.
+# In this order: the first pattern of which files are there decides, as in transformers, which takes
+# safetensors before .bin, and of each one file before those that an index names.
 _NAMES = (
     (Kind.RELEASE, "*.pth-split0"),  # each stands for all parts of its file
     (Kind.HUGGING_FACE, "model.safetensors"),
+    (Kind.HUGGING_FACE, SAFETENSORS_INDEX),
     (Kind.HUGGING_FACE, "model-*.safetensors"),
     (Kind.HUGGING_FACE, "pytorch_model.bin"),
+    (Kind.HUGGING_FACE, TORCH_INDEX),
     (Kind.HUGGING_FACE, "pytorch_model-*.bin"),
     (Kind.RELEASE, "consolidated*.pth"),
     (Kind.RELEASE, "consolidated*.pt"),
@@ -196,13 +205,16 @@ def find_weights(path: Path, flags: Flags = Flags(), strategy: Path | None = Non
 
 def name_patterns() -> tuple[str, ...]:
     """Names of files of weights in a folder, in the order in which they are looked for."""
-    return tuple(pattern for _, pattern in _patterns())
+    indexes = index_names()
+    return tuple(pattern for _, pattern in _patterns() if pattern not in indexes)
 
 
 def _patterns() -> tuple[tuple[Kind, str], ...]:
     written = [one for one in FILE_FORMATS.values() if one.write]
+    named = {pattern for _, pattern in _NAMES}
+    indexes = [(Kind.HUGGING_FACE, name) for name in index_names() if name not in named]
     others = [(Kind.FOLDER, f"*{suffix}") for one in written for suffix in one.suffixes]
-    return (*_NAMES, *others)
+    return (*_NAMES, *indexes, *others)
 
 
 def index_names() -> tuple[str, ...]:
@@ -219,8 +231,7 @@ def _contents(path: Path) -> tuple[Kind, Path | None, tuple[Path, ...]]:
     kind, index, files = _listed(path)
     if kind is Kind.NOTHING and (path / MANIFEST).is_file():
         return Kind.CHECKPOINT, None, ()  # its ranks are gone
-    known = kind in (Kind.HUGGING_FACE, Kind.RELEASE)
-    if (path / CONFIG_FILE).is_file() and not known:
+    if (path / CONFIG_FILE).is_file() and kind is Kind.NOTHING:
         return Kind.PEFT, None, ()
     return kind, index, files
 
@@ -234,13 +245,16 @@ def _kind_of_ranks(path: Path) -> Kind:
 
 
 def _listed(folder: Path) -> tuple[Kind, Path | None, tuple[Path, ...]]:
-    for name in index_names():
-        if (folder / name).is_file():
-            return Kind.HUGGING_FACE, folder / name, ()
+    indexes = index_names()
+    # Not by glob, which passes over a link to nothing: its reader says what it is.
+    names = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
+    names = [one for one in names if not one.startswith((".", PEFT_PREFIX))]
     for kind, pattern in _patterns():
-        found = sorted(one for one in folder.glob(pattern) if not one.name.startswith("."))
+        found = tuple(folder / name for name in names if fnmatch.fnmatchcase(name, pattern))
+        if found and pattern in indexes:
+            return kind, found[0], ()
         if found:
-            return Kind.FOLDER if _around(folder) else kind, None, tuple(found)
+            return Kind.FOLDER if _around(folder) else kind, None, found
     return Kind.NOTHING, None, ()
 
 

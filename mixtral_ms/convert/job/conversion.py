@@ -13,17 +13,9 @@ from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.config.sections.fields import is_dtype
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.convert.adapters.lora_weights import adapted
-from mixtral_ms.convert.formats.detect_format import (
-    Measured,
-    detect_format,
-    measure,
-    measured_config,
-)
-from mixtral_ms.convert.formats.foreign_config import (
-    FoundConfig,
-    check_sizes,
-    read_config,
-)
+from mixtral_ms.convert.formats.detect_format import Measured
+from mixtral_ms.convert.formats.examine import examine
+from mixtral_ms.convert.formats.foreign_config import FoundConfig
 from mixtral_ms.convert.formats.found_weights import Flags, find_weights
 from mixtral_ms.convert.formats.open_weight_files import open_found
 from mixtral_ms.convert.formats.weight_names import FORMATS, NATIVE, OURS, Format
@@ -115,16 +107,11 @@ def prepare(options: ConvertOptions) -> Conversion:
             f"it is for, and --merge_lora {options.input_path}"
         )
     source = open_found(weights)
-    named = options.input_format or weights.format_name
-    source_format = detect_format(source.infos, source.path, named)
-    sizes = measure(source.infos, source_format, source.path)
-    measured = measured_config(source.infos, source_format, sizes)
-    found = read_config(options.config) if options.config else weights.network
-    if found:
-        check_sizes(found, sizes, measured.tie_word_embeddings)
-    else:
-        _require_config_not_needed(source, source_format, to, sizes)
-    config, dtype = found.config if found else measured, options.dtype
+    examined = examine(weights, source, input_format=options.input_format, config=options.config)
+    source_format, found = examined.format, examined.found
+    if found is None:
+        _require_config_not_needed(source, source_format, to, examined.sizes)
+    config, dtype = found.config if found else examined.measured, options.dtype
     if adapter := options.merge_lora:
         config.pet_config = None  # a YAML's of the run that made the adapter
         # the input's weights under our names, with the adapter added

@@ -193,7 +193,7 @@ def test_every_truncation_is_named(tmp_path):
         with pytest.raises(DamagedFileError, match=f"is truncated: .*{length}"):
             SafetensorsSource(path)
     header_file(path, b"{}", length=1 << 60)
-    with pytest.raises(DamagedFileError, match=f"its header would have {1 << 60} bytes"):
+    with pytest.raises(DamagedFileError, match="is no safetensors file: it begins with"):
         SafetensorsSource(path)
 
 
