@@ -1,5 +1,7 @@
 """Training on several processes gives the losses, norms and gradients of one process."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from distributed.cases import CASES, STEPS, TOLERANCE
@@ -49,6 +51,28 @@ def test_sums_of_gradients_that_are_cut_in_every_micro_batch(check):
     choices = {"cut_sums": True, "bucket_bytes": 8 << 10}
     case = Case("dp=2,pp=2,zero=1", ("tied",), accumulation=2, choices=choices)
     check(case, 2)
+
+
+ASCEND_SIZES = {"hidden_size": 64, "head_dim": 16}
+"""Attention on Ascend takes heads of a multiple of 16."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("dp=2,ep=2", ("dropless",)),
+        pytest.param(Case("dp=2,ep=2,zero=1", ("sdrop",), accumulation=2), marks=pytest.mark.long),
+        pytest.param(Case("mp=2,ep=2", ("dropless", "kdrop")), marks=pytest.mark.long),
+        pytest.param(Case("mp=2", sequence_parallel=True), marks=pytest.mark.long),
+        pytest.param(Case("mp=2,pp=2", accumulation=4), marks=pytest.mark.long),
+        pytest.param(Case("cp=2"), marks=pytest.mark.long),
+        pytest.param(Case("dp=2,mp=2,ep=2", accumulation=2), marks=pytest.mark.long),
+    ],
+    ids=lambda case: case.grid_text,
+)
+def test_as_ascend_does_it(case, check):
+    """Its operators and collectives emulated, against one process with the CPU's."""
+    check(replace(case, emulate=True, changes=ASCEND_SIZES), steps=2)
 
 
 @pytest.mark.long

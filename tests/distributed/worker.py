@@ -128,9 +128,10 @@ def run(
     evaluate: bool,
     choices: StepChoices,
     started: Path,
+    backend: str,
 ) -> dict:
     """Train; returns the arrays to write. The file `started` tells that a step is done."""
-    network = MixtralForCausalLM(config, seed=1, mesh=mesh)
+    network = MixtralForCausalLM(config, seed=1, mesh=mesh, backend=backend)
     names = [parameter.name for parameter in network.trainable_params()]
     shards = shard_groups(config, mesh, names) if zero else {}
     optimizer = AdamW(network.trainable_params(), eps=EPS, weight_decay=0.1, shards=shards)
@@ -163,6 +164,16 @@ def run(
     return arrays
 
 
+def emulate() -> None:
+    """Until this process ends, backend "ascend" and its collectives compute on this CPU."""
+    from helpers.ascend_emulation import emulate_ascend  # noqa: PLC0415 - few jobs need them
+    from helpers.hccl_emulation import emulate_hccl  # noqa: PLC0415
+    from pytest import MonkeyPatch  # noqa: PLC0415, PT013
+
+    emulate_ascend(MonkeyPatch())
+    emulate_hccl(MonkeyPatch())
+
+
 def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -175,12 +186,15 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true", help="after training")
     parser.add_argument("--changes", default="{}", help="model_config keys, as JSON")
     parser.add_argument("--choices", default="{}", help="of StepChoices, as JSON")
+    parser.add_argument("--emulate", action="store_true", help="Ascend's operators, collectives")
     options = parser.parse_args()
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
     mindspore.set_device("CPU")
     grid, zero = parse_grid(options.grid)
     grid = dataclasses.replace(grid, use_seq_parallel=options.sequence_parallel)
     mesh = connect(grid)
+    if options.emulate:
+        emulate()
     options.out.mkdir(parents=True, exist_ok=True)
     for model in options.models.split(","):
         config = model_config(model, **json.loads(options.changes))
@@ -193,6 +207,7 @@ def main() -> None:
             evaluate=options.evaluate,
             choices=StepChoices(**json.loads(options.choices)),
             started=options.out / f"{model}.started",
+            backend="ascend" if options.emulate else "auto",
         )
         np.savez(options.out / f"{model}.rank_{mesh.rank}.npz", **arrays)
         if mesh.rank == 0:

@@ -31,7 +31,7 @@ EVALUATED = ("eval", "held_back")
 def start_job(order: str, processes: int, folder: Path, seconds: int = 240) -> None:
     """Run a program in so many processes (without a launcher if it is one); it must end well."""
     environment = {**os.environ, "PYTHON": sys.executable, "MSRUN_TIME_LIMIT": str(seconds)}
-    environment |= {"GLOG_v": "3", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"GLOG_v": "3", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *shlex.split(order)]
     if processes > 1:
         launcher = str(ROOT / "scripts" / "msrun_launcher.sh")
@@ -71,6 +71,8 @@ class Case:
     """Of the model_config."""
     choices: dict = field(default_factory=dict)
     """Of StepChoices; one process has none of them."""
+    emulate: bool = False
+    """With Ascend's operators and collectives, emulated; one process has the CPU's."""
 
     @property
     def grid(self) -> ParallelConfig:
@@ -95,6 +97,7 @@ class Case:
         order += ["--choices", json.dumps(self.choices)]
         order += ["--sequence-parallel"] if self.sequence_parallel else []
         order += ["--evaluate"] if self.evaluate else []
+        order += ["--emulate"] if self.emulate else []
         folder.mkdir(parents=True)
         # every process compiles its graphs, and few cores serve them all
         start_job(shlex.join(order), self.processes, folder, 120 * (1 + self.processes))
@@ -102,7 +105,7 @@ class Case:
 
     def alone(self) -> "Case":
         """The same micro batches on one process."""
-        one = replace(self, grid_text="dp=1", sequence_parallel=False, choices={})
+        one = replace(self, grid_text="dp=1", sequence_parallel=False, choices={}, emulate=False)
         return replace(one, accumulation=self.accumulation * self.grid.data_parallel)
 
 
