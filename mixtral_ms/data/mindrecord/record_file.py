@@ -21,11 +21,15 @@ import numpy as np
 
 from mixtral_ms.data.mindrecord.record_header import RecordHeader, damaged, index_of, read_header
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import not_as_wanted
 
 _LENGTH_BYTES = 8
 _COUNT_BYTES = 4
-_SHIFTS = np.array([6, 4, 2, 0], np.uint8)
-_INT64_WIDTH = 3
+_INT32_BYTES = 4
+_PER_BYTE = 4
+# Bytes of each of the four integers whose widths a byte tells.
+_SIZES = 1 << ((np.arange(256)[:, None] >> np.array([6, 4, 2, 0])) & 3)
+_SQLITE = b"SQLite format 3\0"
 _INDEX_ROWS = 1 << 16
 _INDEX = (
     "SELECT ROW_ID, PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END "
@@ -63,7 +67,10 @@ class RecordFile:
     def read(self, record: int, columns: Sequence[str]) -> list[np.ndarray]:
         """The int32 arrays of a record. Raises UserError for a damaged one."""
         begin, end = int(self._begins[record]), int(self._ends[record])
-        held = os.pread(self._descriptor, end - begin, begin)
+        try:
+            held = os.pread(self._descriptor, end - begin, begin)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         try:
             arrays = _arrays(held, self.header.blob_fields)
             return [_int32_array(arrays[name]) for name in columns]
@@ -94,6 +101,13 @@ class RecordFile:
 def _read_index(path: Path, header: RecordHeader) -> np.ndarray:
     """Rows (record, page, first byte in it, last byte) of a file's index, in that order."""
     index = index_of(path)
+    try:
+        with open(index, "rb") as file:
+            start = file.read(len(_SQLITE))
+    except OSError as error:
+        raise UserError(f"{index}: cannot be read ({error.strerror})") from error
+    if start != _SQLITE:
+        raise not_as_wanted(index, "a MindRecord's index", "it is no SQLite database")
     # Immutable: nothing is locked or written beside it, which a read-only folder would refuse.
     address = f"{index.absolute().as_uri()}?mode=ro&immutable=1"
     rows = [np.empty((0, 4), np.int64)]
@@ -137,19 +151,15 @@ def _arrays(held: bytes, names: Sequence[str]) -> dict[str, bytes]:
 def _int32_array(held: bytes) -> np.ndarray:
     """The integers of an array of narrowed ones. Raises ValueError unless they fill it."""
     count = int.from_bytes(held[:_COUNT_BYTES], "big")
-    body = _COUNT_BYTES + -(-count // len(_SHIFTS))
+    body = _COUNT_BYTES + -(-count // _PER_BYTE)
     if body > len(held):
         raise ValueError(f"{count} integers do not fit in {len(held)} bytes")
     bits = np.frombuffer(held, np.uint8, body - _COUNT_BYTES, _COUNT_BYTES)
-    widths = ((bits[:, None] >> _SHIFTS) & 3).reshape(-1)[:count]
-    ends = np.cumsum(1 << widths.astype(np.int64))
-    if (widths == _INT64_WIDTH).any() or body + (int(ends[-1]) if count else 0) != len(held):
+    sizes = _SIZES[bits].reshape(-1)[:count]
+    if sizes.max(initial=0) > _INT32_BYTES or body + int(sizes.sum()) != len(held):
         raise ValueError(f"{count} integers do not fill {len(held)} bytes")
-    data = np.frombuffer(held, np.uint8, offset=body)
-    values = np.empty(count, np.int32)
-    for width, kind in enumerate(("<i1", "<i2", "<i4")):
-        chosen = widths == width
-        size = 1 << width
-        bytes_of_each = data[ends[chosen, None] - size + np.arange(size)]
-        values[chosen] = bytes_of_each.reshape(-1).view(kind)
-    return values
+    # Four bytes from wherever an integer begins; those that are not its own are shifted out.
+    padded = held[body:] + bytes(_INT32_BYTES)
+    words: np.ndarray = np.ndarray((len(held) - body,), "<i4", padded, strides=(1,))
+    others = (8 * (_INT32_BYTES - sizes)).astype(np.int32)
+    return words[np.cumsum(sizes) - sizes] << others >> others

@@ -116,19 +116,16 @@ BYTES = {
     "a header longer than the file": lambda data: (1 << 26).to_bytes(8, "little") + data[8:],
     "a header without end": lambda data: (1 << 63).to_bytes(8, "little") + data[8:],
     "a header of no text": lambda data: data[:20] + b"\xff\xfe" + data[22:],
-    "nesting": lambda data: (40_000).to_bytes(8, "little") + b"[" * 40_000 + data[40_008:],
+    "nesting without end": lambda data: (
+        (40_000).to_bytes(8, "little") + b"[" * 40_000 + data[40_008:]
+    ),
     "a number of 6000 digits": lambda data: (6000).to_bytes(8, "little") + b"1" * 6000,
     "NaN": lambda data: data.replace(b"262144", b"   NaN", 1),
     "a key twice": lambda data: data.replace(b'"version"', b'"page"   ', 1),
     "half a file": lambda data: data[: len(data) // 2],
     "without its last page": lambda data: data[: (1 << 16) + 100],
-    "nothing": lambda data: b"",
     "five bytes": lambda data: data[:5],
-    "text": lambda data: b"Once upon a time there was a record",
-    "git-lfs": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n",
-    "a web page": lambda data: b"<!doctype html><html>404",
-    "gzip": lambda data: b"\x1f\x8b\x08\0\0\0\0\0\0\0",
-    "zeros": lambda data: bytes(len(data)),
+    "zeros behind the header": lambda data: data[: 1 << 16] + bytes(len(data) - (1 << 16)),
 }
 
 
@@ -137,6 +134,34 @@ def test_a_damaged_data_file(sound, copy, kind):
     data = (copy / NAME).read_bytes()
     (copy / NAME).write_bytes(BYTES[kind](data))
     assert outcome(copy, sound) == "refused"
+
+
+OTHERS = {
+    "empty": (b"", r"is empty \(0 bytes\), not"),
+    "text": (b"Once upon a time there was a record", "not a MindRecord"),
+    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "git lfs pull"),
+    "a web page": (b"<!doctype html><html>404", "is a web page"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(20), "is compressed with gzip, not .*gunzip"),
+    "zeros": (bytes(9000), "is nothing but zeros"),
+    "Parquet": (b"PAR1" + bytes(range(100)), "is a Parquet file, not"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("name", [NAME, f"{NAME}.db"])
+def test_a_file_of_another_kind_is_told_by_its_kind(copy, name, kind):
+    data, message = OTHERS[kind]
+    (copy / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name}:? .*{message}"):
+        read(copy)
+
+
+def test_files_that_change_places(copy):
+    for name, other in ((NAME, "an SQLite database, not"), (f"{NAME}.db", "a MindRecord, not")):
+        again = shutil.copytree(copy, copy / f"with another {name}")
+        shutil.copy(copy / (NAME if name.endswith(".db") else f"{NAME}.db"), again / name)
+        with pytest.raises(UserError, match=f"{name} is {other}"):
+            read(again)
 
 
 SQL = {
