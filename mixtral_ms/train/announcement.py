@@ -1,10 +1,14 @@
 """What a training run says before its first step: what it trains, and what limits it."""
 
+from collections.abc import Iterator
+
 from mixtral_ms.config import RunConfig
+from mixtral_ms.config.loading.resolve import dataset_of, sequences_per_step
 from mixtral_ms.data.loader.record_loader import RecordLoader
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.state.lora_run import trained_text
+from mixtral_ms.train.step.lr_schedule import spanned_steps, warmup_steps
 from mixtral_ms.train.step_plan import StepPlan
 
 
@@ -28,3 +32,42 @@ def announce(
         plan.total_steps,
         plan.steps_per_epoch,
     )
+    for line in limits(config, plan, loader.records, len(loader.data)):
+        get_logger().info(line)
+
+
+def limits(config: RunConfig, plan: StepPlan, records: int, held: int) -> Iterator[str]:
+    """What of the configuration the data, or the length of the run, does not let come about.
+
+    Args:
+        config: the run.
+        plan: its steps.
+        records: that are used.
+        held: that the data has.
+    """
+    wanted = dataset_of(config, training=True).data_loader.num_samples
+    if wanted and wanted > held:
+        yield f"train_dataset.data_loader.num_samples is {wanted}, and the data has {held} records"
+    left_out = records - plan.steps_per_epoch * sequences_per_step(config)
+    if left_out and plan.last_step >= plan.steps_per_epoch:
+        yield (
+            f"{left_out} of {records} records are left out in each epoch: they do not fill a step "
+            f"of {sequences_per_step(config)}"
+        )
+    stop, schedule = config.runner_config.stop_at_step, config.lr_schedule
+    if stop and stop > plan.total_steps:
+        yield (
+            f"runner_config.stop_at_step {stop} is behind the last step, {plan.total_steps}: the "
+            "run does not stop there"
+        )
+    if schedule is None:
+        return
+    span = spanned_steps(schedule, plan.total_steps)
+    if span != plan.total_steps:
+        yield f"lr_schedule.total_steps {span} is not that of the run, {plan.total_steps}"
+    warmup = warmup_steps(schedule, plan.total_steps)
+    if warmup >= plan.total_steps:
+        yield (
+            f"lr_schedule's warm-up of {warmup} steps is longer than the run of "
+            f"{plan.total_steps}: learning_rate {schedule.learning_rate:g} is never reached"
+        )

@@ -148,6 +148,7 @@ class TrainingRun:
         self.evaluation: Evaluation | None = None
         self.resumed_step = self._restore(checkpoint) if checkpoint else None
         self.done, self._updates = self.resumed_step or 0, self.optimizer.updates
+        self._told_of_no_target = False
 
     def _further_state(self) -> dict[str, object]:
         """What a checkpoint says beside how to go on: what it is for, and what asks it."""
@@ -296,6 +297,13 @@ class TrainingRun:
         self.loss_scale.update(result.skipped)
         self.loss = result.loss
         self.done, self._updates = step, self.optimizer.updates
+        if not result.tokens and not self._told_of_no_target:
+            self._told_of_no_target = True
+            get_logger().warning(
+                "step %d has no target: its labels are all ignore_token_id or pad_token_id, and "
+                "what it trains are the routers' losses; such steps have tokens 0 in the metrics",
+                step,
+            )
         record = self.monitor.record(step, result, rate, scale)
         metrics = callback(self.config, MetricsWriterSection) or MetricsWriterSection()
         if metrics.per_layer_steps and step % metrics.per_layer_steps == 0:

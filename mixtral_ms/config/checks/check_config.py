@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from mixtral_ms.config.checks.check_model import check_model
 from mixtral_ms.config.checks.check_paths import check_paths
 from mixtral_ms.config.checks.check_training import check_training
+from mixtral_ms.config.checks.remarks import remarks
 from mixtral_ms.config.checks.value_ranges import find_non_finite, out_of_range
 from mixtral_ms.config.loading.resolve import rank_count
 from mixtral_ms.config.sections.run_section import RunConfig
@@ -39,7 +40,8 @@ def check_config(
         problems += check_paths(config)
     if problems:
         raise UserError(problems[0] if len(problems) == 1 else _numbered(problems))
-    _note_ignored_parallel(config)
+    for line in remarks(config):
+        get_logger().info(line)
 
 
 def find_contradictions(config: RunConfig) -> list[str]:
@@ -69,24 +71,6 @@ def _check_world(config: RunConfig, world_size: int) -> list[str]:
             f"start {needed} processes, or set --use_parallel False"
         ]
     return []
-
-
-def _note_ignored_parallel(config: RunConfig) -> None:
-    grid = config.parallel_config
-    sizes = {
-        key: getattr(grid, key)
-        for key in (
-            "data_parallel",
-            "model_parallel",
-            "expert_parallel",
-            "pipeline_stage",
-            "context_parallel",
-            "micro_batch_num",
-        )
-    }
-    larger = ", ".join(f"{key} {size}" for key, size in sizes.items() if size > 1)
-    if larger and not config.use_parallel:
-        get_logger().info("use_parallel is False: parallel_config's %s have no effect", larger)
 
 
 def _numbered(problems: list[str]) -> str:

@@ -13,6 +13,13 @@ from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 
 _MOST_ERRORS = 50
+_Path = tuple[str, ...]
+_SAME_SECTION: tuple[tuple[_Path, _Path], ...] = (
+    (("moe_config",), ("model", "model_config", "moe_config")),
+    (("train_dataset",), ("train_dataset_task", "dataset_config")),
+    (("eval_dataset",), ("eval_dataset_task", "dataset_config")),
+)
+"""Sections that one may write in two places, but not differently; the first is read."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str | Override] = ()) -> RunConfig:
@@ -26,12 +33,11 @@ def load_config(path: str | Path, overrides: Sequence[str | Override] = ()) -> R
         UserError: naming each mistake with its file and line (or flag) and full key.
     """
     tree = read_tree(path)
-    dataset_aliases = _aliased_datasets(tree)
-    for override in overrides:
-        if isinstance(override, str):
-            override = parse_override(override)  # noqa: PLW2901
-        tree = apply_override(tree, override)
-    tree = _follow_aliases(tree, dataset_aliases)
+    for first, second in _SAME_SECTION:
+        tree = _in_one_place(tree, first, second)
+    for given in overrides:
+        override = parse_override(given) if isinstance(given, str) else given
+        tree = apply_override(tree, _where_it_acts(override))
     builder = SectionBuilder(RunConfig)
     config = builder.section(RunConfig, tree)
     builder.errors += _given_twice(tree)
@@ -42,49 +48,48 @@ def load_config(path: str | Path, overrides: Sequence[str | Override] = ()) -> R
     return resolve(config, moe_given_at_top="moe_config" in tree.data)
 
 
-def _aliased_datasets(tree: Value) -> list[str]:
-    """Which of train_dataset and eval_dataset their `_task` section takes by `*alias`."""
-    names = ("train_dataset", "eval_dataset")
-    return [name for name in names if name in tree.data and _same(tree, (name,), _task_path(name))]
+def _in_one_place(tree: Value, first: _Path, second: _Path) -> Value:
+    """Leave a section that the file has in both places, as an alias or alike, in the first."""
+    one, two = _find(tree, first), _find(tree, second)
+    if two is None or (one is not None and to_python(one) != to_python(two)):
+        return tree  # `_given_twice` refuses two that differ
+    return _put(_without(tree, second), first, two if one is None else one)
 
 
-def _follow_aliases(tree: Value, names: list[str]) -> Value:
-    """Give the `_task` section the data set as it is after the overrides."""
-    for name in names:
-        task = tree.data[f"{name}_task"]
-        if not isinstance(task.data, dict) or tree.data[name].data is None:
-            continue  # an override took the section away
-        inner = {**task.data, "dataset_config": tree.data[name]}
-        task = dataclasses.replace(task, data=inner)
-        tree = dataclasses.replace(tree, data={**tree.data, f"{name}_task": task})
-    return tree
+def _where_it_acts(override: Override) -> Override:
+    """The same override by the name under which its section is read."""
+    path = tuple(override.path.split("."))
+    for first, second in _SAME_SECTION:
+        if path[: len(second)] == second:
+            acting = ".".join((*first, *path[len(second) :]))
+            return dataclasses.replace(override, path=acting)
+    return override
 
 
-def _task_path(name: str) -> tuple[str, ...]:
-    return (f"{name}_task", "dataset_config")
+def _put(tree: Value, path: _Path, value: Value) -> Value:
+    key, *rest = path
+    below = _put(tree.data[key], tuple(rest), value) if rest else value
+    return dataclasses.replace(tree, data={**tree.data, key: below})
 
 
-def _find(tree: Value, path: tuple[str, ...]) -> Value | None:
+def _without(tree: Value, path: _Path) -> Value:
+    key, *rest = path
+    if rest:
+        return _put(tree, (key,), _without(tree.data[key], tuple(rest)))
+    return dataclasses.replace(tree, data={k: v for k, v in tree.data.items() if k != key})
+
+
+def _find(tree: Value, path: _Path) -> Value | None:
     node: Value | None = tree
     for key in path:
         node = node.data.get(key) if node and isinstance(node.data, dict) else None
     return node
 
 
-def _same(tree: Value, first: tuple[str, ...], second: tuple[str, ...]) -> bool:
-    one, two = _find(tree, first), _find(tree, second)
-    return one is not None and two is not None and one.data is two.data
-
-
 def _given_twice(tree: Value) -> list[str]:
     """Sections that one may write in two places, but not differently."""
-    pairs = [
-        (("moe_config",), ("model", "model_config", "moe_config")),
-        (("train_dataset",), _task_path("train_dataset")),
-        (("eval_dataset",), _task_path("eval_dataset")),
-    ]
     errors = []
-    for first, second in pairs:
+    for first, second in _SAME_SECTION:
         one, two = _find(tree, first), _find(tree, second)
         if one is not None and two is not None and to_python(one) != to_python(two):
             errors.append(

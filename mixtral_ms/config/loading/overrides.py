@@ -12,7 +12,8 @@ class Override:
     """A key with its value and the flag that gave it (which errors name)."""
 
     path: str
-    """`section.key`; an item of a list by its number: `callbacks.1.save_checkpoint_steps`."""
+    """`section.key`; an item of a list by its number or its type:
+    `callbacks.CheckpointMonitor.save_checkpoint_steps`."""
     value: Any
     flag: str
     if_present: bool = False
@@ -45,10 +46,10 @@ def apply_override(root: Value, override: Override) -> Value:
 
 def _set(node: Value | None, path: list[str], value: Value, override: Override) -> Value:
     if not path:
-        return value
+        return _merged(node, value)
     key, rest = path[0], path[1:]
     if node is not None and isinstance(node.data, list):
-        index = _index(key, len(node.data), override)
+        index = _index(key, node.data, override)
         items = list(node.data)
         items[index] = _set(items[index], rest, value, override)
         return dataclasses.replace(node, data=items)
@@ -60,10 +61,29 @@ def _set(node: Value | None, path: list[str], value: Value, override: Override) 
     return dataclasses.replace(node, data={**node.data, key: _set(below, rest, value, override)})
 
 
-def _index(key: str, length: int, override: Override) -> int:
-    if not key.isdecimal() or int(key) >= length:
-        raise UserError(
-            f"{override.flag}: {key!r} of {override.path!r} must be the number of an item, "
-            f"0 to {length - 1}"
-        )
-    return int(key)
+def _merged(below: Value | None, value: Value) -> Value:
+    """A section over another one, unless they are of different types: what it lacks stays."""
+    if below is None or not isinstance(below.data, dict) or not isinstance(value.data, dict):
+        return value
+    if _type_of(value) not in (None, _type_of(below)):
+        return value
+    merged = {key: _merged(below.data.get(key), item) for key, item in value.data.items()}
+    return dataclasses.replace(value, data={**below.data, **merged})
+
+
+def _type_of(section: Value) -> Any:
+    kind = section.data.get("type") if isinstance(section.data, dict) else None
+    return kind and kind.data
+
+
+def _index(key: str, items: list[Value], override: Override) -> int:
+    if key.isdecimal() and int(key) < len(items):
+        return int(key)
+    kinds = [_type_of(item) for item in items]
+    if key in kinds:
+        return kinds.index(key)
+    named = ", ".join(str(kind) for kind in kinds if kind)
+    raise UserError(
+        f"{override.flag}: {key!r} of {override.path!r} must be the number of an item, "
+        f"0 to {len(items) - 1}" + (f", or its type: {named}" if named else "")
+    )

@@ -1,5 +1,6 @@
 """What follows from the keys that were given, filled in the way MindFormers does."""
 
+from mixtral_ms.config.loading.home_paths import expand_homes
 from mixtral_ms.config.sections.data_section import DatasetSection
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
@@ -15,8 +16,15 @@ def resolve(config: RunConfig, *, moe_given_at_top: bool = True) -> RunConfig:
     else:
         config.moe_config = config.model.model_config.moe_config
     named = config.model.model_config.checkpoint_name_or_path
+    if named and config.load_checkpoint and named != config.load_checkpoint:
+        get_logger().info(
+            "model.model_config.checkpoint_name_or_path %s gives way to load_checkpoint %s",
+            named,
+            config.load_checkpoint,
+        )
     config.load_checkpoint = config.load_checkpoint or named or ""
     config.src_strategy_path_or_dir = config.src_strategy_path_or_dir or ""
+    expand_homes(config)
     _resolve_datasets(config)
     _note_remainder(config)
     _resolve_batch(config)
@@ -139,6 +147,12 @@ def _resolve_batch(config: RunConfig) -> None:
         and wanted % sequences == 0
     ):
         runner.gradient_accumulation_steps = wanted // sequences
+        if wanted > sequences:
+            get_logger().info(
+                "runner_config.gradient_accumulation_steps is %d, as global_batch_size %d says",
+                runner.gradient_accumulation_steps,
+                wanted,
+            )
 
 
 def _resolve_warmup(config: RunConfig) -> None:
@@ -146,7 +160,10 @@ def _resolve_warmup(config: RunConfig) -> None:
     schedule = config.lr_schedule
     if schedule is None or schedule.warmup_ratio is None or schedule.warmup_steps is None:
         return
-    if schedule.warmup_ratio == 0:
-        schedule.warmup_ratio = None
-    elif schedule.warmup_steps == 0:
-        schedule.warmup_steps = None
+    zero, other = "warmup_ratio", "warmup_steps"
+    if schedule.warmup_steps == 0:
+        zero, other = other, zero
+    if getattr(schedule, zero) == 0:
+        if counts := getattr(schedule, other):
+            get_logger().info("lr_schedule.%s 0 gives way to %s %g", zero, other, counts)
+        setattr(schedule, zero, None)

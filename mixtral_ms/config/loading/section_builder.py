@@ -4,13 +4,21 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeGuard
 
 from mixtral_ms.config.loading.yaml_tree import Value
-from mixtral_ms.config.sections.fields import DERIVED, INERT, ONE_OF, UNSUPPORTED, VARIANTS
+from mixtral_ms.config.sections.fields import (
+    DERIVED,
+    GIVES_WAY,
+    INERT,
+    ONE_OF,
+    UNSUPPORTED,
+    VARIANTS,
+)
 from mixtral_ms.errors import UserError
 
 _MOST_SHOWN = 200
@@ -149,6 +157,9 @@ class SectionBuilder:
     def _convert_union(self, arms: tuple, value: Value, path: str) -> Any:
         if value.data is None and types.NoneType in arms:
             return None
+        if value.data == "None" and types.NoneType in arms:
+            self._wrong(value, path, "something else", ": what is empty is null in YAML")
+            return None
         arms = tuple(arm for arm in arms if arm is not types.NoneType)
         if len(arms) == 1:
             return self._convert(arms[0], value, path)
@@ -164,6 +175,8 @@ class SectionBuilder:
         return None
 
     def _wrong(self, value: Value, path: str, wanted: str, advice: str = "") -> None:
+        if isinstance(value.data, list) and "section" in wanted and not advice:
+            advice = ": one, without the dash before it"
         key = f"{value.where}: {path}" if path else value.where
         self.errors.append(f"{key}: {_shown(value.data)} given; {wanted} is needed{advice}")
 
@@ -176,7 +189,7 @@ class SectionBuilder:
 
     def _unknown_key(self, key: str, value: Value, path: str, fields: dict) -> None:
         close = nearest(key, fields)
-        elsewhere = [full for full in _all_keys(self._root) if full.split(".")[-1] == key]
+        elsewhere = [full for full in _acting_keys(self._root) if full.split(".")[-1] == key]
         if close and (not elsewhere or close.lower() == key.lower()):
             advice = f"did you mean {close!r}?"
         elif elsewhere:
@@ -210,17 +223,18 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 @functools.cache
-def _all_keys(cls: type) -> tuple[str, ...]:
-    """Full paths of all keys under a section, the shallow ones first."""
+def _acting_keys(cls: type) -> tuple[str, ...]:
+    """Full paths, as overrides take them, of all keys under a section that act; shallow first."""
     return tuple(sorted(_walk_keys(cls), key=lambda path: path.count(".")))
 
 
 def _walk_keys(cls: type) -> Iterator[str]:
     for name, field in _fields(cls).items():
-        yield name
-        tables = field.metadata.get(VARIANTS, {}).values()
-        arms = typing.get_args(_hints(cls)[name]) or (_hints(cls)[name],)
-        for arm in dict.fromkeys((*tables, *arms)):
+        if not field.metadata.keys() & {INERT, UNSUPPORTED, GIVES_WAY}:
+            yield name
+        for kind, section in field.metadata.get(VARIANTS, {}).items():
+            yield from (f"{name}.{kind}.{below}" for below in _walk_keys(section))
+        for arm in dict.fromkeys(typing.get_args(_hints(cls)[name]) or (_hints(cls)[name],)):
             if _is_section(arm):
                 yield from (f"{name}.{below}" for below in _walk_keys(arm))
 
@@ -254,6 +268,8 @@ def _quote_advice(kind: type, data: Any) -> str:
         return ": put it in quotes"
     if kind is bool and isinstance(data, str) and data.lower() in {"true", "false"}:
         return ": remove the quotes"
+    if kind in (int, float) and isinstance(data, str) and re.fullmatch(r"[-+]?0+[0-9]+", data):
+        return f": without 0 at its front, {int(data)}"
     if kind in (int, float) and isinstance(data, str) and data.strip("+-").isdecimal():
         return ": remove the quotes"
     return ""

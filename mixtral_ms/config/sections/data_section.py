@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mixtral_ms.config.sections.fields import inert, unsupported
+from mixtral_ms.config.sections.fields import gives_way, inert, unsupported
 
 _LOADER_NO_EFFECT = "the loader is one thread that is faster than the network"
 
@@ -43,7 +43,7 @@ class DatasetSection:
     drop_remainder: bool | None = None
     """Training leaves out the last records that do not fill a batch, evaluation counts them;
     another value gives a line in the log."""
-    batch_size: int | None = None
+    batch_size: int | None = gives_way("runner_config.batch_size")
     """Sequences of a micro batch of one rank; runner_config.batch_size wins for training and
     stands in for evaluation where this is empty."""
     repeat: int = inert(1, "runner_config.epochs says how often the data is read")

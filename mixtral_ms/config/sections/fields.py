@@ -9,6 +9,7 @@ UNSUPPORTED = "unsupported"
 VARIANTS = "variants"
 ONE_OF = "one_of"
 DERIVED = "derived"
+GIVES_WAY = "gives_way"
 
 T = TypeVar("T")
 
@@ -32,6 +33,11 @@ def inert(default: Any, why: str) -> Any:
 def unsupported(default: Any, why: str) -> Any:
     """A key that would change the result but is not built: only `default` is accepted."""
     return dataclasses.field(default=default, metadata={UNSUPPORTED: why})
+
+
+def gives_way(key: str, default: Any = None) -> Any:
+    """A key that `key`, the full path of another, wins over: hints name that one."""
+    return dataclasses.field(default=default, metadata={GIVES_WAY: key})
 
 
 def one_of(names: Sequence[str], default: str) -> Any:

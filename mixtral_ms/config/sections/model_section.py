@@ -10,6 +10,7 @@ from mixtral_ms.config.sections.fields import (
     Dtype,
     derived,
     fill_derived,
+    gives_way,
     inert,
     one_of,
     unsupported,
@@ -119,7 +120,7 @@ class MixtralConfig:
 
     type: Literal["LlamaConfig", "MixtralConfig"] = "MixtralConfig"
     # sizes
-    batch_size: int = 1
+    batch_size: int = gives_way("runner_config.batch_size", 1)
     seq_length: int = 2048
     hidden_size: int = 4096
     num_layers: int = 32

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mixtral_ms.config.sections.fields import inert
+from mixtral_ms.config.sections.fields import gives_way, inert
 
 OptimizerType = Literal[
     "AdamW", "FP32StateAdamWeightDecay", "FusedCastAdamWeightDecay", "AdamWeightDecay"
@@ -44,7 +44,7 @@ class OptimizerSection:
     """`optimizer`: Adam with decoupled weight decay (none on norms and biases)."""
 
     type: OptimizerType = "AdamW"
-    learning_rate: float | None = None
+    learning_rate: float | None = gives_way("lr_schedule.learning_rate")
     """Used only without lr_schedule."""
     betas: list[float] | None = None
     """Decay of the two moments, [0.9, 0.95] for example; the same as beta1 and beta2."""
@@ -77,7 +77,7 @@ class LrScheduleSection:
     learning_rate: float = 1e-5
     """The highest rate, reached at the end of the warm-up."""
     lr_end: float = 0.0
-    """The rate at the last step."""
+    """The rate that the fall would reach one step behind the last."""
     warmup_ratio: float | None = None
     """Part of all steps that is warm-up; or give warmup_steps."""
     warmup_steps: int | None = None
@@ -183,7 +183,7 @@ class CheckpointMonitorSection:
     save_optimizer: bool = inert(True, "a checkpoint can always be resumed")
     remove_redundancy: bool = inert(False, "each rank writes what it holds")
     async_save_mode: str = inert("thread", "async_save says it")
-    exception_save: bool = inert(False, "Ctrl-C and SIGTERM always save")
+    exception_save: bool = inert(False, "signals, and errors between steps, always save")
     embedding_size: int | None = inert(None, "the Trainer knows")
     embedding_local_norm_threshold: float | None = inert(None, _ALWAYS_MEASURED)
     use_checkpoint_health_monitor: bool = inert(False, "every checkpoint has a manifest")

@@ -122,9 +122,12 @@ class RouterLosses(nn.Cell):
         probs_LTE = ops.stop_gradient(probs_LTE)
         entropy_LT = -ops.sum(probs_LTE * ops.log(probs_LTE + 1e-20), 2)
         entropy_L = self._summed(ops.sum(entropy_LT * weight_T, 1)) / tokens
-        total_L = ops.maximum(ops.sum(tokens_per_expert_LE, 1), one)
+        assigned_L = ops.sum(tokens_per_expert_LE, 1)
+        total_L = ops.maximum(assigned_L, one)
         load_LE = tokens_per_expert_LE / ops.expand_dims(total_L, 1)
-        dropped_L = 1.0 - ops.sum(ops.cast(kept_tokens_per_expert_LE, mstype.float32), 1) / total_L
+        kept_L = ops.sum(ops.cast(kept_tokens_per_expert_LE, mstype.float32), 1)
+        # of padding alone nothing is kept, and nothing dropped
+        dropped_L = ops.minimum(1.0 - kept_L / total_L, assigned_L)
         return aux_L, z_L, load_LE, dropped_L, entropy_L
 
     def _summed(self, x: Tensor) -> Tensor:

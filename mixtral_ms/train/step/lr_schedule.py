@@ -15,10 +15,8 @@ def build_schedule(section: LrScheduleSection, total_steps: int) -> Schedule:
         section: `lr_schedule`.
         total_steps: steps of the run; `lr_schedule.total_steps` wins where it is not -1.
     """
-    total = section.total_steps if section.total_steps > 0 else total_steps
-    warmup = section.warmup_steps
-    if warmup is None:
-        warmup = int((section.warmup_ratio or 0.0) * total)
+    total = spanned_steps(section, total_steps)
+    warmup = warmup_steps(section, total_steps)
     shape = _SHAPES[section.type]
 
     def rate(step: int) -> float:
@@ -30,6 +28,18 @@ def build_schedule(section: LrScheduleSection, total_steps: int) -> Schedule:
         return section.lr_end + fall * shape(progress, section.num_cycles)
 
     return rate
+
+
+def spanned_steps(section: LrScheduleSection, total_steps: int) -> int:
+    """Steps that the schedule spans, in a run of so many."""
+    return section.total_steps if section.total_steps > 0 else total_steps
+
+
+def warmup_steps(section: LrScheduleSection, total_steps: int) -> int:
+    """Steps of its warm-up, in a run of so many."""
+    if section.warmup_steps is not None:
+        return section.warmup_steps
+    return int((section.warmup_ratio or 0.0) * spanned_steps(section, total_steps))
 
 
 def constant_schedule(learning_rate: float) -> Schedule:

