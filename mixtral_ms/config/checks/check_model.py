@@ -1,14 +1,18 @@
 """Contradictions within the network and between it and the rank grid."""
 
+import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mixtral_ms.config.checks.value_ranges import find_non_finite, out_of_range
 from mixtral_ms.config.derived.expert_grid import expert_matrix
 from mixtral_ms.config.derived.parameter_table import LAYER, adaptable_rows, adapted_rows
+from mixtral_ms.config.derived.pattern_branches import branches
 from mixtral_ms.config.derived.pipeline_stages import layers_per_stage
 from mixtral_ms.config.derived.recomputed_layers import selected_layers
 from mixtral_ms.config.loading.resolve import effective_parallel
+from mixtral_ms.config.sections.lora_section import PetSection
 from mixtral_ms.config.sections.model_section import NO_TOKEN, MixtralConfig
 from mixtral_ms.config.sections.run_section import ModelSection, RunConfig
 from mixtral_ms.errors import UserError
@@ -95,13 +99,23 @@ def _check_adapters(model: MixtralConfig) -> Iterator[str]:
     except re.error as error:
         yield f"{given} is not a regular expression: {error}"
         return
-    if not found:
+    if not found or (unused := _unused_branch(pet, model.num_layers)) is not None:
+        given = given if not found else f"{unused!r} in {given}"
         first, *others = (row.module.removeprefix(LAYER) for row, _ in adaptable_rows())
         yield (
             f"{given} means no module: it must match a whole name such as "
             f"{LAYER.format(layer=0)}{first}; the modules of a layer are "
             f"{', '.join([first, *others])}"
         )
+
+
+def _unused_branch(pet: PetSection, num_layers: int) -> str | None:
+    """An alternative of target_modules that means no module; None where all mean some."""
+    for branch, alone in branches(pet.target_modules):
+        with contextlib.suppress(re.error):  # it refers to a group of a sibling
+            if not any(adapted_rows(replace(pet, target_modules=alone), num_layers)):
+                return branch
+    return None
 
 
 def _check_split(config: RunConfig) -> Iterator[str]:

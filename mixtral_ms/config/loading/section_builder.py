@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeGuard
 
 from mixtral_ms.config.loading.yaml_tree import Value
 from mixtral_ms.config.sections.fields import (
+    ADVICE,
     DERIVED,
     GIVES_WAY,
     INERT,
@@ -70,7 +71,9 @@ class SectionBuilder:
             return None
         before = len(self.errors)
         converted = self._convert(hint, value, path)
-        if len(self.errors) == before and converted != field.default:
+        if len(self.errors) > before:
+            self.errors[-1] += field.metadata.get(ADVICE, "")
+        elif converted != field.default:
             self._note_effect(field, converted, value, path)
         return converted
 

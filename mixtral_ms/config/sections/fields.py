@@ -10,6 +10,7 @@ VARIANTS = "variants"
 ONE_OF = "one_of"
 DERIVED = "derived"
 GIVES_WAY = "gives_way"
+ADVICE = "advice"
 
 T = TypeVar("T")
 
@@ -38,6 +39,12 @@ def unsupported(default: Any, why: str) -> Any:
 def gives_way(key: str, default: Any = None) -> Any:
     """A key that `key`, the full path of another, wins over: hints name that one."""
     return dataclasses.field(default=default, metadata={GIVES_WAY: key})
+
+
+def advised(default: T, advice: str) -> T:
+    """A key with words of its own for whoever gives it a value of another type."""
+    field: Any = dataclasses.field(default=default, metadata={ADVICE: advice})
+    return field
 
 
 def one_of(names: Sequence[str], default: str) -> Any:

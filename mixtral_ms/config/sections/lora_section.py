@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mixtral_ms.config.sections.fields import inert, unsupported
+from mixtral_ms.config.sections.fields import advised, inert, unsupported
 
 _NAMES = "target_modules says which modules are adapted"
 
@@ -22,7 +22,11 @@ class PetSection:
     """The adapter is scaled by lora_alpha / lora_rank."""
     lora_dropout: float = 0.01
     """Part of an adapter's inputs that is dropped in training."""
-    target_modules: str = ".*wq|.*wk|.*wv|.*wo"
+    target_modules: str = advised(
+        ".*wq|.*wk|.*wv|.*wo",
+        ": one regular expression, such as '.*wq|.*wv', in place of PEFT's list; ours are "
+        "wq, wk, wv, wo of attention, w1, w3, w2 (gate, up, down) of experts",
+    )
     """A regular expression for the whole name of what is adapted: model.layers.0.attention.wq (wk,
     wv, wo) and model.layers.0.feed_forward.routed_experts.ffn.w1 (w2, w3). The router is adapted
     only by a pattern that has the word router."""

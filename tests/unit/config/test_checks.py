@@ -1,6 +1,7 @@
 """Contradictions between keys: each is found, with its keys and both numbers."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,42 @@ BIG = ROOT / "research/mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
 
 def problems(path, *overrides):
     return "\n".join(find_contradictions(load_config(path, overrides)))
+
+
+PET = "model.model_config.pet_config={{lora_rank: 4, target_modules: {}}}"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "unused"),
+    [
+        (".*wq|.*lm_head", ".*lm_head"),
+        (".*lm_head|.*wq", ".*lm_head"),
+        (".*(wq|lm_head)", "lm_head"),
+        (".*(?:q_proj|wv|w1)", "q_proj"),
+        (".*w[qkvo]|.*gate_proj|.*w1", ".*gate_proj"),
+        (r".*layers\.(0|99)\..*wq", "99"),
+        (".*wq|", ""),
+        (".*wq|.*wq", None),
+        (".*w[qkvo]|.*w[123]", None),
+        (".*|.*router.*", None),
+        (".*wq|.*w[|]", ".*w[|]"),
+        (r".*[]|q]|.*\|", r".*\|"),
+        (r".*(?P<kind>wq|(w|x)1)", "x"),
+        (".*(?=w)(wq|w(k|v))", None),
+        (r"(.*)wq|.*wk", None),
+    ],
+)
+def test_each_branch_of_target_modules_means_a_module(pattern, unused):
+    found = problems(TINY, PET.format(json.dumps(pattern)))
+    assert ("means no module" in found) == (unused is not None)
+    assert unused is None or f"{unused!r} in model_config.pet_config.target_modules" in found
+
+
+def test_pefts_list_of_target_modules_is_answered_with_our_names():
+    with pytest.raises(
+        UserError, match=r"a list of 2 given; text .*'\.\*wq\|\.\*wv', in place of PEFT's"
+    ):
+        load_config(TINY, [PET.format("[q_proj, v_proj]")])
 
 
 @pytest.mark.parametrize(
