@@ -184,6 +184,20 @@ def test_other_weights_beneath_an_adapter_are_refused(finetune, whole, adapted):
         finetune("eval", "--run_mode", "eval", *key, load=other)
 
 
+@pytest.mark.parametrize(
+    ("change", "load", "message"),
+    [
+        (("--set", "model.model_config.pet_config.lora_alpha=9"), "pretrained", "alpha 64 .*is 9"),
+        ((), "{whole}", "made for the weights of .*pretrained.* are others"),
+    ],
+)
+def test_an_adapter_is_trained_on_as_it_was(finetune, whole, adapted, change, load, message):
+    key = ("--set", f"adapter={adapted / 'checkpoint'}")
+    load = f"{load.format(whole=whole.name)}/checkpoint"
+    with pytest.raises(UserError, match=message):
+        finetune("on", *LORA, *key, *change, load=load)
+
+
 def test_an_adapter_is_no_weights(finetune):
     with pytest.raises(UserError, match="holds an adapter: give --load_checkpoint the weights"):
         finetune("eval", "--run_mode", "eval", load="lora/checkpoint")

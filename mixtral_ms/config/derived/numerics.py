@@ -1,9 +1,10 @@
 """What weights were trained with that shows in no shape: compared wherever weights are taken up."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
+from mixtral_ms.log import get_logger
 
 _OF_MODEL = (
     "num_heads",
@@ -41,6 +42,27 @@ def numeric_differences(was: MixtralConfig, now: MixtralConfig) -> list[NumericD
         *_different(_OF_MODEL, was, now),
         *_different(_OF_EXPERTS, was.moe_config, now.moe_config),
     ]
+
+
+def warn_of_other_numerics(
+    where: object, was: MixtralConfig, now: MixtralConfig, names: Mapping[str, str] | None = None
+) -> None:
+    """Log each difference between what weights were made with and what is to use them.
+
+    Args:
+        where: the file that says the former.
+        was: the former.
+        now: the latter.
+        names: our key -> that file's.
+    """
+    for one in numeric_differences(was, now):
+        get_logger().warning(
+            "%s says %s %s, this run's configuration %s: the weights were not made for that",
+            where,
+            (names or {}).get(one.key, one.key),
+            one.was,
+            one.now,
+        )
 
 
 def _different(

@@ -13,7 +13,10 @@ from mixtral_ms.checkpoint.formats.dtype_casts import cast
 from mixtral_ms.checkpoint.formats.regions import whole_region
 from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorInfo, TensorSource
 from mixtral_ms.checkpoint.reshard.open_checkpoint import open_source
+from mixtral_ms.checkpoint.store.manifest import STATE
 from mixtral_ms.checkpoint.store.store import resolve_checkpoint
+from mixtral_ms.config.checks.saved_network import saved_network
+from mixtral_ms.config.derived.numerics import warn_of_other_numerics
 from mixtral_ms.config.derived.parameter_row import LORA_A, LORA_B, is_lora_name
 from mixtral_ms.config.sections.lora_section import PetSection
 from mixtral_ms.config.sections.model_section import MixtralConfig
@@ -32,12 +35,14 @@ class Adapter:
 
     Attributes:
         path: its folder.
+        network: that it was trained in.
         pet: rank, scale and target modules.
         tensors: A and B under our names.
         base: what it was made for, see `base_record`.
     """
 
     path: Path
+    network: MixtralConfig
     pet: PetSection
     tensors: TensorSource
     base: Mapping[str, Any]
@@ -58,6 +63,7 @@ def open_adapter(path: Path, config: MixtralConfig, flag: str = ADAPTER_KEY) -> 
     adapter = _open_checkpoint(path, flag)
     expected = adapter_shapes(_with_adapters(config, adapter.pet))
     _require_shapes(adapter, expected, flag)
+    warn_of_other_numerics(adapter.path / STATE, adapter.network, config)
     return adapter
 
 
@@ -66,8 +72,11 @@ def _open_checkpoint(path: Path, flag: str) -> Adapter:
     tensors = _AdapterTensors(opened.tensors)
     if not tensors.infos:
         raise UserError(f"{flag}: {opened.folder} holds whole weights, and no adapter")
-    pet = PetSection(**opened.state["model_config"]["pet_config"])
-    return Adapter(opened.folder, pet, tensors, opened.state["base"])
+    state = opened.folder / STATE
+    network = saved_network(opened.state, state)
+    if network is None or network.pet_config is None or "base" not in opened.state:
+        raise UserError(f"{flag}: {state} does not say rank, alpha and weights of an adapter")
+    return Adapter(opened.folder, network, network.pet_config, tensors, opened.state["base"])
 
 
 class _AdapterTensors(TensorSource):
@@ -122,6 +131,29 @@ def require_base(base: Mapping[str, Any], fingerprint: str, adapter: Path, given
             f"{base['fingerprint']}), and those of {given} are others ({fingerprint}): give "
             "--load_checkpoint the weights that it was made for"
         )
+
+
+def require_continued(adapter: Adapter, pet: PetSection, fingerprint: str, given: str) -> None:
+    """Refuse to train an adapter on where it would begin as something else than it was.
+
+    Args:
+        adapter: that is trained on.
+        pet: rank and scale of the run.
+        fingerprint: of the weights beneath it.
+        given: where these are from.
+
+    Raises:
+        UserError: another scale, or other weights, than those that it was trained with.
+    """
+    if adapter.pet.scale != pet.scale:
+        was, now = adapter.pet, pet
+        raise UserError(
+            f"{ADAPTER_KEY}: {adapter.path} was trained with lora_alpha {was.lora_alpha:g} (scale "
+            f"{was.scale:g}), model_config.pet_config.lora_alpha is {now.lora_alpha:g} (scale "
+            f"{now.scale:g}): what it adds to the weights would change at once. Set lora_alpha "
+            f"{was.lora_alpha:g}"
+        )
+    require_base(adapter.base, fingerprint, adapter.path, given)
 
 
 def fingerprint_of(source: TensorSource) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixtral_ms.checkpoint.formats.regions import overlap, region_shape, relative, whole_region
 from mixtral_ms.checkpoint.formats.tensor_source import Region, TensorInfo, TensorSource, carrier
-from mixtral_ms.config.derived.numerics import numeric_differences
+from mixtral_ms.config.derived.numerics import warn_of_other_numerics
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.convert.adapters.lora_weights import ADAPTER_KEY, adapted
 from mixtral_ms.convert.formats.atom_audit import problems_text, source_problems
@@ -51,7 +51,8 @@ def open_weights(
         )
     path = found.path
     source = open_found(found)
-    _warn_of_other_numerics(found, config)
+    if said := found.network:
+        warn_of_other_numerics(said.path, said.config, config, said.names)
     format_ = detect_format(source.infos, path, found.format_name)
     layouts = layout_of(format_, config)
     problems, left_out = source_problems(source.infos, layouts)
@@ -67,21 +68,6 @@ def open_weights(
     usable = [layout for layout in layouts if layout.name not in problems]
     weights = WeightView(source, usable, layout_of(OURS, config), config.head_dim)
     return weights if adapter is None else adapted(weights, adapter, config)
-
-
-def _warn_of_other_numerics(weights: FoundWeights, config: MixtralConfig) -> None:
-    """What does not show in shapes but was part of the training that made the weights."""
-    found = weights.network
-    if found is None:
-        return
-    for one in numeric_differences(found.config, config):
-        get_logger().warning(
-            "%s says %s %s, this run's configuration %s: the weights were not made for that",
-            found.path,
-            found.name(one.key),
-            one.was,
-            one.now,
-        )
 
 
 class WeightView(TensorSource):

@@ -12,6 +12,7 @@ from mixtral_ms.convert.adapters.lora_weights import (
     fingerprint,
     fingerprint_of,
     open_adapter,
+    require_continued,
 )
 from mixtral_ms.convert.adapters.peft_export import write_peft
 from mixtral_ms.convert.run_weights import open_run_weights
@@ -30,6 +31,18 @@ def base_of(config: RunConfig, network: MixtralForCausalLM) -> dict[str, str]:
         tensors = ((p.name, p.shape, p.asnumpy().__getitem__) for p in network.weights())
         weights = fingerprint(tensors)
     return base_record(config.load_checkpoint or "", weights)
+
+
+def require_continues(config: RunConfig, base: Mapping[str, str]) -> None:
+    """Check that `adapter` can be trained on: by this scale, on the weights that it was made for.
+
+    Raises:
+        UserError: it cannot.
+    """
+    network = config.model.model_config
+    if config.adapter and network.pet_config is not None:
+        adapter = open_adapter(Path(config.adapter), network)
+        require_continued(adapter, network.pet_config, base["fingerprint"], base["path"])
 
 
 def save_peft(config: RunConfig, checkpoints: Path) -> Path:
