@@ -11,8 +11,15 @@ LOGGER_NAME = "mixtral_ms"
 
 
 def rank_from_environment() -> int:
-    """Rank of this process as msrun sets it; 0 when not launched by msrun."""
-    return int(os.environ.get("RANK_ID", "0") or 0)
+    """Rank of this process among several as msrun sets it; else 0, whatever RANK_ID was left over.
+
+    What is no number is left to whoever needs it to say so: the log should not fail.
+    """
+    try:
+        several = int(os.environ.get("MS_WORKER_NUM", "1")) > 1
+        return int(os.environ.get("RANK_ID", "0")) if several else 0
+    except ValueError:
+        return 0
 
 
 class _ToStderr(logging.StreamHandler):

@@ -134,8 +134,7 @@ def require_space(folder: Path, size: int, files: int) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(existing).free) < size:
         raise UserError(
-            f"not enough disk space for {folder}: it needs {size / 1e9:,.3f} GB, "
-            f"{free / 1e9:,.3f} GB are free"
+            f"not enough disk space for {folder}: it needs {size:,} bytes, {free:,} are free"
         )
 
 
@@ -222,5 +221,5 @@ def _write_file(
         free = shutil.disk_usage(path.parent.parent).free
         raise CheckpointError(
             f"cannot write {path.parent.name}/{path.name}: {error.strerror or error} "
-            f"({free / 1e9:,.3f} GB are free); the source and what was at the target are untouched"
+            f"({free:,} bytes are free); the source and what was at the target are untouched"
         ) from error

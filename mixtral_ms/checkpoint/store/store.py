@@ -119,6 +119,7 @@ def save_checkpoint(
     if keep_max is not None and keep_max < 1:
         raise ValueError(f"keep_max is {keep_max}; it must be at least 1, or None to keep all")
     state_text = state_bytes(state)
+    needed = _needed_bytes(tensors, len(ranks.local_ranks) if ranks else 1)
     try:
         if ranks is not None and not ranks.leads:
             ranks.write_part(root, name, tensors)
@@ -127,7 +128,8 @@ def save_checkpoint(
         with store_lock(root) as held:
             if held:
                 clean_leftovers(root)
-            _require_space(root, tensors, len(ranks.local_ranks) if ranks else 1)
+            if shutil.disk_usage(root).free < needed:
+                raise OSError("not enough free disk space")
             _write_and_rename(root, name, tensors, state_text, ranks)
             if ranks:
                 ranks.settled()
@@ -138,7 +140,7 @@ def save_checkpoint(
         free = shutil.disk_usage(root).free if root.is_dir() else 0
         raise CheckpointError(
             f"cannot save the checkpoint {root / name}: {error.strerror or error} "
-            f"(it needs {_megabytes(_total_bytes(tensors))}, {_megabytes(free)} are free); "
+            f"(it needs {needed:,} bytes, {free:,} are free); "
             "earlier checkpoints are untouched"
         ) from error
     return root / name
@@ -158,19 +160,10 @@ def state_bytes(state: Mapping[str, Any]) -> bytes:
         raise ValueError(f"a checkpoint's state must be JSON: {error}") from error
 
 
-def _total_bytes(tensors: TensorsByFile) -> int:
-    return sum(array.nbytes for group in tensors.values() for array in group.values())
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
-
-
-def _require_space(root: Path, tensors: TensorsByFile, parts: int) -> None:
-    """Room for so many parts of about this one's size."""
-    needed = parts * _total_bytes(tensors) + _OVERHEAD_BYTES
-    if shutil.disk_usage(root).free < needed:
-        raise OSError("not enough free disk space")
+def _needed_bytes(tensors: TensorsByFile, parts: int) -> int:
+    """Of a checkpoint of so many parts of about this one's size."""
+    own = sum(array.nbytes for group in tensors.values() for array in group.values())
+    return parts * own + _OVERHEAD_BYTES
 
 
 def _write_and_rename(

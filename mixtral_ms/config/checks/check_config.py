@@ -59,8 +59,8 @@ def _check_world(config: RunConfig, world_size: int) -> list[str]:
         if world_size == 1:
             return []
         return [
-            f"use_parallel False, but {world_size} processes were started: set --use_parallel "
-            "True, or start one process"
+            f"use_parallel False, but {world_size} processes were started (MS_WORKER_NUM): set "
+            "--use_parallel True, or start one process"
         ]
     if needed != world_size:
         return [

@@ -22,7 +22,7 @@ from mixtral_ms.config.sections.run_section import (
 )
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
-from mixtral_ms.parallel.comm.launched import HCCL_WAITS, is_launched
+from mixtral_ms.parallel.comm.launched import HCCL_WAITS, is_launched, own_device
 
 
 def set_up_device(config: RunConfig) -> None:
@@ -46,7 +46,8 @@ def set_up_device(config: RunConfig) -> None:
         return
     device_id = context.device_id
     if is_launched():  # a launcher gives each of its processes a device
-        device_id = int(os.environ.get("DEVICE_ID", device_id))
+        given = own_device()
+        device_id = device_id if given is None else given
         _say_how_long_ranks_wait()
     # as text, since MindSpore is told once for all trainers of the process, if they agree
     _take(context.device_target, device_id, json.dumps(dataclasses.asdict(context)))

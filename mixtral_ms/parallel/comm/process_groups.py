@@ -22,7 +22,7 @@ from mixtral_ms.config.sections.parallel_section import HcclBuffers, ParallelCon
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 from mixtral_ms.parallel.comm.device import hccl_options
-from mixtral_ms.parallel.comm.launched import own_rank, started_processes
+from mixtral_ms.parallel.comm.launched import is_scheduler, own_rank, started_processes
 from mixtral_ms.parallel.comm.transports import count, is_simulated
 from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
 
@@ -43,8 +43,13 @@ def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = N
         met: called with the group of all before any other group is made, to refuse what would make
             them wait for each other.
     """
+    if is_scheduler():
+        get_logger().info(
+            "MS_ROLE is MS_SCHED: this process lets the %d others meet, and computes nothing",
+            started_processes(),
+        )
     if started_processes() == 1:
-        if os.environ.get("MS_ROLE") == "MS_SCHED":
+        if is_scheduler():
             raise SystemExit(0)  # a launcher's scheduler runs the program too, to be met by nobody
         return Mesh(grid)
     from mindspore.communication import create_group, init  # noqa: PLC0415 - starts threads

@@ -36,7 +36,7 @@ def told(monkeypatch):
         monkeypatch.setattr(mindspore.runtime, name, heard(name))
     monkeypatch.setattr(mindspore, "set_deterministic", set_deterministic)
     monkeypatch.setattr(connection, "connect", lambda _: said.append(("connect",)))
-    for name in ("DEVICE_ID", "MS_ROLE", *HCCL_WAITS):
+    for name in ("DEVICE_ID", "MS_ROLE", "MS_WORKER_NUM", *HCCL_WAITS):
         monkeypatch.delenv(name, raising=False)
     device._take.cache_clear()
     yield said
@@ -50,17 +50,23 @@ def config():
     return config
 
 
+def launch(monkeypatch):
+    """The environment of a launcher's only process."""
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    monkeypatch.setenv("MS_WORKER_NUM", "1")
+
+
 @pytest.mark.parametrize(("launched", "taken"), [(False, 5), (True, 3)])
 def test_the_launchers_device_is_taken_under_a_launcher(launched, taken, told, config, monkeypatch):
     monkeypatch.setenv("DEVICE_ID", "3")  # a shell may have it from elsewhere
     if launched:
-        monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+        launch(monkeypatch)
     set_up_device(config)
     assert ("set_device", "Ascend", taken) in told
 
 
 def test_ranks_that_answer_have_their_devices_before_they_meet(told, config, monkeypatch):
-    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    launch(monkeypatch)
     monkeypatch.setenv("DEVICE_ID", "3")
     load._meet(config)
     assert told.index(("set_device", "Ascend", 3)) < told.index(("connect",))
@@ -136,7 +142,7 @@ def test_a_cpu_is_told_none_of_it_and_the_log_says_so(told, config, caplog):
 
 @pytest.mark.parametrize("own", [None, "300"])
 def test_ranks_wait_for_slow_ones_unless_the_environment_says_less(told, config, monkeypatch, own):
-    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    launch(monkeypatch)
     monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "1")  # so that what is set here goes with the test
     monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "1")
     for name in HCCL_WAITS:
