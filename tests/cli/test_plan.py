@@ -139,6 +139,20 @@ def test_mixtral_answers_on_two_devices_in_float16(capsys):
     assert "estimates; assumed:" in said and "read at 1,600 GB/s" in said
 
 
+def test_a_layout_replaces_no_file_unasked(tmp_path, capsys):
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(BIG.read_text())
+    flags = ("--config", yaml, "--devices", "16", "--memory", "64GB")
+    assert plan(*flags, "--write", yaml, "--overwrite") == 2
+    assert f"--write {yaml}: is read too (--config" in capsys.readouterr().err
+    (tmp_path / "mine").write_text("mine")
+    assert plan(*flags, "--write", tmp_path / "mine") == 2
+    assert "mine exists; give --overwrite" in capsys.readouterr().err
+    assert (yaml.read_text(), (tmp_path / "mine").read_text()) == (BIG.read_text(), "mine")
+    assert plan(*flags, "--write", tmp_path / "mine", "--overwrite") == 0
+    assert (tmp_path / "mine").read_text() != "mine"
+
+
 def test_nothing_fits(tmp_path, capsys):
     written = tmp_path / "layout.yaml"
     small = ("--config", BIG, "--devices", "2", "--memory", "64GB")

@@ -232,7 +232,11 @@ def verify_file(path: Path, entry: FileEntry, name: str | None = None) -> list[s
         source = open_tensors(path)
     except UserError as error:
         return surplus or [f"{name}: its header was changed ({error})"]
-    if not isinstance(source, FramedSource) or source.framing.sha256() != entry.header_sha256:
+    if (
+        not isinstance(source, FramedSource)
+        or source.framing.sha256() != entry.header_sha256
+        or source.infos.keys() != entry.tensors.keys()
+    ):
         return _header_problems(name, set(source.infos), set(entry.tensors))
     return surplus or [
         f"{name}: tensor {tensor} was changed: its hash is not the manifest's"

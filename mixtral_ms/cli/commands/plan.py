@@ -16,7 +16,7 @@ from mixtral_ms.config.checks.check_config import find_contradictions
 from mixtral_ms.config.loading.resolve import rank_count
 from mixtral_ms.config.sections.run_modes import RUN_MODES
 from mixtral_ms.errors import UserError
-from mixtral_ms.files import write_aside
+from mixtral_ms.files import new_file, not_an_input
 from mixtral_ms.parallel.planner.layout_search import Layout, LayoutPlan, judge, plan_layouts
 from mixtral_ms.parallel.planner.predict_layouts import judge_prediction, plan_prediction
 from mixtral_ms.parallel.planner.time_model import Cluster
@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top", type=whole_number, default=10, metavar="N", help="layouts to show (default: 10)")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--write", type=Path, metavar="FILE", help="write the sections of a layout as YAML")
+    add("--overwrite", action="store_true", help="replace an existing file of --write")
     add(
         "--choose",
         type=whole_number,
@@ -248,7 +249,9 @@ def _write(arguments: argparse.Namespace, plan: LayoutPlan) -> None:
             f"--choose {arguments.choose}: {len(plan.fitting)} layouts fit; nothing was written"
         )
     text = as_yaml(plan.fitting[arguments.choose - 1], arguments.config)
-    with write_aside(arguments.write) as aside:
+    if arguments.config:
+        not_an_input(arguments.write, "--write", [("--config", str(arguments.config))])
+    with new_file(arguments.write, overwrite=arguments.overwrite) as aside:
         aside.write_text(text, encoding="utf-8")
     print(f"written: {arguments.write}", file=sys.stderr)
 
