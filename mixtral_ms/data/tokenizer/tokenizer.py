@@ -18,6 +18,7 @@ from mixtral_ms.data.tokenizer.fast_encoders import Encoder, GigatokenEncoder, l
 from mixtral_ms.data.tokenizer.sentencepiece_model import is_plain_bpe
 from mixtral_ms.data.tokenizer.token_offsets import encode_with_proto, piece_lengths
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import not_as_wanted, require_file
 from mixtral_ms.log import get_logger
 
 Backend = Literal["auto", "sentencepiece", "kitoken", "gigatoken"]
@@ -237,13 +238,18 @@ def _next_single_space(text: str, position: int) -> int:
     return -1
 
 
+_ADVICE = "give the tokenizer.model that comes with the model's weights"
+
+
 def _read_model(path: Path) -> bytes:
     try:
+        require_file(path)
         return path.read_bytes()
+    except UserError as error:
+        raise UserError(f"cannot read the tokenizer model {error}; {_ADVICE}") from error
     except OSError as error:
         raise UserError(
-            f"cannot read the tokenizer model {str(path)!r} ({error.strerror}); "
-            "give the tokenizer.model that comes with the model's weights"
+            f"cannot read the tokenizer model {path}: {error.strerror}; {_ADVICE}"
         ) from error
 
 
@@ -251,11 +257,17 @@ def _load_processor(path: Path, data: bytes) -> sentencepiece.SentencePieceProce
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(data)
-    except RuntimeError as error:
-        raise UserError(
-            f"{str(path)!r} ({len(data)} bytes) is not a sentencepiece model; "
-            "give the tokenizer.model that comes with the model's weights"
-        ) from error
+        # the library asks for a piece's text only when it is used
+        processor.id_to_piece(list(range(processor.vocab_size())))
+    except (RuntimeError, UnicodeDecodeError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            why = "damaged: one of its pieces is not UTF-8"
+        elif data.lstrip()[:1] == b"{":
+            why = "JSON, as Hugging Face's tokenizer.json"
+        else:
+            why = f"{len(data)} bytes"
+        found = not_as_wanted(path, "a sentencepiece model", why)
+        raise UserError(f"{found}; {_ADVICE}") from error
     return processor
 
 

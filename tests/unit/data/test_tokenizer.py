@@ -190,7 +190,17 @@ def test_plain_bpe_is_recognized_and_damage_is_not():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot read"), (b"", "not a sentencepiece"), (b"hello", "not a sentencepiece")],
+    [
+        (None, "cannot read the tokenizer model .*: no such file"),
+        (b"", r"is empty \(0 bytes\), not a sentencepiece model"),
+        (b"hello", r"not a sentencepiece model \(5 bytes\); give the tokenizer.model"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a git-lfs pointer"),
+        (b"<!DOCTYPE html>", "is a web page"),
+        (b'{"version": "1.0", "model": {}}', "JSON, as Hugging Face's tokenizer.json"),
+        (MODEL.read_bytes().replace(b"\xe2\x96\x81the", b"\xff\x96\x81the", 1), "is not UTF-8"),
+        (MODEL.read_bytes()[:100_000], "not a sentencepiece model"),
+    ],
+    ids=["absent", "empty", "text", "git-lfs", "page", "JSON", "a piece", "cut off"],
 )
 def test_bad_model_file_is_a_user_error(tmp_path, content, message):
     path = tmp_path / "tokenizer.model"

@@ -131,7 +131,7 @@ def test_a_longer_context_than_is_usual(folder, tmp_path, capsys):
         ("text_generation", "nowhere", {}, "nowhere does not exist"),
         ("text_generation", "predict.yaml", {"weight_dtype": "int4"}, "weight_dtype 'int4'"),
         ("text_generation", "predict.yaml", {"batch_size": 0}, "predict_batch_size is 0"),
-        ("text_generation", "predict.yaml", {"vocab_file": "none"}, "tokenizer model 'none'"),
+        ("text_generation", "predict.yaml", {"vocab_file": "none"}, "tokenizer model none"),
         ("text_generation", "predict.yaml", {"seq_length": 0}, "seq_length 0: must be a whole"),
         ("text_generation", "predict.yaml", {"seq_length": "9"}, "seq_length '9': must be"),
     ],
