@@ -27,6 +27,7 @@ from mixtral_ms.config.sections.training_section import (
 from mixtral_ms.convert.adapters.lora_weights import open_adapter
 from mixtral_ms.convert.run_weights import open_run_weights
 from mixtral_ms.data.loader.record_loader import RecordLoader
+from mixtral_ms.data.mindrecord.reader import shared_files
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
@@ -179,6 +180,20 @@ def build_loader(
         part=mesh.context_index,
         parts=mesh.grid.context_parallel,
     )
+
+
+def build_eval_loader(config: RunConfig, mesh: Mesh, train: RecordLoader) -> RecordLoader:
+    """The loader of eval_dataset; says when it holds what is trained on."""
+    loader = build_loader(config, dataset_of(config, training=False), mesh, training=False)
+    shared = shared_files(train.data, loader.data)
+    if shared or loader.fingerprint == train.fingerprint:
+        what = f"{shared[0]} is" if len(shared) == 1 else f"{len(shared) or 'all'} files are"
+        get_logger().warning(
+            "eval_dataset is not held back: %s in train_dataset too, so the evaluation's loss says "
+            "what was learnt by heart; name other data in eval_dataset.data_loader.dataset_dir",
+            what,
+        )
+    return loader
 
 
 def build_optimizer(config: RunConfig, network: MixtralForCausalLM) -> AdamW:

@@ -31,6 +31,7 @@ from mixtral_ms.parallel.comm.process_groups import gather_objects
 from mixtral_ms.parallel.grid.mesh import Mesh
 from mixtral_ms.train.announcement import announce
 from mixtral_ms.train.builders import (
+    build_eval_loader,
     build_learning_rate,
     build_loader,
     build_monitor,
@@ -115,10 +116,7 @@ class TrainingRun:
         self.loader = build_loader(config, data, mesh, training=True)
         data_dir = data.data_loader.dataset_dir
         self.plan = plan_steps(config.runner_config, len(self.loader), data_dir, mesh.grid)
-        eval_loader = None
-        if config.do_eval:
-            held_back = dataset_of(config, training=False)
-            eval_loader = build_loader(config, held_back, mesh, training=False)
+        eval_loader = build_eval_loader(config, mesh, self.loader) if config.do_eval else None
         self._require_same_files(eval_loader.fingerprint if eval_loader else None, checkpoint)
         self.network = build_network(config, mesh, values="restored" if checkpoint else "initial")
         self.base = base_of(config, self.network) if config.model.model_config.pet_config else None

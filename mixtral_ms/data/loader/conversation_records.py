@@ -68,6 +68,11 @@ class ConversationRecords:
         self._report(log)
         self.identity = self._digest()
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that were read."""
+        return list(self._data.inputs)
+
     def __len__(self) -> int:
         """How many records there are."""
         return len(self._records)

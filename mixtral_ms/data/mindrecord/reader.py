@@ -31,6 +31,10 @@ class Records(Protocol):
     facts: Mapping[str, Any]
 
     @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+
+    @property
     def identity(self) -> object:
         """What tells this data from other data, but not by where it is."""
 
@@ -74,6 +78,11 @@ class MindRecords:
         self.identity = [one.size for one in self._files]
         self.facts: Mapping[str, Any] = _common_facts(self._files)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return [one.path for one in self._files]
+
     def __len__(self) -> int:
         """How many records there are."""
         return self._ends[-1]
@@ -108,6 +117,12 @@ def _common_facts(files: list[RecordFile]) -> dict[str, Any]:
             )  # fmt: skip
             return {}
     return facts
+
+
+def shared_files(some: Records, others: Records) -> list[Path]:
+    """Files of the first that the second reads too, by whatever names and links."""
+    known = {(found.st_dev, found.st_ino) for found in map(os.stat, others.files)}
+    return [one for one in some.files if (one.stat().st_dev, one.stat().st_ino) in known]
 
 
 def find_records(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
