@@ -281,7 +281,7 @@ def test_too_little_free_space_is_found_before_anything_is_written(damaged, monk
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(rank_parts, "write_tensor_file", lambda *_: pytest.fail("it was written"))
     with pytest.raises(
-        CheckpointError, match=r"not enough free .*needs [\d,]+ bytes, 1,500,000 are free"
+        CheckpointError, match=r"not enough free .*needs 3,048,576 bytes, 1,500,000 are free"
     ):
         save_checkpoint(root, "big", {"model": {"w": np.zeros(500_000, np.float32)}}, {"step": 9})
     assert resolve_checkpoint(root) == damaged
