@@ -11,7 +11,7 @@ checkpoint from a slow disk or compiles for longer than the others. 7200 is HCCL
 """
 
 
-ROLE, PROCESSES, RANK, DEVICE = "MS_ROLE", "MS_WORKER_NUM", "RANK_ID", "DEVICE_ID"
+ROLE, PROCESSES, RANK_ID, DEVICE = "MS_ROLE", "MS_WORKER_NUM", "RANK_ID", "DEVICE_ID"
 _SCHEDULER = "MS_SCHED"
 
 
@@ -36,7 +36,7 @@ def started_processes() -> int:
 
 def own_rank() -> int:
     """This process's number among them. Raises UserError as `is_launched`."""
-    return (_number(RANK, least=0) or 0) if started_processes() > 1 else 0
+    return (_number(RANK_ID, least=0) or 0) if started_processes() > 1 else 0
 
 
 def own_device() -> int | None:
