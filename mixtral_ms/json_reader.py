@@ -73,11 +73,34 @@ def decode_json(text: str, *, row: bool = False) -> Any:
     except json.JSONDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ValueError(why_no_json(error)) from None
+        raise ValueError(_where_not_finite(text) or why_no_json(error)) from None
     check_depth(text, value)
     if not row and "\\u" in text:
         _check_characters(value)
     return value
+
+
+def _where_not_finite(text: str) -> str | None:
+    """The key that holds NaN, Infinity or more than float64 can, in words."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    level = [("", value)]
+    for _ in range(MAX_DEPTH):
+        for key, one in level:
+            if isinstance(one, float) and not math.isfinite(one):
+                return f"{key or 'the value'} is NaN, infinite or beyond float64"
+        level = [
+            (f"{key}.{name}".lstrip("."), item) for key, one in level for name, item in _keys(one)
+        ]
+    return None
+
+
+def _keys(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, list) else []
 
 
 def why_no_json(error: Exception) -> str:

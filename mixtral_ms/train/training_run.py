@@ -50,7 +50,7 @@ from mixtral_ms.train.objectives.objective import MakeObjective
 from mixtral_ms.train.report.metrics import MetricsWriter, NoMetrics, read_metrics
 from mixtral_ms.train.report.report import write_report
 from mixtral_ms.train.report.step_monitor import step_line
-from mixtral_ms.train.state.lora_run import base_of, require_continues, save_peft
+from mixtral_ms.train.state.lora_run import base_of, save_peft
 from mixtral_ms.train.state.rank_agreement import StepSync, Storage, require_same_on_all_ranks
 from mixtral_ms.train.state.resume import restore
 from mixtral_ms.train.state.run_facts import TrainingFacts, data_state
@@ -119,9 +119,7 @@ class TrainingRun:
         eval_loader = build_eval_loader(config, mesh, self.loader) if config.do_eval else None
         self._require_same_files(eval_loader.fingerprint if eval_loader else None, checkpoint)
         self.network = build_network(config, mesh, values="restored" if checkpoint else "initial")
-        self.base = base_of(config, self.network) if config.model.model_config.pet_config else None
-        if self.base and not checkpoint:
-            require_continues(config, self.base)
+        self.base = base_of(config, self.network, resumed=checkpoint is not None)
         self.optimizer = build_optimizer(config, self.network)
         self.loss_scale = build_loss_scale(config.runner_wrapper.scale_sense)
         self.learning_rate = build_learning_rate(config, self.plan.total_steps)

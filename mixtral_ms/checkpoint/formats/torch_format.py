@@ -327,7 +327,8 @@ def _stored(path: Path, name: str, tensor: _Tensor) -> StoredTensor:
             f"{path}: tensor {name!r} is a lazy view ({', '.join(map(str, lazy))}), whose values "
             "are not in the file as they are: save tensor.resolve_neg().resolve_conj()"
         )
-    numbers = (tensor.offset, *tensor.shape, *tensor.strides)
+    sized = isinstance(tensor.shape, list | tuple) and isinstance(tensor.strides, list | tuple)
+    numbers = (tensor.offset, *tensor.shape, *tensor.strides) if sized else (None,)
     whole = all(isinstance(n, int) and n >= 0 for n in numbers)
     if not isinstance(tensor.storage, _Storage) or not whole:
         raise DamagedFileError(f"{path}: tensor {name!r} has no valid storage, shape and strides")

@@ -27,15 +27,15 @@ MANIFEST_HASH = "manifest.sha256"
 STATE = "state.json"
 FORMAT_VERSION = 2
 _NAMES_SHOWN = 3
-FILES_SHAPE: JsonShape = {
-    str: {
-        "size": int,
-        "header_size": int,
-        "header_sha256": str,
-        "tensors": {str: {"shape": [int], "dtype": str, "size": int, "sha256": str}},
-    }
+FILE_SHAPE: JsonShape = {
+    "size": int,
+    "header_size": int,
+    "header_sha256": str,
+    "tensors": {str: {"shape": [int], "dtype": str, "size": int, "sha256": str}},
 }
-"""What JSON says of files of tensors, by name."""
+"""What JSON says of a file of tensors."""
+FILES_SHAPE: JsonShape = {str: FILE_SHAPE}
+"""The same of several, by name."""
 _MANIFEST_SHAPE: JsonShape = {
     "world": int,
     "state_sha256": (str, None),
@@ -137,7 +137,7 @@ def _hash_line(text: bytes) -> str:
 
 
 def file_entry(entry: dict[str, Any]) -> FileEntry:
-    """A file's entry from its JSON, which has the shape of FILES_SHAPE's items."""
+    """A file's entry from its JSON, of FILE_SHAPE."""
     tensors = {
         name: TensorEntry(tuple(tensor["shape"]), tensor["dtype"], tensor["size"], tensor["sha256"])
         for name, tensor in entry["tensors"].items()

@@ -16,6 +16,12 @@ def layers_per_stage(config: MixtralConfig, stages: int) -> list[int]:
     """
     if stages == 1:
         return [config.num_layers]
+    if config.num_layers < stages:
+        raise UserError(
+            f"model_config.num_layers {config.num_layers} is less than parallel_config."
+            f"pipeline_stage {stages}: a stage would have no layer; take at most "
+            f"{config.num_layers} stages"
+        )
     share, left = divmod(config.num_layers, stages)
     offsets = config.offset if isinstance(config.offset, list) else [config.offset] * stages
     if len(offsets) != stages or sum(offsets) != left:

@@ -30,6 +30,7 @@ from mixtral_ms.convert.job.output import (
     destination,
     put_output,
     require_free,
+    require_tokenizer,
 )
 from mixtral_ms.convert.job.output_record import description
 from mixtral_ms.convert.job.workspace import open_workspace
@@ -127,6 +128,8 @@ def prepare(options: ConvertOptions) -> Conversion:
         file_pattern=target.file_pattern,
         max_shard_bytes=options.max_shard_bytes if target.kind == "huggingface" else None,
     )
+    if target.kind != "file":
+        require_tokenizer(source.path)
     dtypes = {one.layout.name: one.info.dtype for one in plan.targets}
     require_dtypes(target.file_format, dtypes, "say with --dtype what they are to have")
     _note_compute_dtype(found, plan)
@@ -198,6 +201,8 @@ def convert(conversion: Conversion) -> Summary:
     options, plan, target = conversion.options, conversion.plan, conversion.target
     began = time.monotonic()
     with open_workspace(target.path) as workspace:
+        # Another conversion may have come and gone since this one was prepared.
+        require_free(target, options.input_path, options.output_flag, options.overwrite)
         outcome = execute(plan, workspace, options.workers)
         tokenizer: list[str] = []
         if target.kind != "file":
@@ -209,6 +214,7 @@ def convert(conversion: Conversion) -> Summary:
             description(plan, conversion.found, conversion.chat_template),
             _huggingface_files(conversion),
         )
+        require_free(target, options.input_path, options.output_flag, options.overwrite)
         put_output(workspace.output, target)
     if options.emit_yaml and conversion.config:
         section = to_yaml_section(conversion.config)

@@ -25,6 +25,7 @@ from mixtral_ms.convert.formats.foreign_config import CONFIG_JSON, GENERATION_JS
 from mixtral_ms.convert.formats.found_weights import TOKENIZER_FILE
 from mixtral_ms.convert.job.output_record import file_hashes
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import kind_of, not_as_wanted
 from mixtral_ms.files import fsync_path
 
 OutputKind = Literal["huggingface", "checkpoint", "file"]
@@ -169,6 +170,18 @@ def _complete_huggingface(
         _write_json(output / SAFETENSORS_INDEX, index)
 
 
+def require_tokenizer(source: Path) -> None:
+    """Refuse to copy a tokenizer's file that is plainly none.
+
+    Raises:
+        UserError: it is a pointer, a web page, empty, an archive.
+    """
+    folder = source if source.is_dir() else source.parent
+    for path in (folder / name for name in TOKENIZER_FILES):
+        if path.is_file() and (kind := kind_of(path)) is not None:
+            raise not_as_wanted(path, "a file of a tokenizer", kind.name)
+
+
 def copy_tokenizer(source: Path, output: Path) -> list[str]:
     """Copy the tokenizer's files that lie with the source; returns their names."""
     folder = source if source.is_dir() else source.parent
@@ -184,10 +197,11 @@ def put_output(output: Path, target: Destination) -> None:
     if target.kind != "file":
         put_in_place(output, path)
         return
+    # The record first: killed in between, there is a record of other weights than those beside it,
+    # which every reader refuses, and the same command typed again completes it.
     record = path.with_name(path.name + RECORD_SUFFIX)
-    record.unlink(missing_ok=True)  # never beside weights that it does not describe
-    os.replace(output / path.name, path)
     os.replace(output / record.name, record)
+    os.replace(output / path.name, path)
     fsync_path(path.parent)
 
 

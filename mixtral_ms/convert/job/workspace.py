@@ -8,19 +8,20 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
-from mixtral_ms.checkpoint.store.manifest import file_entry, verify_file
+from mixtral_ms.checkpoint.store.manifest import FILE_SHAPE, file_entry, verify_file
 from mixtral_ms.errors import UserError
-from mixtral_ms.files import write_aside
+from mixtral_ms.files import sole_writer, write_aside
+from mixtral_ms.json_reader import JsonShape, read_json_object, require_shape
+from mixtral_ms.log import get_logger
+
+_NOTE_SHAPE: JsonShape = {"entry": FILE_SHAPE, "read": {str: int}, "losses": {str: [int]}}
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,17 @@ class Workspace:
         note = self._note(name)
         if not note.is_file():
             return None
-        done = _finished(json.loads(note.read_text()))
+        try:
+            done = _finished(note)
+        except UserError as error:
+            get_logger().info("%s: %s is converted again", error, name)
+            return None
         return None if verify_file(self.output / name, done.entry) else done
+
+    def leave(self) -> None:
+        """Remove all, unless a file is finished: then the next run of the same plan goes on."""
+        if not self._done.is_dir() or not any(self._done.iterdir()):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def note(self, name: str, done: Finished) -> None:
         """Remember that a file is finished."""
@@ -68,27 +78,28 @@ class Workspace:
         return self._done / (name.replace("/", "+") + ".json")
 
 
-def _finished(data: dict[str, Any]) -> Finished:
+def _finished(note: Path) -> Finished:
+    """Raises UserError for a note that is not as it was written."""
+    data = read_json_object(note)
+    require_shape(data, _NOTE_SHAPE, str(note))
     losses = {name: tuple(counts) for name, counts in data["losses"].items()}
     return Finished(file_entry(data["entry"]), data["read"], losses)
 
 
 @contextlib.contextmanager
 def open_workspace(target: Path) -> Iterator[Workspace]:
-    """The workspace of a target, held for this process; it stays when the block fails.
+    """The workspace of a target, held for this process; finished files survive a failure.
 
     Raises:
-        UserError: another process is converting to the same target.
+        BusyError: another process is converting to the same target.
+        UserError: nothing can be written there.
     """
     folder = target.parent / f".{target.name}.converting"
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with sole_writer(folder / "lock", f"{target}: wait for its conversion"):
+        workspace = Workspace(folder)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is converting to {target}: wait for it") from None
-        yield Workspace(folder)
+            yield workspace
+        except BaseException:
+            workspace.leave()
+            raise
         shutil.rmtree(folder)
-    finally:
-        os.close(descriptor)

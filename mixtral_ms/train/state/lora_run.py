@@ -22,27 +22,33 @@ from mixtral_ms.parallel.grid.sharding_rules import adapter_shapes, parameter_sh
 PEFT_FOLDER = "peft"
 
 
-def base_of(config: RunConfig, network: MixtralForCausalLM) -> dict[str, str]:
-    """The record of the weights beneath the adapters."""
+def base_of(
+    config: RunConfig, network: MixtralForCausalLM, *, resumed: bool
+) -> dict[str, str] | None:
+    """The record of the weights beneath the adapters; None where there are no adapters.
+
+    Args:
+        config: the run.
+        network: with its weights.
+        resumed: whether a checkpoint of the run says what is beneath its adapters. Else it is
+            checked that `adapter` can be trained on: by its scale, on its own weights.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if (pet := network.config.pet_config) is None:
+        return None
     if network.mesh.world_size > 1:
         # no rank may hold all of them; in the file they are what they were loaded from
         weights = fingerprint_of(open_run_weights(dataclasses.replace(config, adapter="")))
     else:
         tensors = ((p.name, p.shape, p.asnumpy().__getitem__) for p in network.weights())
         weights = fingerprint(tensors)
-    return base_record(config.load_checkpoint or "", weights)
-
-
-def require_continues(config: RunConfig, base: Mapping[str, str]) -> None:
-    """Check that `adapter` can be trained on: by this scale, on the weights that it was made for.
-
-    Raises:
-        UserError: it cannot.
-    """
-    network = config.model.model_config
-    if config.adapter and network.pet_config is not None:
-        adapter = open_adapter(Path(config.adapter), network)
-        require_continued(adapter, network.pet_config, base["fingerprint"], base["path"])
+    base = base_record(config.load_checkpoint or "", weights)
+    if config.adapter and not resumed:
+        adapter = open_adapter(Path(config.adapter), network.config)
+        require_continued(adapter, pet, weights, base["path"])
+    return base
 
 
 def save_peft(config: RunConfig, checkpoints: Path) -> Path:

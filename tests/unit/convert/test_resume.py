@@ -17,6 +17,8 @@ import pytest
 import safetensors.numpy
 from helpers.convert_oracle import MAKERS, assert_same, tensors_in, write_source
 
+from mixtral_ms.convert.formats.found_weights import find_weights
+from mixtral_ms.convert.formats.open_weight_files import open_found
 from mixtral_ms.convert.job import execute as execute_module
 from mixtral_ms.convert.job.conversion import ConvertOptions, convert, prepare
 from mixtral_ms.convert.job.execute import ConversionError
@@ -160,6 +162,7 @@ def test_too_little_space_is_seen_before(source, monkeypatch):
     with pytest.raises(UserError, match=r"needed, 1,234 are free"):
         convert(prepare(options_for(source)))
     assert not (source.parent / "out").exists()
+    assert not workspace_of(source).exists()  # nothing is in it that a rerun could use
 
 
 def test_a_disk_that_fills_up(source):
@@ -201,6 +204,73 @@ def test_a_failed_rename_keeps_what_was_there(source, monkeypatch):
 def test_two_at_once(source):
     with (
         open_workspace(source.parent / "out"),
-        pytest.raises(UserError, match="another process is converting"),
+        pytest.raises(UserError, match="wait for its conversion"),
     ):
         convert(prepare(options_for(source)))
+
+
+def test_what_another_put_there_meanwhile_is_kept(source, tmp_path):
+    """Prepared while nothing was there, and typed without --overwrite."""
+    late = prepare(options_for(source))
+    convert(prepare(options_for(source, dtype="float16")))
+    with pytest.raises(UserError, match="--overwrite"):
+        convert(late)
+    assert {one.dtype.name for one in tensors_in(source.parent / "out").values()} == {"float16"}
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"entry": {}}', '{"read": {}, "losses": {}}'])
+def test_a_damaged_note_costs_a_file_and_nothing_else(source, monkeypatch, damage):
+    interrupted(source, monkeypatch)
+    for note in (workspace_of(source) / "done").iterdir():
+        note.write_text(damage)
+    assert convert(prepare(options_for(source))).outcome.resumed == 0
+    weights = safetensors.numpy.load_file(source / "model.safetensors")
+    assert_same(tensors_in(source.parent / "out"), weights)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_between_record_and_file(source, monkeypatch, overwrite):
+    """Readers refuse what does not belong together, and the same command completes it."""
+    output = source.parent / "m.ckpt"
+    if overwrite:
+        convert(prepare(ConvertOptions(source, output, "ours", dtype="float16")))
+    options = ConvertOptions(source, output, "ours", overwrite=overwrite)
+    replace = os.replace
+
+    def killed(a, b):
+        replace(a, b)
+        if Path(b) == output.with_name("m.ckpt.json"):
+            raise _KilledError
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(_KilledError):
+        convert(prepare(options))
+    monkeypatch.undo()
+    assert output.exists() == overwrite
+    if overwrite:
+        with pytest.raises(UserError, match="m.ckpt is not what m.ckpt.json"):
+            open_found(find_weights(output))
+    convert(prepare(options))
+    assert open_found(find_weights(output)).infos["lm_head.weight"].dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\nsize 3\n", "git-lfs"),
+        ("tokenizer.model", b"", "empty"),
+        ("tokenizer.json", b"<html>", "web page"),
+    ],
+)
+def test_a_tokenizer_that_did_not_come_is_not_copied(source, name, content, said):
+    (source / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is .*{said}"):
+        prepare(options_for(source))
+    (source / name).write_bytes(b"\n\x0e\n\x05<unk>")
+    prepare(options_for(source))
+
+
+@pytest.mark.parametrize("target", ["/proc/x/m.ckpt", "/proc/m.ckpt"])
+def test_a_place_that_takes_no_files_is_named(source, target):
+    with pytest.raises(UserError, match="/proc.*cannot be written"):
+        convert(prepare(ConvertOptions(source, Path(target), "ours")))
