@@ -104,7 +104,7 @@ def require_text(path: str | os.PathLike[str]) -> str | None:
     with open(path, "rb") as file:
         start = file.read(_START)
     if "pointer" in kind.name or b"\0" in start:
-        raise UserError(f"{path} is {kind.name}, not text; {kind.advice}")
+        raise UserError(f"{path} is {kind.name}, not UTF-8 text; {kind.advice}")
     if not start:
         return f"{path} is empty"
     if _is_page(start) and Path(path).suffix.lower() not in _PAGES:

@@ -245,6 +245,9 @@ def test_a_file_whose_name_is_no_text(folder, capsys):
     assert first["file"].endswith("caf\\xe9.jsonl") and "ud800" in first["reason"]
     assert second["row"] == 2
     assert r"row 1 of caf\xe9.jsonl: left out" in capsys.readouterr().out
+    output = os.fsdecode(b"caf\xe9.mindrecord")
+    assert run(folder, pattern="caf*.jsonl", output=output) == 2
+    assert "a path that is not UTF-8" in capsys.readouterr().err
 
 
 def test_no_usable_row_is_an_error_with_the_reasons(folder, capsys):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from mixtral_ms.data.conversations.alpaca_prompt import read_alpaca
 from mixtral_ms.data.conversations.row_keys import check_message, check_row, is_learnt, system_of
-from mixtral_ms.data.readers.row_log import UnfitRowError
+from mixtral_ms.data.readers.row_log import UnfitRowError, listed_keys
 
 _SYSTEM, _USER, _ASSISTANT = "system", "user", "assistant"
 _ROLES = {
@@ -72,9 +72,9 @@ def read_conversation(row: Any) -> Conversation:
     elif "instruction" in row or "output" in row:
         return read_alpaca_row(row)
     else:
-        keys = ", ".join(map(repr, row)) or "none"
         raise UnfitRowError(
-            f"neither conversations, nor messages, nor instruction and output; its keys: {keys}"
+            "neither conversations, nor messages, nor instruction and output; its keys: "
+            f"{listed_keys(row)}"
         )
     return _conversation(row, turns, left_out)
 

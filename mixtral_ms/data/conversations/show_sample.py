@@ -34,4 +34,5 @@ def _text(ids: list[int], tokenizer: Tokenizer) -> str:
             spelled += bytes([int(piece[1:-1], 16)])
         else:
             spelled += piece.replace(_SPACE_MARK, " ").encode()
-    return spelled.decode("utf-8", "replace")
+    # a colour in a message would look like what is supervised
+    return spelled.decode("utf-8", "replace").replace("\x1b", "\\x1b")

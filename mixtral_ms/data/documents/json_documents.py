@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_ms.data.readers.json_and_parquet import JSON_SUFFIXES, PARQUET_SUFFIXES, read_rows
-from mixtral_ms.data.readers.row_log import RowLog, UnfitRowError
+from mixtral_ms.data.readers.row_log import RowLog, UnfitRowError, listed_keys
 from mixtral_ms.data.readers.text_blocks import LONG_TEXT, Advance, DocumentPart
 from mixtral_ms.data.tokenizer.tokenizer import split_at_spaces
 from mixtral_ms.errors import UserError
@@ -50,7 +50,7 @@ def _text_of(row: Any, column: str, where: str) -> str:
         raise UserError(f"{where}: a {type(row).__name__}, but each row must be one JSON object")
     if column not in row:
         raise UserError(
-            f"{where}: no {column!r}; it has {', '.join(map(repr, row)) or 'no keys'}: "
+            f"{where}: no {column!r}; it has {listed_keys(row)}: "
             "name the one with the text by --text_column"
         )
     text = row[column]

@@ -243,6 +243,13 @@ class RecordWriter:
     def _check_target(self) -> list[Path]:
         """Files that will be replaced. Raises UserError unless the output may be written."""
         name = self.path.name
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"MindRecord cannot have a path that is not UTF-8: {str(self.path)!a}; "
+                "give another --output_file"
+            ) from error
         bad = sorted(set(name) & _FORBIDDEN)
         if bad or name != name.strip():
             raise UserError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_ms.data.readers.json_rows import Row, counted
+from mixtral_ms.data.readers.row_log import listed_keys
 from mixtral_ms.data.readers.text_blocks import Advance
 from mixtral_ms.errors import MissingDependencyError, UserError
 from mixtral_ms.file_kind import not_as_wanted
@@ -71,7 +72,7 @@ def _check_columns(path: Path, schema: Any, text_column: str | None) -> None:
         return
     if text_column not in names:
         raise UserError(
-            f"{path}: no column {text_column!r}; it has {', '.join(map(repr, names))}: "
+            f"{path}: no column {text_column!r}; it has {listed_keys(names)}: "
             "name the one with the text by --text_column"
         )
     kind = schema.field(text_column).type

@@ -3,18 +3,21 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal, get_args
 
 from mixtral_ms.errors import UserError
+from mixtral_ms.printable import printable
 
 Fate = Literal["left out", "cut", "shortened"]
 
 LISTING_SUFFIX = ".rows.jsonl"
 """Ends the name of the list of named rows beside an output."""
 _FIRST_FEW = 5
+_MOST_KEYS = 12
+_LONGEST_REASON = 400
 
 
 class UnfitRowError(ValueError):
@@ -46,9 +49,12 @@ class RowLog:
 
     def add(self, path: Path, row: int, fate: Fate, reason: str) -> None:
         """Name a row; `row` counts from 0 in its file."""
+        if len(reason) > _LONGEST_REASON:
+            reason = f"{reason[:_LONGEST_REASON]}… ({len(reason):,} characters)"
         self.named[fate] = self.named.get(fate, 0) + 1
         if len(self.first) < _FIRST_FEW:
-            self.first.append(f"row {row} of {_unicode(path.name)}: {fate}: {_unicode(reason)}")
+            said = f"row {row} of {_unicode(Path(path.name))}: {fate}: {_unicode(reason)}"
+            self.first.append(printable(said))
         if self.file is not None:
             entry = {"file": _unicode(path), "row": row, "fate": fate, "reason": _unicode(reason)}
             self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -74,6 +80,13 @@ def list_named_rows(path: Path, log: RowLog) -> Iterator[None]:
         yield
     if not log.named:
         path.unlink()
+
+
+def listed_keys(keys: Iterable[object]) -> str:
+    """Names of keys or columns for a message, the first ones where there are many."""
+    names = [f"{one!r:.40}" for one in keys]
+    more = f" and {len(names) - _MOST_KEYS} more" if len(names) > _MOST_KEYS else ""
+    return (", ".join(names[:_MOST_KEYS]) or "none") + more
 
 
 def _unicode(text: str | Path) -> str:

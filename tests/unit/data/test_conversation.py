@@ -4,6 +4,7 @@ import pytest
 
 from mixtral_ms.data.conversations.alpaca_prompt import alpaca_prompt
 from mixtral_ms.data.conversations.parse_conversation import Round, UnfitRowError, read_conversation
+from mixtral_ms.data.readers.row_log import RowLog
 
 SHARE_GPT = {"human": "human", "gpt": "gpt", "system": "system"}
 
@@ -190,3 +191,18 @@ def test_keys_are_honoured_or_the_row_is_named(case):
 )
 def test_spellings_of_the_same(row):
     assert read_conversation(row).rounds == [Round("q", "a")]
+
+
+def test_what_is_large_is_named_in_few_words(tmp_path):
+    log = RowLog()
+    for row in (
+        {f"key {number}": 0 for number in range(5000)},
+        {"k" * 100_000: 1},
+        {"messages": [{"role": "r" * 100_000, "content": "x"}]},
+        {"messages": [{**QA[0]}, {**QA[1], "weight": "w" * 100_000}]},
+    ):
+        with pytest.raises(UnfitRowError) as error:
+            read_conversation(row)
+        log.add(tmp_path / "a\nb.jsonl", 0, "left out", str(error.value))
+    assert max(map(len, log.first)) < 600 and "and 4988 more" in log.first[0]
+    assert all("a\\nb.jsonl" in one and "\n" not in one for one in log.first)

@@ -132,13 +132,13 @@ def test_progress_adds_up_to_the_file_size(tmp_path, monkeypatch):
 
 
 NOT_TEXT = {
-    "gzip": (b"\x1f\x8b\x08\0", "is compressed with gzip, not text"),
-    "zstd": (b"\x28\xb5\x2f\xfd\0", "is compressed with zstd, not text"),
-    "UTF-16": ("text".encode("utf-16"), "is UTF-16 text, not "),
-    "UTF-16 without a mark": ("plain text".encode("utf-16-le"), "is UTF-16 text, not text"),
+    "gzip": (b"\x1f\x8b\x08\0", "is compressed with gzip, not UTF-8 text"),
+    "zstd": (b"\x28\xb5\x2f\xfd\0", "is compressed with zstd, not UTF-8 text"),
+    "UTF-16": ("text".encode("utf-16"), "is UTF-16 text, not UTF-8 text"),
+    "UTF-16 without a mark": ("plain text".encode("utf-16-le"), "is UTF-16 text, not UTF-8 text"),
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "zeros": (b"\0" * 100, "nothing but zeros"),
-    "Parquet": (b"PAR1\x15\0\x15", "is a Parquet file, not text"),
+    "Parquet": (b"PAR1\x15\0\x15", "is a Parquet file, not UTF-8 text"),
     "latin1": (b"caf\xe9", "byte 0xe9 at offset 3"),
 }
 

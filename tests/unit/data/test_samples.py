@@ -237,5 +237,9 @@ def test_show_marks_what_is_supervised():
     assert plain == (
         "<s> [INST] q </s> [/INST]\u3010 \U00020000 b</s>\u3011 [INST] r [/INST]\u3010 c</s>\u3011"
     )
+    forged = encoder("mistral")(Conversation([Round("\x1b[32mq", "a")]))
+    assert show_sample(forged, tokenizer, colour=True).startswith(
+        "<s> [INST] \\x1b[32mq [/INST]\x1b"
+    )
     coloured = show_sample(sample, tokenizer, colour=True)
     assert "\x1b[32m c</s>\x1b[0m" in coloured
