@@ -301,7 +301,7 @@ def wrong(folder, monkeypatch, capsys):
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--config", TINY], "set --train_data"),
         (["--config", TINY, "--train_data", "nowhere"], "path does not exist: nowhere"),
-        (["--config", TINY, "--train_data", "run.yaml"], "run.yaml is not a MindRecord"),
+        (["--config", TINY, "--train_data", "run.yaml"], "run.yaml: not a MindRecord"),
         (["--config", "run.yaml", "--set", "sead=1"], "did you mean 'seed'"),
         (["--config", "run.yaml", "--run_mode", "predict"], "set --predict_data"),
         (["--config", "run.yaml", "--run_mode", "eval"], "set --load_checkpoint"),

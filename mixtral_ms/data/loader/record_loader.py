@@ -10,6 +10,7 @@ from contextlib import closing
 import numpy as np
 
 from mixtral_ms.config.sections.data_section import DatasetSection
+from mixtral_ms.data.conversations.chat_template import CHAT_TEMPLATE_KEY, template_of_record
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.data.loader.conversation_records import ConversationRecords
 from mixtral_ms.data.mindrecord.reader import MindRecords, Records
@@ -72,6 +73,9 @@ class RecordLoader:
             if section.data_loader.type == "MindDataset"
             else ConversationRecords(section.data_loader, seq_length, tokenizer_file, pad_token_id)
         )
+        if CHAT_TEMPLATE_KEY in self.data.facts:
+            where = f"{section.data_loader.dataset_dir}: {CHAT_TEMPLATE_KEY!r} in the header"
+            template_of_record(self.data.facts[CHAT_TEMPLATE_KEY], where)
         self.seq_length = seq_length
         self.batch_size = batch_size
         self._seed, self._shuffle = seed, shuffle

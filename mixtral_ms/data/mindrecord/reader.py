@@ -52,7 +52,7 @@ class MindRecords:
     """The records of MindRecord files.
 
     A column segment_ids is read wherever the files have one: packed samples must not see each other
-    because a YAML forgot to name it.
+    because a YAML forgot to name it. Columns that are not read are a line in the log.
 
     Args:
         dataset_dir: as `find_records` takes it.
@@ -70,10 +70,11 @@ class MindRecords:
                 f"input_columns {list(input_columns)} must be {' or '.join(map(str, _COLUMNS))}"
             )
         self._files = [RecordFile(one) for one in find_records(dataset_dir)]
-        if _SEGMENTS in input_columns or _SEGMENTS in self._files[0].header.types:
+        if _SEGMENTS in input_columns or any(_SEGMENTS in one.header.types for one in self._files):
             self.columns.append(_SEGMENTS)
         for one in self._files:
             _check_columns(one, self.columns)
+        _say_what_is_not_read(self._files, self.columns)
         self._ends = list(accumulate(map(len, self._files)))
         self.identity = [one.size for one in self._files]
         self.facts: Mapping[str, Any] = _common_facts(self._files)
@@ -102,6 +103,16 @@ class MindRecords:
         """The file of a record, and its number there."""
         which = bisect_right(self._ends, record)
         return self._files[which], record - (self._ends[which] - len(self._files[which]))
+
+
+def _say_what_is_not_read(files: list[RecordFile], columns: list[str]) -> None:
+    others = sorted({name for one in files for name in one.header.types} - set(columns))
+    if others:
+        targets = "; every id is learnt, also what labels mask" if "labels" in others else ""
+        get_logger().info(
+            "%s: not read, since input_columns does not name them: %s%s",
+            files[0].path, ", ".join(others), targets,
+        )  # fmt: skip
 
 
 def _common_facts(files: list[RecordFile]) -> dict[str, Any]:
@@ -147,6 +158,8 @@ def find_records(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
         )
     for path in files:
         _check_complete(path, files)
+    if twice := sorted({str(one) for one in files if files.count(one) > 1}):
+        get_logger().info("%s is in the list of data more than once", twice[0])
     # Not resolved: a link may have the name that the record holds, and its target another one.
     return [Path(os.path.abspath(path)) for path in files]
 
@@ -192,8 +205,9 @@ def _check_columns(file: RecordFile, columns: list[str]) -> None:
     types = file.header.types
     for name in columns:
         if name not in types:
+            asked = "input_columns" + (", or others of the data have it" * (name == _SEGMENTS))
             raise UserError(
-                f"{file.path} has no column {name!r} (input_columns); it has {', '.join(types)}"
+                f"{file.path} has no column {name!r} ({asked}); it has {', '.join(types)}"
             )
         if types[name] != "int32" or name not in file.header.blob_fields:
             kind = types[name] if name in file.header.blob_fields else f"a single {types[name]}"

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 
 import numpy as np
@@ -7,7 +8,8 @@ from helpers.records import RECORDS, SEQ, loader, make, records_of
 from mindspore.dataset import MindDataset
 
 from mixtral_ms.data.loader.batch import Batch
-from mixtral_ms.data.mindrecord.reader import find_records
+from mixtral_ms.data.mindrecord.reader import MindRecords, find_records
+from mixtral_ms.data.mindrecord.writer import RecordWriter
 from mixtral_ms.errors import UserError
 
 
@@ -281,3 +283,45 @@ def test_no_data_is_named(tmp_path):
         find_records("")
     with pytest.raises(UserError, match="no MindRecord at"):
         find_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "columns", "said"),
+    [
+        (["input_ids"], ["labels"], "not read, .*: labels; every id is learnt"),
+        (["input_ids", "labels"], ["labels", "weights"], "not read, .*: weights\n"),
+        (["input_ids", "labels"], ["labels", "segment_ids"], None),
+        (["input_ids"], [], None),
+    ],
+)
+def test_columns_that_are_not_read_are_said(tmp_path, capsys, asked, columns, said):
+    rows = np.ones((4, SEQ + 1), np.int32)
+    make(tmp_path / "a", rows, **dict.fromkeys(columns, rows))
+    loader(tmp_path, input_columns=asked)
+    printed = capsys.readouterr().err
+    assert re.search(rf"{tmp_path}/a: {said}", printed) if said else printed == ""
+
+
+@pytest.mark.parametrize("packed", ["a", "b"])
+def test_packed_records_beside_others_are_refused(tmp_path, packed):
+    """Whichever comes first: without segments packed samples would see each other."""
+    rows = np.ones((4, SEQ + 1), np.int32)
+    for name in ("a", "b"):
+        make(tmp_path / name, rows, **({"segment_ids": rows} if name == packed else {}))
+    other = "b" if packed == "a" else "a"
+    with pytest.raises(UserError, match=f"/{other} has no column 'segment_ids' .input_columns, or others"):
+        loader(tmp_path)
+
+
+def test_data_that_is_given_twice_is_said(data, capsys):
+    records = MindRecords([data, data], ["input_ids"])
+    assert len(records) == 2 * RECORDS
+    assert f"{data} is in the list of data more than once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", [5, [], "vicuna", {"name": 3}, {"name": "x"}, {}])
+def test_a_template_in_a_header_that_is_none(tmp_path, template):
+    with RecordWriter(tmp_path / "a", facts={"chat_template": template}) as writer:
+        writer.write(input_ids=np.ones((4, SEQ + 1), np.int32))
+    with pytest.raises(UserError, match=f"{tmp_path}: 'chat_template' in the header"):
+        loader(tmp_path)
