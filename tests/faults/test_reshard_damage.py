@@ -26,8 +26,9 @@ from mixtral_ms.checkpoint.formats.tensor_source import DamagedFileError
 from mixtral_ms.checkpoint.reshard import rewrite as reshard
 from mixtral_ms.checkpoint.reshard.open_checkpoint import open_source
 from mixtral_ms.checkpoint.reshard.transform_checkpoint import TransformOptions, transform
+from mixtral_ms.checkpoint.store.atomic_folder import new_folder
 from mixtral_ms.checkpoint.store.manifest import verify_checkpoint
-from mixtral_ms.errors import UserError
+from mixtral_ms.errors import BusyError, UserError
 
 GRID = "dp=2,mp=2,ep=2,pp=2"
 FORMATS = ["ckpt", "safetensors"]
@@ -291,6 +292,26 @@ def test_existing_target(cut):
     assert not [path for path in cut.parent.iterdir() if path.name.startswith(".")]
 
 
+def test_two_at_once(cut, tmp_path):
+    """The second one says so; neither replaces what the other has made."""
+    mine, theirs = (TransformOptions(cut, tmp_path / "out", prefix=name) for name in ("a", "b"))
+    with (
+        new_folder(tmp_path / "out", False, "--dst_ckpt_dir"),
+        pytest.raises(BusyError, match="out: wait for its writer"),
+    ):
+        transform(mine)
+    (tmp_path / "out").rmdir()
+
+    def meanwhile(_):
+        if not (tmp_path / "out").exists():
+            shutil.copytree(cut, tmp_path / "out")
+        return lambda _: None
+
+    with pytest.raises(UserError, match="--overwrite"):
+        transform(theirs, start_progress=meanwhile)
+    assert folder_hashes(tmp_path / "out") == folder_hashes(cut)
+
+
 @pytest.mark.parametrize("inside", [".", "inner", ".."])
 def test_target_and_source_in_each_other(cut, inside):
     before = folder_hashes(cut)
@@ -376,7 +397,7 @@ def test_kill_in_the_middle(cuts, tmp_path):
         process.communicate()
         assert not (tmp_path / "target").exists()
         # what the one before has left is gone
-        assert len([path for path in tmp_path.iterdir() if path.name.startswith(".")]) == 1
+        assert len(list(tmp_path.glob(".target.new-*"))) == 1
     transform(TransformOptions(tmp_path / "cut", tmp_path / "target", dst_strategy="mp=4"))
     assert verify_checkpoint(tmp_path / "target") == []
     assert folder_hashes(tmp_path / "cut") == before

@@ -117,7 +117,7 @@ def transform(
         if told:
             told(count)
 
-    with new_folder(target) as folder:
+    with new_folder(target, options.overwrite, "--dst_ckpt_dir") as folder:
         others = _write_small_files(folder, source, strategies)
         files = write_ranks(
             source.tensors, ranks, folder, naming, workers=options.workers, on_bytes=on_bytes

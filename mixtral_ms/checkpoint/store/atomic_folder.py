@@ -1,7 +1,6 @@
 """A folder that is either whole or absent: written aside, flushed to disk, renamed."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,48 +8,49 @@ from pathlib import Path
 
 from mixtral_ms.checkpoint.store.folders import put_in_place, restore_moved, unfinished_path
 from mixtral_ms.errors import UserError
-from mixtral_ms.files import fsync_path
+from mixtral_ms.files import fsync_path, sole_writer
 
 
 @contextlib.contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
+def new_folder(final: Path, overwrite: bool, flag: str) -> Iterator[Path]:
     """Yield a hidden folder beside `final` that takes its place when the block succeeds.
 
     A folder that was there goes only when the new one is in. A failure leaves it as it was and
-    removes the hidden one; what a killed process left behind goes when the next one starts.
+    removes the hidden one; what a killed process left behind goes when the next one starts. No
+    other process makes the same folder meanwhile.
+
+    Args:
+        final: the folder.
+        overwrite: whether one that is there may be replaced; asked before the block and after it.
+        flag: with which it was given.
+
+    Raises:
+        UserError: see `require_replaceable`; or nothing can be written there.
+        BusyError: another process makes it.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    restore_moved(final.parent)
-    _remove_leftovers(final)
-    new = unfinished_path(final.parent, final.name, "new")
-    new.mkdir()
-    descriptor = os.open(new, os.O_RDONLY)
-    try:
-        # Held while this process lives, so that another one does not take it for a leftover.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield new
-        for folder, _, _ in os.walk(new):
-            fsync_path(folder)
-        put_in_place(new, final)
-    finally:
-        os.close(descriptor)
-        if new.exists():
-            shutil.rmtree(new)
+    lock = final.with_name(f".{final.name}.lock")
+    with sole_writer(lock, f"{final}: wait for its writer"):
+        restore_moved(final.parent)
+        require_replaceable(final, overwrite, flag)
+        _remove_leftovers(final)
+        new = unfinished_path(final.parent, final.name, "new")
+        new.mkdir()
+        try:
+            yield new
+            for folder, _, _ in os.walk(new):
+                fsync_path(folder)
+            require_replaceable(final, overwrite, flag)
+            put_in_place(new, final)
+        finally:
+            if new.exists():
+                shutil.rmtree(new)
 
 
 def _remove_leftovers(final: Path) -> None:
-    """Remove hidden folders that no living process holds."""
+    """Remove the hidden folders of killed processes: with the lock held they can be no other's."""
     for kind in ("new", "gone"):
         for path in final.parent.glob(f".{_literal(final.name)}.{kind}-*"):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path)
-            except OSError:
-                continue
-            finally:
-                os.close(descriptor)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _literal(name: str) -> str:
