@@ -31,6 +31,7 @@ from mixtral_ms.data.readers.row_log import RowLog
 from mixtral_ms.data.readers.text_blocks import read_text_blocks
 from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 from mixtral_ms.data.tokenizer.tokenizer import Tokenizer
+from mixtral_ms.errors import UserError
 from mixtral_ms.infer.text.chat_history import ChatHistory
 from mixtral_ms.infer.text.prompts import read_prompts
 from mixtral_ms.train.report.metrics import read_metrics
@@ -101,6 +102,33 @@ def _hf_config(folder: Path) -> Path:
     return _hf(folder) / "config.json"
 
 
+def _hf_generation(folder: Path) -> Path:
+    path = _hf(folder) / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2, 3], "bos_token_id": 1, "temperature": 0.7}))
+    return path
+
+
+def _mistral_params(folder: Path) -> Path:
+    source = folder / "mistral"
+    convert_oracle.write_source(source, "native")
+    (source / "model.safetensors").rename(source / "consolidated.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").unlink()
+    names = {
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "hidden_dim",
+        "rms_norm_eps": "norm_eps",
+    }
+    params = {new: config[old] for old, new in names.items()}
+    params |= {name: config[name] for name in ("head_dim", "vocab_size", "rope_theta")}
+    params["moe"] = {"num_experts_per_tok": 2, "num_experts": config["num_local_experts"]}
+    (source / "params.json").write_text(json.dumps(params))
+    return source / "params.json"
+
+
 def _hf_index(folder: Path) -> Path:
     convert(prepare(ConvertOptions(_hf(folder), folder / "cut", "hf", max_shard_bytes=3000)))
     (folder / "cut" / "conversion.json").unlink()
@@ -111,7 +139,8 @@ def _hf_network(path: Path) -> Any:
     """Of a folder with config.json: what it is, and its tensors."""
     found = find_weights(path.parent if path.suffix == ".json" else path, Flags("model"))
     network = found.network
-    assert network is not None
+    if network is None:
+        raise UserError(f"{path}: no configuration lies with it")
     return network.config, _source_tensors(open_weights(found, network.config))
 
 
@@ -323,6 +352,8 @@ KINDS = {
     "PyTorch zip": FuzzKind(_torch, _file_tensors),
     "PyTorch pickle": FuzzKind(_pickle, _read_zip, after=_zip_again),
     "config.json": FuzzKind(_hf_config, _hf_network),
+    "generation_config.json": FuzzKind(_hf_generation, _hf_network),
+    "params.json": FuzzKind(_mistral_params, _hf_network),
     "shard index": FuzzKind(_hf_index, lambda path: _hf_network(path.parent)),
     "converted file": FuzzKind(_converted, _converted_tensors, exact=True),
     "conversion record": FuzzKind(_record, _converted_tensors, exact=True),

@@ -11,6 +11,7 @@ from mixtral_ms.config.sections.parallel_section import HcclBuffers
 from mixtral_ms.config.sections.run_section import RunConfig
 
 _MAX_SEED = 2**32 - 1
+_MOST_PARTS = 10_000  # each is gone through one by one; a damaged file may say any number
 
 # key, lowest, highest (None: no bound); a bound written "<1" leaves the bound itself out
 _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
@@ -57,7 +58,7 @@ _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
     ("parallel_config.pipeline_stage", 1, None),
     ("parallel_config.context_parallel", 1, None),
     ("parallel_config.micro_batch_num", 1, None),
-    ("moe_config.expert_num", 1, None),
+    ("moe_config.expert_num", 1, _MOST_PARTS),
     ("moe_config.num_experts_chosen", 1, None),
     ("moe_config.aux_loss_factor", 0, None),
     ("moe_config.z_loss_factor", 0, None),
@@ -66,7 +67,7 @@ _RANGES: tuple[tuple[str, float | str | None, float | str | None], ...] = (
     ("model.model_config.batch_size", 1, None),
     ("model.model_config.seq_length", 1, None),
     ("model.model_config.hidden_size", 1, None),
-    ("model.model_config.num_layers", 1, None),
+    ("model.model_config.num_layers", 1, _MOST_PARTS),
     ("model.model_config.num_heads", 1, None),
     ("model.model_config.n_kv_heads", 1, None),
     ("model.model_config.vocab_size", 1, None),

@@ -65,6 +65,8 @@ def test_pefts_list_of_target_modules_is_answered_with_our_names():
         (["model.model_config.n_kv_heads=3"], ("num_heads 8", "n_kv_heads 3")),
         (["model.model_config.head_dim=7"], ("head_dim 7", "must be even")),
         (["moe_config.num_experts_chosen=9"], ("num_experts_chosen 9", "expert_num 8")),
+        (["model.model_config.num_layers=99999999999"], ("num_layers is 99999999999", "10000")),
+        (["moe_config.expert_num=99999999999"], ("expert_num is 99999999999", "10000")),
         (["moe_config.capacity_factor=1000"], ("capacity_factor 1000",)),
         (["model.model_config.eos_token_id=32000"], ("eos_token_id 32000", "31999")),
         (["model.model_config.bos_token_id=-2"], ("bos_token_id -2",)),

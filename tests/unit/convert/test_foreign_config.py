@@ -114,6 +114,14 @@ REFUSED = {
     "a text for the ends": ({"eos_token_id": "2"}, ("eos_token_id is '2'",)),
     "texts for the ends": ({"eos_token_id": [2, "3"]}, ("eos_token_id is '3'",)),
     "true for a number": ({"num_hidden_layers": True}, ("num_hidden_layers is True",)),
+    "more layers than can be gone through": (
+        {"num_hidden_layers": 2**63},
+        ("num_hidden_layers is 9223372036854775808", "at most 10000"),
+    ),
+    "more experts than can be gone through": (
+        {"num_local_experts": 10**12},
+        ("num_local_experts is 1000000000000", "at most 10000"),
+    ),
     "a fraction for a number": ({"hidden_size": 12.0}, ("hidden_size is 12.0", "whole")),
     "keys and values that no head fits": (
         {"num_key_value_heads": 3},
