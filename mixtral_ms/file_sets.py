@@ -49,7 +49,7 @@ def put_set_in_place(folder: Path, new: Sequence[str], old: Sequence[str]) -> No
             name goes before anything else, so that no other program takes a mixture for a set.
         old: names of files that the set replaces; the same names may be in `new`.
     """
-    mode = (folder / _LOCK).stat().st_mode & 0o777  # as the umask, or the folder, has it
+    mode = _usual_mode(folder)
     for name in new:
         os.chmod(folder / name, mode)
         fsync_path(folder / name)
@@ -58,6 +58,15 @@ def put_set_in_place(folder: Path, new: Sequence[str], old: Sequence[str]) -> No
         # Neither a slash nor a zero byte can be in a name, whatever else is.
         aside.write_bytes(b"/".join(b"\0".join(map(os.fsencode, names)) for names in (new, old)))
     _finish(folder)
+
+
+def _usual_mode(folder: Path) -> int:
+    """The mode of a file that is made in a folder: as the umask, or the folder, has it."""
+    made = folder / "mode"
+    made.touch()
+    mode = made.stat().st_mode & 0o777
+    made.unlink()
+    return mode
 
 
 def finish_interrupted_sets(parent: Path) -> None:

@@ -122,6 +122,20 @@ def test_an_error_at_any_write_leaves_old_or_new(sets, tmp_path, monkeypatch, op
     assert 1 < count < 59
 
 
+def test_no_room_for_the_list_of_what_is_whole_leaves_the_old(sets, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = Path(shutil.copytree(sets / f"{OLD} in 1", tmp_path / "full"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            replace_set(folder, sets / f"{NEW} in 1")
+    assert asked_path(caught.value.filename) == str(folder / "v")
+    assert values(folder) == {OLD}
+    assert sorted(os.listdir(folder)) == ["v", "v.db"]
+
+
 def test_two_writers_of_one_record(tmp_path):
     rows = np.ones((3, SEQ + 1), np.int32)
     with RecordWriter(tmp_path / "v") as first:
@@ -154,6 +168,8 @@ def test_what_belongs_to_records_goes_with_them(tmp_path):
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_records_have_the_mode_that_the_umask_leaves(tmp_path, mask):
+    (tmp_path / ".v.writing").mkdir()
+    (tmp_path / ".v.writing" / "lock").touch(0o640)  # of a killed writer
     before = os.umask(mask)
     try:
         make(tmp_path / "v", np.ones((3, SEQ + 1), np.int32))

@@ -100,7 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     ):
         add(name, type=true_or_false, default=True, metavar="True|False", help=f"{text} (True)")
     add_qa_flags(parser)
-    add("--overwrite", action="store_true", help="replace an existing output")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing output, once the new is whole",
+    )
     add(
         "--tokenizer_backend",
         choices=get_args(Backend),
