@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from mixtral_ms.config import RunConfig
-from mixtral_ms.config.loading.resolve import dataset_of, sequences_per_step
+from mixtral_ms.config.loading.resolve import sequences_per_step
 from mixtral_ms.data.loader.record_loader import RecordLoader
 from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
@@ -32,22 +32,18 @@ def announce(
         plan.total_steps,
         plan.steps_per_epoch,
     )
-    for line in limits(config, plan, loader.records, len(loader.data)):
+    for line in limits(config, plan, loader.records):
         get_logger().info(line)
 
 
-def limits(config: RunConfig, plan: StepPlan, records: int, held: int) -> Iterator[str]:
+def limits(config: RunConfig, plan: StepPlan, records: int) -> Iterator[str]:
     """What of the configuration the data, or the length of the run, does not let come about.
 
     Args:
         config: the run.
         plan: its steps.
         records: that are used.
-        held: that the data has.
     """
-    wanted = dataset_of(config, training=True).data_loader.num_samples
-    if wanted and wanted > held:
-        yield f"train_dataset.data_loader.num_samples is {wanted}, and the data has {held} records"
     left_out = records - plan.steps_per_epoch * sequences_per_step(config)
     if left_out and plan.last_step >= plan.steps_per_epoch:
         yield (

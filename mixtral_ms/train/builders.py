@@ -163,8 +163,8 @@ def build_loader(
     config: RunConfig, section: DatasetSection, mesh: Mesh, *, training: bool
 ) -> RecordLoader:
     """The loader of this rank's share of train_dataset or eval_dataset."""
-    model = config.model.model_config
-    return RecordLoader(
+    model, wanted = config.model.model_config, section.data_loader.num_samples
+    loader = RecordLoader(
         section,
         seq_length=model.seq_length,
         batch_size=section.batch_size or micro_batch_size(config),
@@ -180,6 +180,14 @@ def build_loader(
         part=mesh.context_index,
         parts=mesh.grid.context_parallel,
     )
+    if wanted and wanted > loader.records:
+        get_logger().info(
+            "%s_dataset.data_loader.num_samples is %d, and the data has %d records",
+            "train" if training else "eval",
+            wanted,
+            loader.records,
+        )
+    return loader
 
 
 def build_eval_loader(config: RunConfig, mesh: Mesh, train: RecordLoader) -> RecordLoader:

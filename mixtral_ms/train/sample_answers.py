@@ -17,6 +17,7 @@ from mixtral_ms.data.loader.record_loader import RecordLoader
 from mixtral_ms.data.tokenizer.tokenizer import Tokenizer
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import write_aside
+from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.comm.process_groups import gather_objects
 from mixtral_ms.train.evaluation import dropless
@@ -141,6 +142,7 @@ def _prompts_and_answers(
             "the callback SampleMonitor found no record with a prompt: its data has no labels, or "
             "every prompt is too long for seq_length"
         )
+    get_logger().info("SampleMonitor.rows is %d, and %d records have a prompt", count, len(found))
     return found
 
 

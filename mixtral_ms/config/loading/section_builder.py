@@ -194,12 +194,21 @@ class SectionBuilder:
         close = nearest(key, fields)
         elsewhere = [full for full in _acting_keys(self._root) if full.split(".")[-1] == key]
         if close and (not elsewhere or close.lower() == key.lower()):
-            advice = f"did you mean {close!r}?"
+            advice = f"did you mean {close!r}?{_what_acts(fields[close], path)}"
         elif elsewhere:
             advice = f"it belongs at {elsewhere[0]!r}"
         else:
             advice = f"known keys there: {_listed(fields)}"
         self.errors.append(f"{value.key_where}: unknown key {path!r}: {advice}")
+
+
+def _what_acts(field: dataclasses.Field, path: str) -> str:
+    """Of a key that is like a wrong one: what is to be set in its place, where it does not act."""
+    if INERT in field.metadata:
+        return f" It has no effect here: {field.metadata[INERT]}"
+    if GIVES_WAY in field.metadata and not path.startswith("eval_dataset"):
+        return f" {field.metadata[GIVES_WAY]} wins over it"
+    return ""
 
 
 def to_python(value: Value) -> Any:

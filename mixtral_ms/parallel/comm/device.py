@@ -22,7 +22,7 @@ from mixtral_ms.config.sections.run_section import (
 )
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
-from mixtral_ms.parallel.comm.launched import HCCL_WAITS, is_launched, own_device
+from mixtral_ms.parallel.comm.launched import DEVICE, HCCL_WAITS, is_launched, own_device
 
 
 def set_up_device(config: RunConfig) -> None:
@@ -49,6 +49,13 @@ def set_up_device(config: RunConfig) -> None:
         given = own_device()
         device_id = device_id if given is None else given
         _say_how_long_ranks_wait()
+    elif os.environ.get(DEVICE, str(device_id)) != str(device_id):
+        get_logger().info(
+            "%s %s of the environment has no effect without a launcher: context.device_id is %d",
+            DEVICE,
+            os.environ[DEVICE],
+            device_id,
+        )
     # as text, since MindSpore is told once for all trainers of the process, if they agree
     _take(context.device_target, device_id, json.dumps(dataclasses.asdict(context)))
 

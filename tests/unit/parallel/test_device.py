@@ -65,6 +65,15 @@ def test_the_launchers_device_is_taken_under_a_launcher(launched, taken, told, c
     assert ("set_device", "Ascend", taken) in told
 
 
+@pytest.mark.parametrize(("given", "lines"), [("3", 1), ("x", 1), ("5", 0)])
+def test_a_device_that_no_launcher_gave_is_said(told, config, monkeypatch, caplog, given, lines):
+    monkeypatch.setenv("DEVICE_ID", given)
+    with caplog.at_level("INFO", "mixtral_ms"):
+        set_up_device(config)
+    said = f"DEVICE_ID {given} of the environment has no effect without a launcher"
+    assert caplog.text.count(said) == lines
+
+
 def test_ranks_that_answer_have_their_devices_before_they_meet(told, config, monkeypatch):
     launch(monkeypatch)
     monkeypatch.setenv("DEVICE_ID", "3")
