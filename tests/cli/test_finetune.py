@@ -20,7 +20,7 @@ from mindspore import Tensor
 from mixtral_ms.cli.commands.run import main
 from mixtral_ms.config import load_config
 from mixtral_ms.convert.formats.found_weights import find_weights
-from mixtral_ms.convert.job.conversion import ConvertOptions, prepare
+from mixtral_ms.convert.job.conversion import ConvertOptions, convert, prepare
 from mixtral_ms.convert.job.output_record import description
 from mixtral_ms.data.conversations.chat_template import CHAT_TEMPLATE_KEY
 from mixtral_ms.data.mindrecord.reader import MindRecords
@@ -30,6 +30,7 @@ from mixtral_ms.data.tokenizer.tokenizer import Tokenizer
 from mixtral_ms.errors import UserError
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.train.evaluation import dropless
+from mixtral_ms.train.state.lora_run import _base_for_peft
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("graph")]
 PET = "{lora_rank: 4, lora_alpha: 64, lora_dropout: 0.1, target_modules: '.*w[qkvo]|.*w[123]'}"
@@ -141,6 +142,21 @@ def test_a_lora_checkpoint_holds_adapters_alone(adapted, folder):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+def test_peft_is_told_of_a_folder_that_transformers_opens(adapted, folder, tmp_path):
+    """Of a run's checkpoint it cannot; of one that was converted it can open the source."""
+    written = json.loads((adapted / "peft" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] is None
+    source = tmp_path / "hf"
+    convert(prepare(ConvertOptions(folder / "pretrained" / "checkpoint", source, "hf")))
+    convert(prepare(ConvertOptions(source, tmp_path / "m.ckpt", "ours")))
+    config = load_config(folder / "finetune.yaml")
+    for weights in (source, tmp_path / "m.ckpt"):
+        config.load_checkpoint = str(weights)
+        assert _base_for_peft(config) == str(source)
+    config.load_checkpoint = str(tmp_path / "gone")
+    assert _base_for_peft(config) is None
 
 
 def test_eval_of_weights_and_adapter_is_what_the_run_measured(finetune, adapted, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import not_as_wanted
 from mixtral_ms.files import fsync_path, write_aside
 from mixtral_ms.parallel.grid.placement import Placement
 
@@ -24,6 +25,7 @@ Placements = Mapping[str, Mapping[int, Placement]]
 """Tensor name -> pipeline stage -> placement."""
 _Stages = dict[int, dict[str, Placement]]
 
+_WANTED = "a strategy file of MindSpore"
 _MERGED_NAME = re.compile(r"(\d+)-([^-]+)")
 _RANK_FILE = re.compile(r"rank_(\d+)\.ckpt")
 _COUNT = re.compile(r"(\d+) layouts")
@@ -224,16 +226,14 @@ def _fill(layout: "ParallelLayouts", placement: Placement) -> None:
 
 
 def _read_message(content: bytes, file: Path) -> _Stages:
-    if not content:
-        raise UserError(f"{file} is empty")
     message = _new_message()
     try:
         message.ParseFromString(content)
         whole = message.IsInitialized()
     except Exception as error:  # noqa: BLE001 - which one depends on protobuf's implementation
-        raise UserError(f"{file} is no strategy file of MindSpore, or is cut short") from error
-    if not whole:
-        raise UserError(f"{file} is no strategy file of MindSpore, or is cut short")
+        raise not_as_wanted(file, _WANTED, "it may be cut short") from error
+    if not whole or not content:
+        raise not_as_wanted(file, _WANTED, "it may be cut short")
     items = message.parallel_layout_item
     if not items:
         raise UserError(f"{file}: this strategy file says of no tensor where it is")

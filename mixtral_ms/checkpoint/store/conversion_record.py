@@ -14,6 +14,8 @@ FOLDER_RECORD = "conversion.json"
 RECORD_SUFFIX = ".json"
 """`mixtral.ckpt.json` stands beside `mixtral.ckpt`."""
 FORMAT_KEY, FILES_KEY = "weights_format", "files"
+SOURCE_KEY = "converted_from"
+"""The path of what was converted."""
 OTHERS_KEY = "huggingface"
 """What stood in Hugging Face's files of the source, and has no key here."""
 _PROBLEMS_SHOWN = 5

@@ -40,7 +40,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def write_peft(
-    folder: Path, adapters: Mapping[str, np.ndarray], pet: PetSection, base: str
+    folder: Path, adapters: Mapping[str, np.ndarray], pet: PetSection, base: str | None
 ) -> None:
     """Write adapters, under our names, as adapter_config.json and adapter_model.safetensors.
 
@@ -139,7 +139,7 @@ def _flat(pair: Pair) -> Pair:
     return a.reshape(-1, a.shape[2]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
 
 
-def _config(export: _Export, pet: PetSection, base: str) -> dict[str, Any]:
+def _config(export: _Export, pet: PetSection, base: str | None) -> dict[str, Any]:
     rank, alpha = pet.lora_rank, pet.lora_alpha
     return {
         "peft_type": "LORA",

@@ -36,8 +36,13 @@ def source_problems(
         if name in expected and info.shape != expected[name]:
             problems[name] = f"has shape {info.shape}, expected is {expected[name]}"
         elif name in expected and info.dtype not in FLOATS:
-            problems[name] = f"has dtype {info.dtype}, expected is a 16 or 32 bit float"
+            problems[name] = _wrong_dtype(info.dtype)
     return problems, left_out
+
+
+def _wrong_dtype(dtype: str) -> str:
+    text = f"has dtype {dtype}, expected is a 16 or 32 bit float"
+    return f"{text}: save it as float32 first" if dtype == "float64" else text
 
 
 def problems_text(what: str, problems: Mapping[str, str]) -> str:

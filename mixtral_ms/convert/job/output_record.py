@@ -5,7 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
-from mixtral_ms.checkpoint.store.conversion_record import FILES_KEY, FORMAT_KEY, OTHERS_KEY
+from mixtral_ms.checkpoint.store.conversion_record import (
+    FILES_KEY,
+    FORMAT_KEY,
+    OTHERS_KEY,
+    SOURCE_KEY,
+)
 from mixtral_ms.config.checks.saved_network import NETWORK_KEY
 from mixtral_ms.convert.formats.foreign_config import FoundConfig
 from mixtral_ms.convert.job.conversion_plan import ConversionPlan
@@ -24,7 +29,7 @@ def description(
     merged = {} if plan.merged is None else {"merged_lora": str(plan.merged.path)}
     return {
         FORMAT_KEY: plan.target_format.name,
-        "converted_from": str(plan.source.path),
+        SOURCE_KEY: str(plan.source.path),
         "source_format": plan.source_format.name,
         **merged,
         **({} if chat_template is None else {CHAT_TEMPLATE_KEY: chat_template}),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from mixtral_ms.checkpoint.store.conversion_record import SOURCE_KEY
 from mixtral_ms.config import MixtralConfig, RunConfig
 from mixtral_ms.config.derived.parameter_table import adapted_rows
 from mixtral_ms.convert.adapters.lora_weights import (
@@ -15,7 +16,11 @@ from mixtral_ms.convert.adapters.lora_weights import (
     require_continued,
 )
 from mixtral_ms.convert.adapters.peft_export import write_peft
-from mixtral_ms.convert.run_weights import open_run_weights
+from mixtral_ms.convert.formats.foreign_config import CONFIG_JSON
+from mixtral_ms.convert.run_weights import find_run_weights, open_run_weights
+from mixtral_ms.errors import UserError
+from mixtral_ms.json_reader import read_json_object
+from mixtral_ms.log import get_logger
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 from mixtral_ms.parallel.grid.sharding_rules import adapter_shapes, parameter_shapes
 
@@ -61,8 +66,29 @@ def save_peft(config: RunConfig, checkpoints: Path) -> Path:
         raise ValueError("model_config.pet_config is empty: this run has no adapters")
     tensors = open_adapter(checkpoints, network).tensors
     arrays = {name: tensors.read(name) for name in adapter_shapes(network)}
-    write_peft(folder, arrays, network.pet_config, config.load_checkpoint or "")
+    write_peft(folder, arrays, network.pet_config, _base_for_peft(config))
     return folder
+
+
+def _base_for_peft(config: RunConfig) -> str | None:
+    """The folder for transformers that holds the weights beneath the adapters, if there is one.
+
+    They may have been converted from it. A checkpoint of ours is none: PEFT would try to open it.
+    """
+    try:
+        found = find_run_weights(config)
+        record = read_json_object(found.record) if found.record else {}
+    except UserError:
+        return None
+    for folder in (found.path, record.get(SOURCE_KEY)):
+        if isinstance(folder, str | Path) and (Path(folder) / CONFIG_JSON).is_file():
+            return str(folder)
+    get_logger().info(
+        "%s: base_model_name_or_path is left empty, as no folder for transformers is known that "
+        "holds the weights: give PeftModel.from_pretrained the model that they are",
+        PEFT_FOLDER,
+    )
+    return None
 
 
 def trained_text(config: MixtralConfig) -> str:

@@ -94,7 +94,7 @@ def layouts_end(content):
         (lambda content: b"", ("is empty",)),
         (lambda content: content[:-3], ("cut short",)),
         (lambda content: content[: layouts_end(content)], ("cut short", "38 of 39 layouts")),
-        (lambda content: b"not a strategy", ("no strategy file",)),
+        (lambda content: b"not a strategy", ("not a strategy file",)),
         (lambda content: content[:2], ("of no tensor",)),
         (lambda content: content + content, ("twice",)),
     ],
@@ -111,7 +111,7 @@ def test_weights_are_no_strategy(tmp_path):
     file = tmp_path / "weights.ckpt"
     tensor = mindspore.Tensor([1.0, 2.0])
     mindspore.save_checkpoint([{"name": "a", "data": tensor}], str(file))
-    refused(file, file, "no strategy file")
+    refused(file, file, "not a strategy file")
 
 
 def test_what_is_missing_is_named(tmp_path):
