@@ -6,13 +6,12 @@ from pathlib import Path
 
 from mixtral_ms.config.loading.overrides import Override, apply_override, parse_override
 from mixtral_ms.config.loading.resolve import resolve
-from mixtral_ms.config.loading.section_builder import SectionBuilder, to_python
+from mixtral_ms.config.loading.section_builder import MOST_ERRORS, SectionBuilder, to_python
 from mixtral_ms.config.loading.yaml_tree import Value, read_tree
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 
-_MOST_ERRORS = 50
 _Path = tuple[str, ...]
 _SAME_SECTION: tuple[tuple[_Path, _Path], ...] = (
     (("moe_config",), ("model", "model_config", "moe_config")),
@@ -103,7 +102,7 @@ def _joined(errors: list[str], path: str) -> str:
     errors = list(dict.fromkeys(errors))
     if len(errors) == 1:
         return errors[0]
-    lines = [f"  {error}" for error in errors[:_MOST_ERRORS]]
-    if len(errors) > _MOST_ERRORS:
-        lines.append(f"  … and {len(errors) - _MOST_ERRORS} more")
+    lines = [f"  {error}" for error in errors[:MOST_ERRORS]]
+    if len(errors) > MOST_ERRORS:
+        lines.append(f"  … and {len(errors) - MOST_ERRORS} more")
     return "\n".join([f"{len(errors)} mistakes in {path}:", *lines])

@@ -22,6 +22,8 @@ from mixtral_ms.config.sections.fields import (
 )
 from mixtral_ms.errors import UserError
 
+MOST_ERRORS = 50
+"""As many are shown."""
 _MOST_SHOWN = 200
 _NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
@@ -191,6 +193,9 @@ class SectionBuilder:
         self._wrong(value, path, f"one of {_listed(allowed)}", hint)
 
     def _unknown_key(self, key: str, value: Value, path: str, fields: dict) -> None:
+        if len(self.errors) >= MOST_ERRORS:  # not shown, and a likeness takes a millisecond
+            self.errors.append(f"{value.key_where}: unknown key {path!r}")
+            return
         close = nearest(key, fields)
         elsewhere = [full for full in _acting_keys(self._root) if full.split(".")[-1] == key]
         if close and (not elsewhere or close.lower() == key.lower()):

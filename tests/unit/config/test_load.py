@@ -9,6 +9,7 @@ import yaml
 
 from mixtral_ms.config import MixtralConfig, RunConfig, load_config
 from mixtral_ms.config.checks.check_config import check_config
+from mixtral_ms.config.loading import section_builder
 from mixtral_ms.config.sections.training_section import CheckpointMonitorSection, TensorBoardSection
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
@@ -188,6 +189,13 @@ def test_missing_file_folder_and_binary(tmp_path):
 )
 def test_a_flood_is_refused_in_few_words(write, text, part):
     assert len(refused(write(text), "run.yaml", part)) < 30_000
+
+
+def test_likeness_is_sought_for_what_is_shown_alone(write, monkeypatch):
+    asked = []
+    monkeypatch.setattr(section_builder, "nearest", lambda word, known: asked.append(word))
+    refused(write("".join(f"key{number}: 1\n" for number in range(600))), "… and 550 more")
+    assert len(asked) == 50
 
 
 def test_a_pipe_is_read():
