@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def new_file_set(target: Path) -> Iterator[Path]:
     Raises UserError when another process writes the same target.
     """
     folder = target.parent / f".{target.name}{_SUFFIX}"
+    _require_real(folder)
     with sole_writer(folder / _LOCK, f"{target}: wait for its writer, or give another name"):
+        _require_own(folder)
         _finish(folder)
         _empty(folder)
         try:
@@ -49,7 +52,7 @@ def put_set_in_place(folder: Path, new: Sequence[str], old: Sequence[str]) -> No
             name goes before anything else, so that no other program takes a mixture for a set.
         old: names of files that the set replaces; the same names may be in `new`.
     """
-    mode = _usual_mode(folder)
+    mode = _made_in(folder).st_mode & 0o777  # as the umask, or the folder, has it
     for name in new:
         os.chmod(folder / name, mode)
         fsync_path(folder / name)
@@ -58,15 +61,6 @@ def put_set_in_place(folder: Path, new: Sequence[str], old: Sequence[str]) -> No
         # Neither a slash nor a zero byte can be in a name, whatever else is.
         aside.write_bytes(b"/".join(b"\0".join(map(os.fsencode, names)) for names in (new, old)))
     _finish(folder)
-
-
-def _usual_mode(folder: Path) -> int:
-    """The mode of a file that is made in a folder: as the umask, or the folder, has it."""
-    made = folder / "mode"
-    made.touch()
-    mode = made.stat().st_mode & 0o777
-    made.unlink()
-    return mode
 
 
 def finish_interrupted_sets(parent: Path) -> None:
@@ -80,7 +74,9 @@ def finish_interrupted_sets(parent: Path) -> None:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while whole.exists():
             try:
+                _require_real(folder)
                 with sole_writer(folder / _LOCK, f"{target}: wait for its writer"):
+                    _require_own(folder)
                     _finish(folder)
                     shutil.rmtree(folder)
             except BusyError:  # its writer lives, and is about to have moved all
@@ -113,6 +109,28 @@ def _finish(folder: Path) -> None:
             os.replace(folder / name, parent / name)
     fsync_path(parent)
     whole.unlink()
+
+
+def _require_real(folder: Path) -> None:
+    """Raise UserError for a link: what it leads to is not ours to empty."""
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, where files are to be written aside; remove it")
+
+
+def _require_own(folder: Path) -> None:
+    """Raise UserError for somebody else's folder: what it lists is not ours to believe."""
+    if os.lstat(folder).st_uid != _made_in(folder).st_uid:
+        raise UserError(f"{folder} is another user's; let them write or read there, or remove it")
+
+
+def _made_in(folder: Path) -> os.stat_result:
+    """What a file is like that this process makes in a folder."""
+    made = folder / f"{uuid.uuid4().hex}.tmp"
+    made.touch()
+    try:
+        return made.stat()
+    finally:
+        made.unlink()
 
 
 def _empty(folder: Path) -> None:

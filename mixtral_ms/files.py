@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mixtral_ms.errors import BusyError, UserError
+from mixtral_ms.file_kind import require_file
 from mixtral_ms.log import get_logger
 
 _HASH_CHUNK = 1 << 22
@@ -99,8 +100,11 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]
 
 
 def require_absent(path: Path, overwrite: bool) -> None:
-    """Raise UserError for an output that is there, unless it may be replaced."""
-    if not overwrite and os.path.lexists(path):
+    """Raise UserError for an output that is there, unless it is a file that may be replaced."""
+    if not os.path.lexists(path):
+        return
+    require_file(path)
+    if not overwrite:
         raise UserError(f"{path} exists; give --overwrite to replace it, or another name")
 
 

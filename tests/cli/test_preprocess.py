@@ -288,6 +288,13 @@ def test_what_nohup_has_set_stays(wiki, killed):
     assert output(wiki).exists()
 
 
+def test_a_home_is_where_it_is(wiki, monkeypatch):
+    """The shell leaves --output_file=~/w as it is."""
+    monkeypatch.setenv("HOME", str(wiki))
+    assert run(wiki, "--output_file=~/w.mindrecord") == 0
+    assert_holds(wiki / "w.mindrecord", stream(CLEAN), 16)
+
+
 def test_a_second_one_at_the_same_time_is_refused(wiki, capsys):
     with RecordWriter(output(wiki)) as first:
         assert run(wiki) == run(wiki, "--overwrite") == 2

@@ -201,6 +201,32 @@ def test_a_folder_that_cannot_be_is_named_and_not_the_hidden_one(tmp_path):
         make(path, np.ones((3, SEQ + 1), np.int32))
 
 
+def test_a_link_in_place_of_the_hidden_folder_is_not_followed(tmp_path):
+    """Where everybody may write, somebody else may have put it there."""
+    (tmp_path / "dear").mkdir()
+    (tmp_path / "dear" / "whole").write_text("letters")
+    (tmp_path / ".v.writing").symlink_to("dear")
+    for use in (lambda: make(tmp_path / "v"), lambda: values(tmp_path)):
+        with pytest.raises(UserError, match=r"\.v\.writing is a link"):
+            use()
+    assert os.listdir(tmp_path / "dear") == ["whole"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_hidden_folder_of_another_user_is_not_believed(tmp_path):
+    """It says what is to be removed and what takes its place."""
+    make(tmp_path / "v", np.full((5, SEQ + 1), OLD, np.int32))
+    aside = tmp_path / ".v.writing"
+    aside.mkdir()
+    (aside / "whole").write_bytes(b"/v\0v.db")
+    os.chown(aside, 65534, 65534)
+    for use in (lambda: make(tmp_path / "v", overwrite=True), lambda: values(tmp_path)):
+        with pytest.raises(UserError, match=r"\.v\.writing is another user's"):
+            use()
+    shutil.rmtree(aside)
+    assert values(tmp_path) == {OLD}
+
+
 def test_a_reader_without_permission_says_who_can_finish(sets, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(sets / f"{OLD} in 1", tmp_path / "of another"))
 

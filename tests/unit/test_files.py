@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from mixtral_ms.data.mindrecord.writer import RecordWriter
 from mixtral_ms.errors import BusyError, UserError
 from mixtral_ms.files import new_file, write_aside
 
@@ -84,3 +85,25 @@ def test_a_full_disk_names_the_file_and_keeps_the_old(tmp_path, write, error, na
     assert (caught.value.filename == str(tmp_path / "a")) == named
     assert [one.name for one in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (os.mkfifo, "a named pipe"),
+        (os.mkdir, "a folder, not a file"),
+        (lambda path: os.symlink("/dev/null", path), "a device"),
+        (lambda path: os.symlink("nowhere", path), "a symbolic link to nowhere"),
+    ],
+)
+@pytest.mark.parametrize("write", [new_file, RecordWriter])
+def test_what_is_no_file_is_not_replaced(tmp_path, write, make, kind):
+    path = tmp_path / "out"
+    make(path)
+    before = os.lstat(path)
+    with (
+        pytest.raises(UserError, match=rf"out.* is a folder|out: {kind}"),
+        write(path, overwrite=True),
+    ):
+        pass
+    assert os.lstat(path) == before

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 
 from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, interrupted_by_signals, run_command
 from mixtral_ms.data.conversations.alpaca_converter import convert_alpaca
@@ -51,8 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--data_path", required=True, help="rows with instruction, input and output")
-    add("--output_path", required=True, help="JSON file to write")
+    rows = "rows with instruction, input and output"
+    add("--data_path", type=expanduser, required=True, help=rows)
+    add("--output_path", type=expanduser, required=True, help="JSON file to write")
     add("--skip_bad_rows", action="store_true", help="leave out rows without instruction or output")
     add("--overwrite", action="store_true", help="replace an existing output")
     add(DEBUG_FLAG, action="store_true", help="show the traceback of an error")

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from os.path import expanduser
 from typing import Any, get_args
 
 from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, interrupted_by_signals, run_command
@@ -86,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dataset_type", default="wiki", help="see below (default: wiki)")
     add("--input_glob", required=True, help="input file, or a quoted pattern of files")
-    add("--model_file", required=True, help="sentencepiece tokenizer.model")
-    add("--output_file", help="MindRecord to write")
+    add("--model_file", type=expanduser, required=True, help="sentencepiece tokenizer.model")
+    add("--output_file", type=expanduser, help="MindRecord to write")
     add("--seq_length", type=int, default=2048, help="the model's seq_length (default: 2048)")
     add("--file_partition", type=int, default=1, metavar="N", help="write N files (default: 1)")
     add("--repeat", type=int, default=1, metavar="N", help="read the input N times (default: 1)")

@@ -80,7 +80,7 @@ class RecordFile:
     def _positions(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First and last byte of each record in the file, by the index (record, page, offsets)."""
         header = self.header
-        if not np.array_equal(index[:, 0], np.arange(header.records)):
+        if len(index) != len(self) or (index[:, 0] != np.arange(len(index))).any():
             raise damaged(index_of(self.path), f"it does not list records 0 to {len(self) - 1}")
         for page in header.pages:
             rows = index[page.first_record : page.end_record]

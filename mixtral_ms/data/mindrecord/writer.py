@@ -23,6 +23,7 @@ import numpy as np
 from mixtral_ms.data.mindrecord.record_file import RecordFile
 from mixtral_ms.data.mindrecord.record_header import index_of, parts_of
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import require_file
 from mixtral_ms.file_sets import new_file_set, put_set_in_place
 from mixtral_ms.files import not_an_input
 
@@ -263,6 +264,8 @@ class RecordWriter:
                 f"{self.path} is a folder; name a file, for example {self.path}/wiki.mindrecord"
             )
         existing = self._existing_files()
+        for one in existing:
+            require_file(one)
         if existing and not self._overwrite:
             raise UserError(
                 f"{existing[0]} exists; give --overwrite to replace it, or another --output_file"

@@ -78,6 +78,7 @@ CHANGES = {
     "text": lambda value: "x",
     "negative": lambda value: -1,
     "one more": lambda value: value + 1 if isinstance(value, int) else [value, value],
+    "beyond all files": lambda value: 10**11,
     "huge": lambda value: 1 << 62,
     "half": lambda value: 0.5,
     "a list": lambda value: [],
