@@ -18,6 +18,7 @@ from mixtral_ms.config.loading.resolve import (
     sequences_per_micro_step,
 )
 from mixtral_ms.config.loading.step_choices import step_choices
+from mixtral_ms.config.sections.model_section import MoEConfig
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.parallel.planner.memory_model import NetworkTensors, RankMemory, memory_plan
@@ -114,7 +115,8 @@ def plan_layouts(
         ]
         fits = [layout for layout in layouts if layout.fullest.total <= cluster.memory]
         if fits:
-            fitting.append(min(fits, key=_slowness))
+            best = [_with_best_exchange(layout, cluster, token_flops) for layout in fits]
+            fitting.append(min(best, key=_slowness))
         else:
             too_large.append(min(layouts, key=lambda layout: layout.fullest.total))
     return LayoutPlan(
@@ -165,7 +167,10 @@ def sections(layout: Layout) -> dict[str, dict[str, Any]]:
             name: getattr(config.recompute_config, name)
             for name in ("recompute", "select_recompute")
         },
-        "moe_config": {"comp_comm_parallel": config.moe_config.comp_comm_parallel},
+        "moe_config": {
+            name: getattr(config.moe_config, name)
+            for name in ("comp_comm_parallel", "comp_comm_parallel_degree")
+        },
         "runner_wrapper": {"working_weights": config.runner_wrapper.working_weights},
     }
 
@@ -229,7 +234,6 @@ def _batch_problem(config: RunConfig, grid: ParallelConfig, sequences: int) -> s
 
 def _variants(base: RunConfig) -> Iterator[RunConfig]:
     """With and without what saves memory for time, or time for memory, where it acts."""
-    base = _in_parts(base)
     grid, again = base.parallel_config, base.recompute_config
     ranks = grid.data_parallel * grid.context_parallel * grid.model_parallel
     shards = (False, True) if ranks > 1 else (False,)  # norms are alike on all of a stage
@@ -251,15 +255,29 @@ def _variants(base: RunConfig) -> Iterator[RunConfig]:
             )
 
 
-def _in_parts(base: RunConfig) -> RunConfig:
-    """With the experts' exchange behind their products, which costs nothing, where it can be."""
-    network = base.model.model_config
-    moe = network.moe_config
+def _exchanges(base: RunConfig) -> Iterable[MoEConfig]:
+    """The experts' exchange as a whole, in the YAML's parts and in others, where it can be."""
+    moe = base.model.model_config.moe_config
     if moe.dropless or exchange_ranks(base.parallel_config) == 1:
-        return base
-    moe = replace(moe, comp_comm_parallel=True)
-    model = replace(base.model, model_config=replace(network, moe_config=moe))
-    return replace(base, model=model, moe_config=moe)
+        return (moe,)
+    degrees = sorted({2, 4, moe.comp_comm_parallel_degree})
+    in_parts = [
+        replace(moe, comp_comm_parallel=True, comp_comm_parallel_degree=one) for one in degrees
+    ]
+    return [replace(moe, comp_comm_parallel=False), *in_parts]
+
+
+def _with_best_exchange(
+    layout: Layout, cluster: Cluster, token_flops: Mapping[str, float]
+) -> Layout:
+    """In the number of parts that is fastest; memory and bytes sent are those of one."""
+    config, found = layout.config, []
+    for moe in _exchanges(config):
+        network = replace(config.model.model_config, moe_config=moe)
+        run = replace(config, model=replace(config.model, model_config=network), moe_config=moe)
+        time = step_time(run, cluster, token_flops, layout.memory, layout.traffic)
+        found.append(replace(layout, config=run, time=time))
+    return min(found, key=_slowness)
 
 
 def _working_weights(base: RunConfig) -> Iterable[bool | None]:

@@ -45,6 +45,8 @@ class RankMemory:
     """In float32, and their working weights."""
     masters: int
     """Of these, those in float32."""
+    experts: int
+    """Of those, the experts' matrices."""
     gradients: int
     optimizer: int
     activations: int
@@ -75,6 +77,8 @@ class StageValues:
     therefore cut over more ranks than sum their gradients: what the other ranks update."""
     matrices: int
     """Of those parameters that are cast before they are used: they may have working weights."""
+    experts: int
+    """Of the experts' matrices, trained or not."""
 
 
 class NetworkTensors:
@@ -136,11 +140,12 @@ class NetworkTensors:
         return sizes
 
     def _sum(self, counted: Counter[str], sizes: dict[str, "_Sizes"]) -> StageValues:
-        parameters = trained = trained_experts = moments = cut = gathered = matrices = 0
+        parameters = trained = trained_experts = moments = cut = gathered = matrices = experts = 0
         for name, count in counted.items():
             one, row = sizes[name], row_of(name)
             parameters += count * one.values
             matrices += count * one.values * row.is_cast
+            experts += count * one.values * (row.expert_axis is not None)
             if name not in self._trained:
                 continue
             moments += 2 * count * one.moment
@@ -150,7 +155,9 @@ class NetworkTensors:
                 gathered += count * one.gathered
             else:
                 trained_experts += count * one.values
-        return StageValues(parameters, trained, trained_experts, moments, cut, gathered, matrices)
+        return StageValues(
+            parameters, trained, trained_experts, moments, cut, gathered, matrices, experts
+        )
 
 
 class _Sizes(NamedTuple):
@@ -219,6 +226,7 @@ def _stage_memory(
         ranks=grid.data_parallel * grid.model_parallel * grid.context_parallel,
         parameters=PARAMETER_BYTES * values.parameters + narrow * working,
         masters=PARAMETER_BYTES * values.parameters,
+        experts=PARAMETER_BYTES * values.experts,
         gradients=PARAMETER_BYTES * sums if training else 0,
         optimizer=PARAMETER_BYTES * values.moments if training else 0,
         activations=(

@@ -28,8 +28,9 @@ from mixtral_ms.parallel.planner.traffic_model import (
 )
 
 # Memory traffic of a weight, bytes: to read float32 and write the 16 bit copy; to read the copy, in
-# each pass of a micro batch; in the backward pass to write its gradient and add it to the sum.
-_CAST, _READ, _GRADIENT = 6, 2, 12
+# each pass of a micro batch; in the backward pass to write its gradient and add it to the sum. And
+# of an expert's that computes its tokens in parts: to write and add up the gradients of one more.
+_CAST, _READ, _GRADIENT, _GRADIENT_OF_PART = 6, 2, 12, 6
 
 ONCE_A_STEP = "data_parallel"
 """The kind of traffic that follows the last micro batch."""
@@ -139,10 +140,7 @@ def _exposed_exchange(config: RunConfig, exchange: float, products: float) -> fl
     In n parts, one part is exchanged while the next is computed: the first part's way there and
     the last one's way back are always waited for, and so is what takes longer than the products.
     """
-    moe = config.model.model_config.moe_config
-    if not moe.comp_comm_parallel or moe.dropless:
-        return exchange
-    first = 1 / moe.comp_comm_parallel_degree
+    first = 1 / _exchange_parts(config)
     return exchange * first + max(0.0, exchange - products) * (1 - first)
 
 
@@ -183,7 +181,16 @@ def _moved(config: RunConfig, rank: RankMemory, times: int) -> float:
     # working weights are cast once a step: a part of that counts for each micro batch
     casts = 1 / micro_batches(config) if step_choices(config).working_weights else times
     gradients = rank.gradients / PARAMETER_BYTES
-    return (casts * _CAST + times * _READ) * values + _GRADIENT * gradients
+    moved = (casts * _CAST + times * _READ) * values + _GRADIENT * gradients
+    more_parts = _exchange_parts(config) - 1
+    experts = rank.experts / PARAMETER_BYTES
+    return moved + more_parts * (times * _READ + _GRADIENT_OF_PART) * experts
+
+
+def _exchange_parts(config: RunConfig) -> int:
+    """In how many parts experts exchange and compute their tokens."""
+    moe = config.model.model_config.moe_config
+    return moe.comp_comm_parallel_degree if moe.comp_comm_parallel and not moe.dropless else 1
 
 
 def _sending_seconds(config: RunConfig, cluster: Cluster, traffic: Traffic) -> dict[str, float]:
