@@ -24,6 +24,7 @@ def evaluate(config: RunConfig, mesh: Mesh, objective: MakeObjective) -> Evaluat
     loader = build_loader(config, data, mesh, training=False)
     network = build_network(without_adapters(config), mesh)
     evaluator = Evaluator(network, loader, loader.batch_size, objective)
+    evaluator.require_targets()
     result = evaluator()
     if config.weight_dtype != "float32":
         round_weights(network, open_run_weights(config), config.weight_dtype)

@@ -12,7 +12,21 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """What started the tests may have set others."""
+    before = {name: signal.getsignal(signal.Signals[name]) for name in NAMES}
+    for name in NAMES[2:]:
+        signal.signal(signal.Signals[name], signal.SIG_DFL)
+    yield
+    for name, handler in before.items():
+        signal.signal(signal.Signals[name], handler)
+
+
+@pytest.mark.parametrize("number", [signal.Signals[name] for name in NAMES])
 def test_the_first_signal_is_noted_and_handlers_come_back(number):
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -20,6 +34,18 @@ def test_the_first_signal_is_noted_and_handlers_come_back(number):
         send(number)
         assert stop.signal_number == number
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.Signals[name] for name in NAMES[2:]])
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
+def test_what_nohup_or_the_program_has_set_stays(number, handler):
+    signal.signal(number, handler)
+    with StopRequest() as stop:
+        send(number)
+        stop.listen()
+        send(number)
+        assert stop.signal_number is None
+    assert signal.getsignal(number) == handler
 
 
 def test_a_second_ctrl_c_interrupts():
