@@ -7,7 +7,6 @@ A folder named `{name}` is always whole. Everything unfinished has a name with a
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from mixtral_ms.checkpoint.store.manifest import MANIFEST, STATE
 from mixtral_ms.files import fsync_path, write_aside
+from mixtral_ms.json_reader import decode_json
 from mixtral_ms.log import get_logger
 
 LATEST = "latest"
@@ -147,7 +147,7 @@ def _step_of(path: Path) -> int | None:
     if not (path / MANIFEST).is_file():
         return None
     try:
-        return int(json.loads((path / STATE).read_bytes())["step"])
+        return int(decode_json((path / STATE).read_text(encoding="utf-8"))["step"])
     except OSError:
         return None
     except (ValueError, KeyError, TypeError):

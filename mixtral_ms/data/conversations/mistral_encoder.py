@@ -38,11 +38,11 @@ class MistralEncoder:
         if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
             raise UserError(f"{tokenizer.model_file} has no bos or no eos, which answers end with")
         self._tokenizer = tokenizer
-        self._eos_id = tokenizer.eos_id if eos_id is None else eos_id
-        self._begin, self._end = map(tokenizer.control_id, (BEGIN_INST, _END_INST))
-        if tokenizer.control_id(_SYSTEM_PROMPT) is not None or (
-            (self._begin is None) != (self._end is None)
-        ):
+        ids = (tokenizer.bos_id, tokenizer.eos_id if eos_id is None else eos_id)
+        self._bos, self._eos = (np.array([one], np.int32) for one in ids)
+        found = map(tokenizer.control_id, (BEGIN_INST, _END_INST))
+        self._markers = [np.array([one], np.int32) for one in found if one is not None]
+        if tokenizer.control_id(_SYSTEM_PROMPT) is not None or len(self._markers) == 1:
             raise UserError(
                 f"{tokenizer.model_file} is of a version after 3, whose conversations are written "
                 "in another way than Mixtral's; give the tokenizer.model of the model's weights"
@@ -51,34 +51,37 @@ class MistralEncoder:
     def __call__(self, conversation: Conversation) -> Sample:
         """The ids of a conversation with all its answers, and which of them are supervised."""
         rounds, system = conversation.rounds, conversation.system or ""
-        parts, supervised = [np.array([self._tokenizer.bos_id], np.int32)], [np.zeros(1, bool)]
+        parts, supervised = [self._bos], [False]
         for number, (question, answer) in enumerate(rounds):
             asked = self._question(question, system, number, len(rounds))
-            told = self._answer(answer)
+            parts += (*asked, self._answer(answer), self._eos)
             learnt = number not in conversation.not_learnt
-            parts += (asked, told)
-            supervised += (np.zeros(len(asked), bool), np.full(len(told), learnt))
-        return Sample(np.concatenate(parts), np.concatenate(supervised))
+            supervised += (*[False] * len(asked), learnt, learnt)
+        return Sample(np.concatenate(parts), np.repeat(supervised, list(map(len, parts))))
 
     def prompt(self, rounds: Sequence[Round], system: str, question: str) -> list[int]:
         """The ids from which the answer to `question` follows, behind earlier rounds."""
         count = len(rounds) + 1
-        ids = [self._tokenizer.bos_id]
+        parts = [self._bos]
         for number, (asked, answer) in enumerate(rounds):
-            ids += self._question(asked, system, number, count).tolist()
-            ids += self._answer(answer).tolist()
-        return ids + self._question(question, system, count - 1, count).tolist()
+            parts += (
+                *self._question(asked, system, number, count),
+                self._answer(answer),
+                self._eos,
+            )
+        parts += self._question(question, system, count - 1, count)
+        return np.concatenate(parts).tolist()
 
-    def _question(self, text: str, system: str, number: int, count: int) -> np.ndarray:
+    def _question(self, text: str, system: str, number: int, count: int) -> list[np.ndarray]:
         """The ids of one of so many questions, one of which has the system message."""
-        if system and number == (0 if self._begin is None else count - 1):
+        has_pieces = bool(self._markers)
+        if system and number == (count - 1 if has_pieces else 0):
             text = f"{system}\n\n{text}"
-        if self._begin is None:
-            return self._tokenizer.encode_array(f"{BEGIN_INST} {text} {_END_INST}")
-        ids = self._tokenizer.encode_array(text)
-        return np.concatenate([[self._begin], ids, [self._end]]).astype(np.int32)
+        if not has_pieces:
+            return [self._tokenizer.encode_array(f"{BEGIN_INST} {text} {_END_INST}")]
+        begin, end = self._markers
+        return [begin, self._tokenizer.encode_array(text), end]
 
     def _answer(self, text: str) -> np.ndarray:
-        """With the eos behind it; versions 2 and 3 write no spaces at an answer's end."""
-        ids = self._tokenizer.encode_array(text if self._begin is None else text.rstrip(" "))
-        return np.append(ids, np.int32(self._eos_id))
+        """Versions 2 and 3 write no spaces at an answer's end."""
+        return self._tokenizer.encode_array(text.rstrip(" ") if self._markers else text)

@@ -1,7 +1,7 @@
 """Conversations out of rows as they are published: ShareGPT, OpenAI messages, Alpaca."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mixtral_ms.data.conversations.alpaca_prompt import read_alpaca
@@ -23,7 +23,6 @@ _ROLES = {
 }
 _NAMES = {_USER: "question", _ASSISTANT: "answer"}
 _LISTS = ("conversations", "messages", "conversation")
-_MESSAGE_KEYS = (("from", "value"), ("role", "content"))
 
 
 class Round(NamedTuple):
@@ -107,15 +106,15 @@ def _turns(messages: Any) -> tuple[list[_Turn], list[str]]:
 def _role(message: Any, number: int) -> tuple[str, str]:
     """Who says a message, and the key of its text: "from" has "value", "role" has "content"."""
     holder: Mapping[str, Any] = message if isinstance(message, dict) else {}
-    found = [pair for pair in _MESSAGE_KEYS if holder.get(pair[0]) is not None]
-    if not found:
-        wanted = " or ".join(repr(role) for role, _ in _MESSAGE_KEYS)
-        raise UnfitRowError(f"message {number} has no {wanted}")
-    if len(found) > 1:
+    share_gpt, openai = holder.get("from"), holder.get("role")
+    if share_gpt is None and openai is None:
+        raise UnfitRowError(f"message {number} has no 'from' or 'role'")
+    if share_gpt is not None and openai is not None:
         raise UnfitRowError(f"message {number} has both 'from' and 'role'")
-    role_key, text_key = found[0]
-    name = holder[role_key]
-    role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    name, text_key = (share_gpt, "value") if openai is None else (openai, "content")
+    role = None
+    if isinstance(name, str):
+        role = _ROLES.get(name) or _ROLES.get(name.strip().lower())
     if role is None:
         raise UnfitRowError(f"message {number} is from {name!r}; known are {', '.join(_ROLES)}")
     return role, text_key
@@ -156,13 +155,16 @@ def _conversation(row: Mapping[str, Any], turns: list[_Turn], left_out: list[str
     if len(turns) % 2:
         turns = turns[:-1]
         left_out.append("without a last question that has no answer")
-    found = _rounds(turns)
+    rounds, not_learnt = _rounds(turns)
     _check_unicode([system or "", *(turn.text for turn in turns)])
-    return replace(found, system=system, shortened=" and ".join(left_out))
+    return Conversation(rounds, system, " and ".join(left_out), not_learnt)
 
 
-def _rounds(turns: list[_Turn]) -> Conversation:
-    """Questions with their answers. Raises UnfitRowError when nothing can be learnt of them."""
+def _rounds(turns: list[_Turn]) -> tuple[list[Round], frozenset[int]]:
+    """Questions with their answers, and of which rounds these are not learnt.
+
+    Raises UnfitRowError when nothing can be learnt of them.
+    """
     if not turns:
         raise UnfitRowError("no question with an answer")
     for number, turn in enumerate(turns):
@@ -173,7 +175,7 @@ def _rounds(turns: list[_Turn]) -> Conversation:
     if len(not_learnt) == len(answers):
         raise UnfitRowError("none of its answers is to be learnt")
     rounds = [Round(q.text, a.text) for q, a in zip(turns[::2], answers, strict=True)]
-    return Conversation(rounds, not_learnt=not_learnt)
+    return rounds, not_learnt
 
 
 def _check_unicode(texts: list[str]) -> None:

@@ -15,6 +15,10 @@ _TOOLS = ("tools", "functions")
 _CALLS = ("tool_calls", "function_call", "function_calls", "tool_call_id")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
+_UNWANTED = ("train", "training", "trainable", "label", "kto_tag")
+_LEARN_KEYS = frozenset(_LEARN)
+_MESSAGE_KEYS = frozenset((*_CALLS, *_MEDIA, *_THOUGHTS, "train_detail", "prefix"))
+_ROW_KEYS = frozenset((*_MEDIA, *_UNWANTED, *_TOOLS, "history", "weight"))
 _NOTHING = (None, "", "null", "[]", "{}", False)
 
 
@@ -23,6 +27,8 @@ def is_learnt(message: Mapping[str, Any], number: int) -> bool:
 
     OpenAI and Mistral write weight 0 or 1, others train, training, trainable or loss.
     """
+    if _LEARN_KEYS.isdisjoint(message):
+        return True
     given = {key: message[key] for key in _LEARN if message.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, int | float) or value not in (0, 1):
@@ -39,6 +45,8 @@ def check_message(message: Mapping[str, Any], number: int) -> Iterator[str]:
 
     An answer that calls a tool would else be learnt as one that ends where the call begins.
     """
+    if _MESSAGE_KEYS.isdisjoint(message):  # as nearly all are
+        return
     for key in (*_CALLS, *_MEDIA):
         if _is_there(message, key):
             raise UnfitRowError(f"message {number} has {key}, which no template here writes")
@@ -53,12 +61,14 @@ def check_message(message: Mapping[str, Any], number: int) -> Iterator[str]:
 
 def check_row(row: Mapping[str, Any]) -> Iterator[str]:
     """What of a row is left out, in words. Raises UnfitRowError where it is not to be learnt."""
+    if _ROW_KEYS.isdisjoint(row):
+        return
     for key in _MEDIA:
         if _is_there(row, key):
             raise UnfitRowError(f"it has {key}, which no template here writes")
     if _is_there(row, "history"):
         raise UnfitRowError("it has a history before the instruction: write it as conversations")
-    for key in ("train", "training", "trainable", "label", "kto_tag"):
+    for key in _UNWANTED:
         if row.get(key) is False:
             raise UnfitRowError(f"its {key} is false: it is not to be learnt")
     weight = row.get("weight")
