@@ -1,6 +1,7 @@
 """Text of files and users as a log, a report or a terminal may show it: nothing in it acts."""
 
 import re
+import shlex
 
 # What acts instead of being shown: C0 and C1, half characters, and what turns the direction of
 # writing or ends a line in some programs.
@@ -29,6 +30,11 @@ def printable_block(text: object) -> str:
 def for_terminal(text: str) -> str:
     """Lines and colours as they are; what would move the cursor or change a setting is escaped."""
     return _IN_A_TERMINAL.sub(_escape, text)
+
+
+def shell_word(text: object) -> str:
+    """A name in a command that a message offers: one word to a shell, whatever is in it."""
+    return printable(shlex.quote(str(text)))
 
 
 def _escape(found: re.Match[str]) -> str:

@@ -13,7 +13,7 @@ from helpers.runs import environment
 from mixtral_ms.cli.support.exit_status import run_command
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
-from mixtral_ms.printable import printable
+from mixtral_ms.printable import printable, shell_word
 
 # A command that shows a text many times, logs it, and only then writes its result.
 COMMAND = """
@@ -183,3 +183,25 @@ def test_the_system_s_refusals_name_what_was_asked_for(capsys, number, path, sta
 
     assert run_command(main, []) == status
     assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("out/plain-name_1.json", "out/plain-name_1.json"),
+        ("two words", "'two words'"),
+        ("a; touch PW", "'a; touch PW'"),
+        ("$(touch PW)", "'$(touch PW)'"),
+        ("it's", "'it'\"'\"'s'"),
+        ("a\ntouch PW", "'a\\ntouch PW'"),
+        ("\x1b[2J", "'\\x1b[2J'"),
+    ],
+)
+def test_a_name_in_an_offered_command_is_one_word(tmp_path, name, word):
+    assert shell_word(name) == word
+    echoed = subprocess.run(
+        ["bash", "-c", f"printf '<%s>' {word}"], cwd=tmp_path, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert echoed.stdout == f"<{printable(name)}>"
+    assert list(tmp_path.iterdir()) == []

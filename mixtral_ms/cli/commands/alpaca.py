@@ -7,6 +7,7 @@ from os.path import expanduser
 
 from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, interrupted_by_signals, run_command
 from mixtral_ms.data.conversations.alpaca_converter import convert_alpaca
+from mixtral_ms.printable import shell_word
 
 _DESCRIPTION = """\
 Turn rows of instruction, input and output (a JSON list, or JSON Lines) into a JSON list of
@@ -37,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"written:   {summary.written:,} conversations to {arguments.output_path}")
     print(
         "next:      python tools/dataset_preprocess/llama_preprocess.py --dataset_type qa "
-        f"--input_glob {arguments.output_path} --model_file tokenizer.model --seq_length 4096 "
-        "--output_file qa4096.mindrecord"
+        f"--input_glob {shell_word(arguments.output_path)} --model_file tokenizer.model "
+        "--seq_length 4096 --output_file qa4096.mindrecord"
     )
     return 0
 

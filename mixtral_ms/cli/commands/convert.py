@@ -20,6 +20,7 @@ from mixtral_ms.convert.job.conversion import (
 )
 from mixtral_ms.convert.job.conversion_plan import mapping_table
 from mixtral_ms.errors import UserError
+from mixtral_ms.printable import shell_word
 
 _DESCRIPTION = """\
 Convert Mixtral's weights between Hugging Face's format, Mistral's own release and MindSpore's,
@@ -239,7 +240,7 @@ def _next(conversion: Conversion) -> str:
     if kind == "huggingface":
         return f"transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})"
     if kind == "checkpoint" and conversion.plan.target_format is OURS:
-        return f"python run_mindformer.py --config YOUR.yaml --load_checkpoint {path}"
+        return f"python run_mindformer.py --config YOUR.yaml --load_checkpoint {shell_word(path)}"
     file = path / conversion.target.file_pattern if kind == "checkpoint" else path
     return conversion.target.file_format.loading.format(file=str(file))
 

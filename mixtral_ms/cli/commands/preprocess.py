@@ -17,6 +17,7 @@ from mixtral_ms.data.documents.preprocess_documents import (
 )
 from mixtral_ms.data.tokenizer.tokenizer import Backend
 from mixtral_ms.errors import UserError
+from mixtral_ms.printable import shell_word
 
 _DESCRIPTION = """\
 Encode text with a sentencepiece tokenizer.model and write it as a MindRecord. Documents are packed
@@ -139,8 +140,8 @@ def _report(options: PreprocessOptions, summary: PreprocessSummary) -> str:
             f"dropped:   {summary.dropped_tokens:,} tokens that did not make a whole record"
             f"{' or came after --samples_num' if options.samples_num else ''}\n"
             f"written:   {written}\n"
-            f"next:      python run_mindformer.py --config YOUR.yaml --train_data {data} "
-            f"--set model.model_config.seq_length={options.seq_length}"
+            "next:      python run_mindformer.py --config YOUR.yaml --train_data "
+            f"{shell_word(data)} --set model.model_config.seq_length={options.seq_length}"
         )
     )
 

@@ -17,6 +17,7 @@ from mixtral_ms.checkpoint.reshard.transform_checkpoint import (
 from mixtral_ms.cli.support.exit_status import DEBUG_FLAG, run_command
 from mixtral_ms.config import load_config
 from mixtral_ms.config.sections.model_section import MixtralConfig
+from mixtral_ms.printable import shell_word
 from mixtral_ms.progress import progress_bar
 
 _DESCRIPTION = """\
@@ -168,9 +169,9 @@ def _report(summary: TransformSummary) -> str:
         f"to:        {summary.ranks} rank{'s' * (summary.ranks > 1)}, "
         f"{summary.tensors} tensors, {summary.size / 1e9:,.3f} GB\n"
         f"written:   {written}{strategy}\n"
-        f"check:     python -m mixtral_ms inspect {summary.folder}\n"
+        f"check:     python -m mixtral_ms inspect {shell_word(summary.folder)}\n"
         f"next:      python run_mindformer.py --config YOUR.yaml "
-        f"--load_checkpoint {summary.folder}"
+        f"--load_checkpoint {shell_word(summary.folder)}"
     )
 
 

@@ -16,6 +16,7 @@ from mixtral_ms.data.conversations.preprocess_conversations import (
 )
 from mixtral_ms.data.conversations.show_sample import show_sample
 from mixtral_ms.errors import UserError
+from mixtral_ms.printable import shell_word
 
 ONLY_QA = ("template", "long_rows", "packing", "pad_token_id", "show")
 
@@ -83,6 +84,6 @@ def _report(options: QaOptions, summary: QaSummary) -> str:
         lines.append(f"named:     {summary.named_rows}")
     lines.append(
         f"next:      python run_mindformer.py --config YOUR.yaml --run_mode finetune --train_data "
-        f"{some} --set model.model_config.seq_length={options.seq_length}"
+        f"{shell_word(some)} --set model.model_config.seq_length={options.seq_length}"
     )
     return "\n".join(lines)
