@@ -111,13 +111,32 @@ def test_two_runs_do_not_write_one_file(output):
 
 def test_what_came_into_being_meanwhile_is_kept(output):
     with (
-        pytest.raises(UserError, match="already exists"),
+        pytest.raises(UserError, match="exists; give --overwrite"),
         answer_file(output, overwrite=False) as take,
     ):
         take(0, answer("ours"))
         output.write_text("theirs")
     assert output.read_text() == "theirs"
     assert texts(output.with_name("answers.jsonl.partial")) == ["ours"]
+
+
+@pytest.mark.parametrize("target", ["/dev/null", "nowhere"])
+def test_an_output_that_is_no_file_is_not_replaced(output, target):
+    output.parent.mkdir()
+    output.symlink_to(target)
+    with pytest.raises(UserError, match="--output_file .*answers.jsonl: a .*link|device"):
+        answer_file(output, overwrite=True).__enter__()
+    assert os.readlink(output) == target
+
+
+def test_a_link_in_place_of_the_partial_file_is_not_followed(output):
+    output.parent.mkdir()
+    mine = output.with_name("mine")
+    mine.write_text("mine")
+    output.with_name("answers.jsonl.partial").symlink_to(mine)
+    with answer_file(output, overwrite=True) as take:
+        take(0, answer("a"))
+    assert (texts(output), mine.read_text()) == (["a"], "mine")
 
 
 def test_half_a_character_is_json(output):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mixtral_ms.errors import UserError
-from mixtral_ms.files import fsync_path, not_an_input, sole_writer
+from mixtral_ms.files import fsync_path, not_an_input, require_absent, sole_writer
 from mixtral_ms.infer.engine.sampling_params import Generation
 from mixtral_ms.infer.predict import answer_record
 from mixtral_ms.log import get_logger
@@ -27,14 +27,16 @@ def checked_output(name: str, *, overwrite: bool, inputs: Iterable[tuple[str, st
         inputs: flags, with the file or folder each names, which must not be replaced.
 
     Raises:
-        UserError: it is a folder or an input, or exists.
+        UserError: it is an input, a folder or a device, or exists.
     """
     path = Path(name)
     if path.is_dir():
         raise UserError(f"{_FLAG} {path}: is a folder; name a file, for example in it")
     not_an_input(path, _FLAG, inputs)
-    if path.exists() and not overwrite:
-        raise UserError(f"{_FLAG} {path}: already exists; choose another, or add --overwrite")
+    try:
+        require_absent(path, overwrite)
+    except UserError as error:
+        raise UserError(f"{_FLAG} {error}") from None
     return path
 
 
@@ -58,12 +60,13 @@ def answer_file(path: Path, *, overwrite: bool) -> Iterator[TakeAnswer]:
         except UserError as error:
             raise UserError(f"{_FLAG} {path}: {error}") from None
         checked_output(str(path), overwrite=overwrite, inputs=())
-        if partial.exists() and not overwrite:
+        if os.path.lexists(partial) and not overwrite:
             raise UserError(
                 f"{_FLAG} {path}: {partial} holds answers of a run that was ended; move it away, "
                 "choose another name, or add --overwrite"
             )
-        with open(partial, "wb", buffering=0) as file:
+        partial.unlink(missing_ok=True)  # it may be a link, which must not be followed
+        with open(partial, "xb", buffering=0) as file:
             lines = _Lines(file, partial)
             try:
                 yield lines.take
