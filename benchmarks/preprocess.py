@@ -27,7 +27,7 @@ from mindspore.mindrecord import FileWriter
 
 from mixtral_ms.data.documents.preprocess_documents import PreprocessOptions, preprocess
 from mixtral_ms.data.documents.wikitext import clean_wikitext
-from mixtral_ms.data.mindrecord.writer import index_of
+from mixtral_ms.data.mindrecord.record_header import index_of
 from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 
 SEQ_LENGTH = 4096

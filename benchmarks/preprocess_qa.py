@@ -30,7 +30,7 @@ from mindspore.mindrecord import FileWriter
 
 from mixtral_ms.data.conversations.alpaca_prompt import alpaca_prompt
 from mixtral_ms.data.conversations.preprocess_conversations import QaOptions, preprocess_qa
-from mixtral_ms.data.mindrecord.writer import index_of
+from mixtral_ms.data.mindrecord.record_header import index_of
 from mixtral_ms.data.tokenizer.example_tokenizer import find_example_tokenizer
 
 MODEL = str(find_example_tokenizer())

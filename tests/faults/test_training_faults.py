@@ -188,8 +188,8 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_good_one_offered(folder, s
     weights.write_bytes(damaged)
     message = refusal(resume(folder, stopped))
     assert f"{newest} is damaged" in message
-    assert f"--load_checkpoint {stopped / 'checkpoint' / older}" in message
-    advice = message.split("--load_checkpoint ")[1].split()[0]
+    assert f"to go on from it: {stopped / 'checkpoint' / older}" in message
+    advice = message.split("to go on from it: ")[1].split()[0]
     given = resume(folder, stopped, f"load_checkpoint={advice}")
     assert find_resume(given, Mesh(), Storage()).folder.name == older
 
