@@ -1,4 +1,4 @@
-"""`~` at the front of a path of the configuration, which no shell has seen."""
+"""`~` and variables at the front of a path of the configuration, which no shell has seen."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def expand_homes(config: RunConfig) -> None:
     """Put the home folder in place of `~` wherever a key names a file or folder.
 
     Raises:
-        UserError: there is no such home.
+        UserError: there is no such home, or a path begins with a variable.
     """
     for key in _PATHS:
         *sections, name = key.split(".")
@@ -40,8 +40,13 @@ def expand_homes(config: RunConfig) -> None:
 
 def _expand(section: Any, name: str, key: str) -> None:
     value = getattr(section, name, None)
-    if not isinstance(value, str) or not value.startswith("~"):
+    if not isinstance(value, str) or not value.startswith(("~", "$")):
         return
+    if value.startswith("$"):
+        raise UserError(
+            f"{key} {value}: variables are a shell's, and not read here: write the whole path, or "
+            f"./{value}"
+        )
     try:
         setattr(section, name, str(Path(value).expanduser()))
     except RuntimeError:

@@ -189,6 +189,9 @@ def test_a_home_is_written_out_wherever_a_path_is(key, monkeypatch):
     path = key.replace(TASK, "train_dataset.")
     assert value_of(load_config(TINY, [f"{key}=~/x y"]), path) == "/the/home/x y"
     assert value_of(load_config(TINY, [f"{key}=./~/x"]), path) == "./~/x"
+    for text in ("$HOME/x", "${HOME}/x"):
+        with pytest.raises(UserError, match=r"HOME.*/x: variables are a shell's"):
+            load_config(TINY, [f"{key}={text}"])
     with pytest.raises(UserError, match=r"~no.such.user/x: there is no such home folder"):
         load_config(TINY, [f"{key}=~no.such.user/x"])
 

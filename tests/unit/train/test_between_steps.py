@@ -204,8 +204,8 @@ def test_every_signal_that_ends_processes_saves_and_leaves_the_evaluation_to_a_r
     assert kinds.index(("eval", 4)) == kinds.index(("train", 4)) + 1
 
 
-def test_a_signal_during_an_evaluation_ends_the_run_behind_it(new_run, tmp_path, number):
-    run = new_run()
+def test_a_signal_during_an_evaluation_ends_the_run_behind_it(new_run, tmp_path):
+    run, number = new_run(), signal.SIGTERM
 
     def evaluate():
         os.kill(os.getpid(), number)
