@@ -110,6 +110,17 @@ def test_other_weights_beside_a_stale_record(output, written, outputs):
     open_found(find_weights(outputs / output))
 
 
+@pytest.mark.parametrize("named", ["ck/rank_0/model.safetensors", "ck/rank_0"])
+def test_a_part_of_a_checkpoint_is_compared_with_its_manifest(named, written, tmp_path):
+    convert(prepare(ConvertOptions(written / "source_a", tmp_path / "ck", "ours")))
+    open_found(find_weights(tmp_path / named))
+    flip(tmp_path / "ck" / "rank_0" / "model.safetensors")
+    for reader in READERS.values():
+        with pytest.raises(UserError, match="manifest of its checkpoint.*was changed"):
+            reader(tmp_path / named)
+    assert any("was changed" in one for one in inspect_checkpoint(tmp_path / named).problems)
+
+
 def test_both_renamed_are_still_a_pair(outputs):
     for name in ("m.ckpt", "m.ckpt.json"):
         (outputs / name).rename(outputs / name.replace("m.", "renamed."))

@@ -10,6 +10,7 @@ import safetensors.numpy
 from helpers import convert_oracle as oracle
 
 from mixtral_ms.cli.support.inspection import inspect_checkpoint
+from mixtral_ms.convert.formats.found_weights import Flags, find_weights
 from mixtral_ms.convert.job.conversion import ConvertOptions, prepare
 from mixtral_ms.errors import UserError
 
@@ -84,6 +85,23 @@ def test_a_link_whose_target_is_gone(name, folder):
     (folder / name).symlink_to("../blobs/0f1e")
     text = refusal(folder)
     assert f"{folder / name}: a symbolic link to ../blobs/0f1e, which does not exist" in text
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (os.mkfifo, "a named pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device"),
+        (lambda path: path.symlink_to("blobs/gone"), "a symbolic link to blobs/gone, which does"),
+    ],
+)
+def test_what_is_named_is_no_file_at_all(folder, make, said):
+    """Named itself, and not a folder of it."""
+    path = folder / "named.safetensors"
+    make(path)
+    with pytest.raises(UserError, match=f"--x: {path}: {said}"):
+        find_weights(path, Flags("--x"))
+    assert any(said in one for one in inspect_checkpoint(path).problems)
 
 
 def test_a_pipe(folder):

@@ -47,6 +47,7 @@ from mixtral_ms.checkpoint.store.store import damage_error, find_checkpoint, req
 from mixtral_ms.config.checks.saved_network import saved_network
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import require_file
 from mixtral_ms.log import get_logger
 
 _PROBLEMS_SHOWN = 5
@@ -132,12 +133,20 @@ def checkpoint_folder(path: Path, flag: str = "") -> Path:
     Raises:
         UserError: there is no such file or folder, or not the checkpoint that `latest` names.
     """
-    if not path.exists():
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        _require_file_or_folder(path, flag)
+    elif not path.exists():
         raise UserError(f"{flag}: {path} does not exist" if flag else f"{path} does not exist")
     restore_moved(path)
     if not path.is_dir() or is_rank_folders(path) or not list_checkpoints(path):
         return path
     return find_checkpoint(path)
+
+
+def _require_file_or_folder(path: Path, flag: str) -> None:
+    """Refuse a link to nothing, a pipe and a device, which could be waited for without end."""
+    if not path.is_dir():
+        require_file(path, f"{flag}:" if flag else "")
 
 
 def own_strategy(folder: Path) -> Path | None:

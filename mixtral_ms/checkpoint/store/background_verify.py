@@ -7,7 +7,6 @@ from threading import Thread
 
 from mixtral_ms.checkpoint.store.conversion_record import (
     record_error,
-    record_path,
     recorded_problems,
 )
 from mixtral_ms.checkpoint.store.manifest import MANIFEST, verify_checkpoint
@@ -30,7 +29,7 @@ class Verification:
         self._error: BaseException | None = None
         # A daemon: whoever interrupts the program need not wait for the hashes.
         self._thread = Thread(target=self._run, daemon=True)
-        if wanted and (self._has_manifest or record_path(path).is_file()):
+        if wanted:
             self._thread.start()
 
     def _run(self) -> None:

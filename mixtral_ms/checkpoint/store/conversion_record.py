@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_ms.checkpoint.formats.tensor_writer import FileEntry
-from mixtral_ms.checkpoint.store.manifest import FILES_SHAPE, file_entry, leaves, verify_file
+from mixtral_ms.checkpoint.shards.rank_files import is_rank_name
+from mixtral_ms.checkpoint.store.manifest import (
+    FILES_SHAPE,
+    MANIFEST,
+    DamagedManifestError,
+    file_entry,
+    leaves,
+    read_manifest,
+    verify_file,
+)
 from mixtral_ms.errors import UserError
 from mixtral_ms.json_reader import read_json_object, require_shape
 
@@ -59,10 +68,24 @@ def recorded_problems(path: Path) -> list[str] | None:
         UserError: the record is damaged.
     """
     record = record_path(path)
-    entries = recorded_entries(record) if record.is_file() else None
+    entries = recorded_entries(record) if record.is_file() else _manifest_entries(path)
     if entries is None:
         return None
     return [line for file, entry in entries.items() for line in verify_file(file, entry)]
+
+
+def _manifest_entries(path: Path) -> dict[Path, FileEntry] | None:
+    """What a checkpoint's manifest says of one of its ranks' folders, or of a file in one."""
+    checkpoint = (path if path.is_dir() else path.parent).parent
+    rank = path if path.is_dir() else path.parent
+    if not is_rank_name(rank.name) or not (checkpoint / MANIFEST).is_file():
+        return None
+    try:
+        manifest = read_manifest(checkpoint)
+    except DamagedManifestError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
+    files = {checkpoint / name: entry for name, entry in manifest.files.items()}
+    return {file: entry for file, entry in files.items() if path in (file, file.parent)} or None
 
 
 def require_as_recorded(path: Path) -> None:
@@ -78,6 +101,10 @@ def require_as_recorded(path: Path) -> None:
 def record_error(path: Path, problems: list[str]) -> UserError:
     """What says that a file, or a folder, is not what its record describes."""
     record = record_path(path)
+    if not record.is_file():
+        return UserError(
+            f"{path} is not what the manifest of its checkpoint describes: {'; '.join(problems)}"
+        )
     more = len(problems) - _PROBLEMS_SHOWN
     return UserError(
         f"{path} is not what {record.name} beside it describes: "

@@ -81,7 +81,7 @@ def inspect_checkpoint(
     Raises:
         UserError: there is nothing, or nothing that holds tensors.
     """
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         raise UserError(f"{path} does not exist")
     found = Inspection(path)
     try:

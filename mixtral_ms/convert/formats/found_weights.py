@@ -24,6 +24,7 @@ from mixtral_ms.checkpoint.store.conversion_record import (
     FOLDER_RECORD,
     FORMAT_KEY,
     RECORD_SUFFIX,
+    record_path,
     recorded_entries,
     recorded_problems,
 )
@@ -164,10 +165,11 @@ class FoundWeights:
         """
         if self.hashes is None:
             return None
-        if self.hashes.name == MANIFEST:
-            return verify_checkpoint(self.path) if read_all else manifest_problems(self.path)
         if read_all:
-            return recorded_problems(self.path)
+            whole = self.hashes == self.path / MANIFEST
+            return verify_checkpoint(self.path) if whole else recorded_problems(self.path)
+        if self.hashes.name == MANIFEST:
+            return manifest_problems(self.hashes.parent)
         return None if recorded_entries(self.hashes) is None else []
 
 
@@ -287,9 +289,8 @@ def _record_paths(path: Path) -> Iterable[Path]:
 def _hashes(path: Path) -> Path | None:
     if path.is_dir() and (path / MANIFEST).is_file():
         return path / MANIFEST
-    return _first(
-        [path / FOLDER_RECORD if path.is_dir() else path.with_name(path.name + RECORD_SUFFIX)]
-    )
+    around = _around(path)
+    return _first([record_path(path), *([around / MANIFEST] if around else [])])
 
 
 def _tokenizer_paths(path: Path, named: Path) -> Iterable[Path]:

@@ -188,6 +188,7 @@ CASES = {
             "files": ("c/rank_0/model.safetensors",),
             "config_files": ("c/state.json",),
             "record": "c/state.json",
+            "hashes": "c/manifest.json",
         },
     ),
     "one file of our checkpoint": (
@@ -198,6 +199,7 @@ CASES = {
             "files": ("c/rank_0/model.safetensors",),
             "config_files": ("c/state.json",),
             "record": "c/state.json",
+            "hashes": "c/manifest.json",
         },
     ),
     "folders of ranks": (
