@@ -76,16 +76,7 @@ def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = N
         _barriers.append(_Barrier(mesh.world))
     if met:
         met(mesh.world)
-    # All groups at once and in one order: members that make their groups in different orders
-    # would wait for each other for ever.
-    for kind in ("world", "tensor", "context", "tokens", "stage_ranks", "exchange"):
-        getattr(mesh, kind)
-    _ = mesh.expert_copies, mesh.expert_ranks
-    for stage in range(grid.pipeline_stage - 1):  # neighbours, in the order of the pipeline
-        if mesh.stage in (stage, stage + 1):
-            mesh.pair(mesh.beside(2 * stage + 1 - mesh.stage))
-    if mesh.stage in (0, grid.pipeline_stage - 1) and grid.pipeline_stage > 2:  # noqa: PLR2004
-        mesh.pair(mesh.beside(grid.pipeline_stage - 1 - mesh.stage))  # a tied embedding's two ends
+    mesh.make_groups()
     _say_which_buffers_are_shared(mesh, made)
     return mesh
 

@@ -171,6 +171,21 @@ class Mesh:
         """
         return self._group("replicas", ranks)
 
+    def make_groups(self) -> None:
+        """Make all groups that a run needs, at once and in one order.
+
+        Members that make their groups in different orders would wait for each other for ever.
+        """
+        for kind in ("world", "tensor", "context", "tokens", "stage_ranks", "exchange"):
+            getattr(self, kind)
+        _ = self.expert_copies, self.expert_ranks
+        last = self.grid.pipeline_stage - 1
+        for stage in range(last):  # neighbours, in the order of the pipeline
+            if self.stage in (stage, stage + 1):
+                self.pair(self.beside(2 * stage + 1 - self.stage))
+        if self.stage in (0, last) and last > 1:
+            self.pair(self.beside(last - self.stage))  # a tied embedding's two ends
+
     @property
     def _stage_begin(self) -> int:
         return self.stage * self.stage_size

@@ -15,6 +15,7 @@ from mixtral_ms.config.loading.resolve import rank_count
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.config.sections.run_section import ModelSection
 from mixtral_ms.parallel.grid import sharding_rules as layout
+from mixtral_ms.parallel.planner.hccl_buffers import hccl_buffers
 from mixtral_ms.parallel.planner.layout_search import judge, plan_layouts
 from mixtral_ms.parallel.planner.memory_model import NetworkTensors, memory_plan
 from mixtral_ms.parallel.planner.time_model import Cluster
@@ -484,3 +485,12 @@ def test_weights_are_moved_less_with_a_copy_that_is_cast_once():
     wrapper = "runner_wrapper.working_weights={}".format
     with_copy, without = (judged(wrapper(value)).time for value in (True, False))
     assert with_copy.exposed["weights"] < 0.75 * without.exposed["weights"]
+
+
+def test_buffers_are_those_of_the_groups_that_a_rank_makes():
+    """Two of 200 MB a group: the world, the stage (tokens and exchange are its ranks), the pair."""
+    grid = load_config(BIG, []).parallel_config
+    assert hccl_buffers(grid) == (3, 3 * 400 << 20)
+    sizes = "parallel_config.hccl_buffer_size={pair: 32, tokens: 64}"
+    assert hccl_buffers(load_config(BIG, [sizes]).parallel_config) == (3, (400 + 128 + 64) << 20)
+    assert hccl_buffers(ParallelConfig()) == (0, 0)

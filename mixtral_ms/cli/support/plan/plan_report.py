@@ -8,6 +8,7 @@ import yaml
 
 from mixtral_ms.config.loading.resolve import micro_batch_size, rank_count, sequences_per_step
 from mixtral_ms.parallel.grid.grid_text import format_grid
+from mixtral_ms.parallel.planner.hccl_buffers import hccl_buffers
 from mixtral_ms.parallel.planner.layout_search import Layout, LayoutPlan, sections
 from mixtral_ms.parallel.planner.memory_model import format_bytes
 from mixtral_ms.parallel.planner.time_model import Cluster
@@ -46,7 +47,9 @@ def as_text(plan: LayoutPlan, cluster: Cluster, own: Layout | str, top: int) -> 
     if plan.fitting:
         lines += [_batch(plan.fitting[0]), "", "".join(f"{name:>{w}}" for name, w in _COLUMNS)]
         lines += [_row(str(number), layout) for number, layout in enumerate(plan.fitting[:top], 1)]
-        lines += [_LEGEND, "", f"the step of 1: {_parts(plan.fitting[0])}", _assumed(cluster)]
+        best = plan.fitting[0]
+        lines += [_LEGEND, "", f"the step of 1: {_parts(best)}", _assumed(cluster)]
+        lines += _buffers(best)
     lines += ["", *_own_lines(plan, cluster, own)]
     if plan.too_large:
         lines += ["", f"too large, of {len(plan.too_large)} the nearest:"]
@@ -160,6 +163,17 @@ def _assumed(cluster: Cluster) -> str:
     )
 
 
+def _buffers(layout: Layout) -> list[str]:
+    """What of the memory that is kept back HCCL takes."""
+    if layout.config.context.device_target == "CPU":
+        return []
+    groups, size = hccl_buffers(layout.config.parallel_config)
+    return [
+        f"not in the memory: HCCL's buffers, {format_bytes(size)} for {groups} groups of a "
+        "rank of 1, out of what --usable keeps back (parallel_config.hccl_buffer_size)"
+    ]
+
+
 def _why_too_large(layout: Layout, cluster: Cluster) -> str:
     part, size = layout.largest_part()
     limit = format_bytes(int(cluster.memory))
@@ -183,4 +197,5 @@ def _data(layout: Layout) -> dict[str, Any]:
         "traffic": [dataclasses.asdict(one) | {"total": one.total} for one in layout.traffic],
         "time": dataclasses.asdict(layout.time),
         "tokens_per_second": layout.tokens_per_second,
+        "hccl_buffer_bytes": hccl_buffers(layout.config.parallel_config)[1],
     }
