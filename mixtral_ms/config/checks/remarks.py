@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from mixtral_ms.config.loading.resolve import micro_batch_size
+from mixtral_ms.config.sections.model_section import NO_TOKEN
 from mixtral_ms.config.sections.run_section import RunConfig
 
 _SIZES = (
@@ -35,9 +36,11 @@ def _of_ranks(config: RunConfig) -> Iterator[str]:
 def _of_tokens(config: RunConfig) -> Iterator[str]:
     """Labels that are padding's id are no targets, and padding takes no part in routing."""
     model = config.model.model_config
-    consequences = {"eos_token_id": "the end of an answer is never learnt", "bos_token_id": ""}
-    for key, consequence in consequences.items():
-        if getattr(model, key) == model.pad_token_id:
+    for key, ids, consequence in (
+        ("eos_token_id", model.eos_token_ids, "the end of an answer is never learnt"),
+        ("bos_token_id", [model.bos_token_id], ""),
+    ):
+        if model.pad_token_id != NO_TOKEN and model.pad_token_id in ids:
             yield (
                 f"model_config.pad_token_id {model.pad_token_id} is {key} too: such labels are no "
                 f"targets{consequence and f', so {consequence}'}, and such inputs are not routed. "

@@ -127,6 +127,10 @@ def test_a_hint_names_the_key_that_acts(override, said):
 REMARKS = [
     (["model.model_config.pad_token_id=2"], "pad_token_id 2 is eos_token_id too"),
     (["model.model_config.pad_token_id=1"], "pad_token_id 1 is bos_token_id too"),
+    (
+        ["model.model_config.pad_token_id=7", "model.model_config.eos_token_id=[2, 7]"],
+        "pad_token_id 7 is eos_token_id too",
+    ),
     (["model.model_config.compute_dtype=float16"], "float16 without runner_wrapper.scale_sense"),
     (["optimizer.learning_rate=0.5"], "optimizer.learning_rate 0.5 gives way to lr_schedule."),
     (["runner_config.max_steps=5", "runner_config.epochs=3"], "epochs 3 gives way to max_steps 5"),
@@ -153,6 +157,7 @@ def test_what_is_seldom_meant_is_one_line(overrides, said, capsys):
 SILENT = [
     (TINY, []),
     (TINY, ["model.model_config.pad_token_id=-1"]),
+    (TINY, ["model.model_config.pad_token_id=-1", "model.model_config.eos_token_id=-1"]),
     (TINY, ["model.model_config.compute_dtype=float16", "runner_wrapper.scale_sense=1024.0"]),
     (TINY, ["model.model_config.compute_dtype=bfloat16"]),
     (TINY, ["optimizer.learning_rate=0.001"]),

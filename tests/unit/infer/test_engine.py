@@ -267,10 +267,13 @@ def test_eos_and_stops_end_an_answer():
     assert stopped.text == free.text[:at]
     text = alone("hello", params(stop=free.text[at - 1 : at + 1]))
     assert (text.finish_reason, text.text) == ("stop", free.text[: at - 1])
-    config = dataclasses.replace(CONFIG, eos_token_id=ids[at])
-    ended = alone("hello", params(ignore_eos=False), config=config)
-    assert (ended.token_ids, ended.finish_reason) == (ids[: at + 1], "eos")
-    assert ended.logprobs == free.logprobs[: at + 1]
+    for eos in (ids[at], [CONFIG.vocab_size - 1, ids[at]]):  # each of several ends it
+        config = dataclasses.replace(CONFIG, eos_token_id=eos)
+        ended = alone("hello", params(ignore_eos=False), config=config)
+        assert (ended.token_ids, ended.finish_reason) == (ids[: at + 1], "eos")
+        assert ended.logprobs == free.logprobs[: at + 1]
+    none = dataclasses.replace(CONFIG, eos_token_id=-1)
+    assert alone("hello", params(ignore_eos=False), config=none).token_ids == ids
 
 
 @pytest.mark.parametrize(
