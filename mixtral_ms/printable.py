@@ -6,7 +6,7 @@ import shlex
 # What acts instead of being shown: C0 and C1, half characters, and what turns the direction of
 # writing or ends a line in some programs.
 _C0 = "\x00-\x1f"
-_OTHERS = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_OTHERS = "\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _IN_A_LINE = re.compile(f"[{_C0}{_OTHERS}]")
 _IN_LINES = re.compile(f"[\x00-\x08\x0b-\x1f{_OTHERS}]")
 # Colours and a progress bar's returns are our own.
@@ -30,6 +30,11 @@ def printable_block(text: object) -> str:
 def for_terminal(text: str) -> str:
     """Lines and colours as they are; what would move the cursor or change a setting is escaped."""
     return _IN_A_TERMINAL.sub(_escape, text)
+
+
+def without_controls(text: str) -> str:
+    """Lines of generated text, for a terminal: a network may generate anything."""
+    return _IN_LINES.sub("", text)
 
 
 def shell_word(text: object) -> str:

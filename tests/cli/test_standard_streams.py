@@ -1,6 +1,7 @@
 """Standard streams that are closed, full, narrow or a terminal: what commands print and lose."""
 
 import errno
+import io
 import os
 import pty
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from helpers.runs import environment
 
 from mixtral_ms.cli.support.exit_status import run_command
+from mixtral_ms.cli.support.print_text import show
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 from mixtral_ms.printable import printable, shell_word
@@ -164,6 +166,17 @@ def test_names_forge_no_message(capsys, name, shown):
     assert logged.partition("WARNING ")[2] == f"{shown} is odd\n"
     assert error == f"{shown} is wrong\n"
     assert printable(name) == shown.replace("\n  ", "\\n")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_generated_text_is_bare_on_a_terminal_alone(monkeypatch, terminal):
+    stdout = io.StringIO()
+    monkeypatch.setattr(stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    text = f"one\n\ttwo \u0645\u200f{ACTING}\x1b[31m\r"
+    show(text)
+    bare = "one\n\ttwo \u0645\u200fa]0;titleb2Jcde[31m"
+    assert stdout.getvalue() == (bare if terminal else text)
 
 
 @pytest.mark.parametrize(

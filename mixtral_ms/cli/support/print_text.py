@@ -2,7 +2,7 @@
 
 import sys
 
-_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+from mixtral_ms.printable import without_controls
 
 
 def show(text: str) -> None:
@@ -11,4 +11,4 @@ def show(text: str) -> None:
     A terminal does not get control characters: a network may generate any, and some would move
     the cursor or change the terminal's settings.
     """
-    print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
+    print(without_controls(text) if sys.stdout.isatty() else text, end="", flush=True)
