@@ -10,13 +10,14 @@ JSON knows no NaN: such a number is written as the string "nan", "inf" or "-inf"
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixtral_ms.errors import MissingDependencyError
 from mixtral_ms.files import write_aside
 from mixtral_ms.json_reader import decode_json, require_shape
+from mixtral_ms.log import get_logger
 
 TIMING_FIELDS = frozenset(
     {
@@ -97,9 +98,17 @@ class NoMetrics:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All records of a metrics file; a torn line (the process was killed) is left out."""
+    """All records of a metrics file; lines that are none (the process was killed) are left out."""
     records = [_parsed(line) for line in Path(path).read_bytes().splitlines()]
+    _say_left_out(path, records)
     return [_restored(record) for record in records if record is not None]
+
+
+def _say_left_out(path: str | os.PathLike[str], records: Sequence[dict[str, Any] | None]) -> None:
+    torn = [number for number, record in enumerate(records, 1) if record is None]
+    if torn:
+        text = "%s: %d of %d lines are no whole records and are left out, the first is line %d"
+        get_logger().warning(text, path, len(torn), len(records), torn[0])
 
 
 def reproducible(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,9 +119,10 @@ def reproducible(record: Mapping[str, Any]) -> dict[str, Any]:
 def _repair(path: Path, resume_step: int | None) -> None:
     """Rewrite the file without torn lines and without steps after `resume_step`."""
     text = path.read_bytes()
-    kept = []
-    for line in text.splitlines():
-        record = _parsed(line)
+    kept, lines = [], text.splitlines()
+    records = [_parsed(line) for line in lines]
+    _say_left_out(path, records)
+    for line, record in zip(lines, records, strict=True):
         if record is not None and (resume_step is None or record["step"] <= resume_step):
             kept.append(line + b"\n")
     if b"".join(kept) != text:

@@ -56,12 +56,14 @@ def test_resume_removes_later_steps_and_keeps_earlier_lines_byte_for_byte(tmp_pa
      b'{"kind": "train", "step": true}', b"[" * 99_999, b'{"step": ' + b"9" * 5000, b"\xff"],
     ids=range(11),
 )  # fmt: skip
-def test_a_line_that_is_no_record_is_left_out(tmp_path, line):
+def test_a_line_that_is_no_record_is_left_out(tmp_path, capsys, line):
     path = tmp_path / "metrics.jsonl"
     write(path, [1])
     path.write_bytes(line + b"\n" + path.read_bytes())
     assert steps_of(path) == [1]
+    assert f"{path}: 1 of 2 lines are no whole records" in capsys.readouterr().err
     write(path, [2], resume_step=1)
+    assert f"{path}: 1 of 2 lines are no whole records" in capsys.readouterr().err
     assert steps_of(path) == [1, 2]
 
 
