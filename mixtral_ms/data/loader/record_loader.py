@@ -89,8 +89,8 @@ class RecordLoader:
         if not len(self):
             raise UserError(
                 f"{section.data_loader.dataset_dir} has {self.records} records, fewer than one "
-                f"batch of {batch_size} on each of {world} ranks; make the batch smaller or "
-                "give more data"
+                f"batch of {batch_size} on each of {world} ranks: give more data, or lower "
+                "runner_config.batch_size"
             )
         for number, record in zip(self._ends, self.data.read(self._ends), strict=True):
             self._check_record(record, number)

@@ -49,6 +49,13 @@ def is_scheduler() -> bool:
     return is_launched() and os.environ[ROLE] == _SCHEDULER
 
 
+def require_scheduler() -> None:
+    """Raises UserError where several processes are not told where they meet."""
+    for name in ("MS_SCHED_HOST", "MS_SCHED_PORT"):
+        if not os.environ.get(name):
+            raise _left_over(PROCESSES, name)
+
+
 def _number(name: str, least: int) -> int | None:
     text = os.environ.get(name)
     if text is None:

@@ -22,7 +22,12 @@ from mixtral_ms.config.sections.parallel_section import HcclBuffers, ParallelCon
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 from mixtral_ms.parallel.comm.device import hccl_options
-from mixtral_ms.parallel.comm.launched import is_scheduler, own_rank, started_processes
+from mixtral_ms.parallel.comm.launched import (
+    is_scheduler,
+    own_rank,
+    require_scheduler,
+    started_processes,
+)
 from mixtral_ms.parallel.comm.transports import count, is_simulated
 from mixtral_ms.parallel.grid.mesh import Mesh, ProcessGroup
 
@@ -52,6 +57,7 @@ def connect(grid: ParallelConfig, met: Callable[[ProcessGroup], None] | None = N
         if is_scheduler():
             raise SystemExit(0)  # a launcher's scheduler runs the program too, to be met by nobody
         return Mesh(grid)
+    require_scheduler()
     from mindspore.communication import create_group, init  # noqa: PLC0415 - starts threads
 
     on_cpu = mindspore.get_context("device_target") == "CPU"

@@ -171,7 +171,8 @@ def test_groups_have_the_buffers_that_are_asked_for(monkeypatch, caplog):
     def create_group(_name, ranks, options=None):
         groups[tuple(ranks)] = options and options.hccl_config["hccl_buffer_size"]
 
-    for name, value in {"MS_WORKER_NUM": "4", "RANK_ID": "1", "MS_ROLE": "MS_WORKER"}.items():
+    launched = {"MS_WORKER_NUM": "4", "RANK_ID": "1", "MS_ROLE": "MS_WORKER"}
+    for name, value in {**launched, "MS_SCHED_HOST": "here", "MS_SCHED_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(communication, "init", lambda _: None)
     monkeypatch.setattr(communication, "create_group", create_group)

@@ -79,6 +79,18 @@ def test_what_is_left_over_is_named(environment, text, said):
     assert said in str(caught.value) and f"unset it (unset {name})" in str(caught.value)
 
 
+@pytest.mark.parametrize("there", [(), ("MS_SCHED_HOST",), ("MS_SCHED_PORT",)])
+def test_processes_that_cannot_meet_are_told_so(environment, monkeypatch, there):
+    environment("MS_ROLE=MS_WORKER MS_WORKER_NUM=2")
+    for name in ("MS_SCHED_HOST", "MS_SCHED_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in there:
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(UserError, match="MS_WORKER_NUM=2, and no MS_SCHED_") as caught:
+        connect(ParallelConfig(data_parallel=2))
+    assert not any(f"no {name}" in str(caught.value) for name in there)
+
+
 def test_a_scheduler_says_that_it_computes_nothing(environment, capsys):
     environment("MS_ROLE=MS_SCHED MS_WORKER_NUM=1")
     with pytest.raises(SystemExit) as caught:
