@@ -12,6 +12,7 @@ import numpy as np
 from mixtral_ms.data.mindrecord.record_file import RecordFile
 from mixtral_ms.data.mindrecord.record_header import index_of, parts_of, read_header
 from mixtral_ms.errors import UserError
+from mixtral_ms.file_kind import MINDRECORD, kind_of
 from mixtral_ms.file_sets import finish_interrupted_sets
 from mixtral_ms.log import get_logger
 
@@ -147,8 +148,8 @@ def find_records(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
     elif not str(dataset_dir):
         raise UserError("no data: give --train_data, or data_loader.dataset_dir in the YAML")
     elif Path(dataset_dir).is_dir():
-        names = (one for one in Path(dataset_dir).iterdir() if _is_data_file(one))
-        files = sorted(names, key=lambda one: one.name)
+        found = {_data_file_of(one) for one in Path(dataset_dir).iterdir()}
+        files = sorted(filter(_is_data_file, found), key=lambda one: one.name)
     else:
         files = parts_of(Path(dataset_dir))
     if not files:
@@ -173,16 +174,22 @@ def _finish_interrupted(dataset_dir: str | Path | Sequence[str | Path]) -> None:
             finish_interrupted_sets(folder)
 
 
-def _is_data_file(path: Path) -> bool:
-    """Whether a folder's entry is a data file: by its index, or by its usual name.
+def _data_file_of(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix == ".db" and path.stem else path
 
-    So is a link to nothing of that name: part of the data is missing then.
+
+def _is_data_file(path: Path) -> bool:
+    """Whether a folder's entry is a data file: by its index, its usual name, or its beginning.
+
+    So is what is not there, but by the usual name should be: a link leads to nothing, or an index
+    is alone. Part of the data is missing then.
     """
-    if path.name.startswith(".") or path.suffix in (".db", ".jsonl"):
+    if path.name.startswith(".") or path.suffix == ".jsonl" or path.is_dir():
         return False
+    usual = ".mindrecord" in path.name
     if path.is_file():
-        return index_of(path).is_file() or ".mindrecord" in path.name
-    return path.is_symlink() and not path.exists() and ".mindrecord" in path.name
+        return usual or index_of(path).is_file() or kind_of(path) is MINDRECORD
+    return usual
 
 
 def _check_complete(path: Path, files: list[Path]) -> None:

@@ -261,6 +261,33 @@ def test_links_into_a_store_of_contents(sound, tmp_path):
     assert read(tmp_path / "snapshot" / NAME) == records
 
 
+@pytest.mark.parametrize(
+    ("name", "gone", "message"),
+    [
+        ("b.mindrecord", ".db", "b.mindrecord has no index b.mindrecord.db beside it"),
+        ("wiki", ".db", "wiki has no index wiki.db beside it"),
+        ("b.mindrecord", "", "b.mindrecord: no such file"),
+    ],
+)
+def test_half_a_pair_in_a_folder_is_missing_data(copy, name, gone, message):
+    """Of an interrupted copy, whatever the file is called."""
+    with RecordWriter(copy / name, tuple(COLUMNS)) as writer:
+        ids = np.ones((2, LENGTH), np.int32)
+        writer.write(input_ids=ids, labels=ids)
+    (copy / f"{name}{gone}").unlink()
+    with pytest.raises(UserError, match=message):
+        read(copy)
+
+
+def test_what_is_no_record_in_a_folder_is_in_nobodys_way(sound, copy):
+    (copy / "README.md").write_text("about")
+    (copy / "Thumbs.db").write_bytes(b"SQLite format 3\0")
+    (copy / "rows.mindrecord.rows.jsonl").write_text("{}")
+    (copy / ".hidden.mindrecord").write_text("")
+    (copy / "older.mindrecord").mkdir()
+    assert outcome(copy, sound) == []
+
+
 @pytest.mark.parametrize("name", [NAME, f"{NAME}.db"])
 def test_a_link_to_nothing_is_missing_data(copy, name):
     with RecordWriter(copy / "a.mindrecord", tuple(COLUMNS)) as writer:
