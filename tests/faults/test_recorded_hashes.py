@@ -143,6 +143,14 @@ def tensor(files):
     return next(iter(first(files)["tensors"].values()))
 
 
+@pytest.mark.parametrize("value", [{}, [1], 3, None, "klingon"])
+def test_a_format_that_is_none_is_found_by_the_names(value, outputs):
+    record = outputs / "m.ckpt.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"weights_format": value}))
+    assert find_weights(outputs / "m.ckpt").format_name is None
+    converted(outputs / "m.ckpt", "gmm")
+
+
 RECORD_DAMAGES = {
     "a tensor without shape": lambda files: tensor(files).pop("shape"),
     "a tensor without hash": lambda files: tensor(files).pop("sha256"),

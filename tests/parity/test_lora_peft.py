@@ -14,6 +14,7 @@ from helpers.tiny import random_ids, tiny_config
 from mindspore import Tensor
 
 from mixtral_ms.cli.commands.convert import main as convert_weight
+from mixtral_ms.convert.adapters.lora_weights import open_adapter
 from mixtral_ms.convert.adapters.peft_export import write_peft
 from mixtral_ms.model.mixtral import MixtralForCausalLM
 
@@ -136,3 +137,24 @@ def test_the_sum_is_made_in_float32_and_rounded_once(tmp_path, dtype):
     assert json.loads((output / "state.json").read_text())["merged_lora"].startswith(
         str(tmp_path / "run")
     )
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_that_peft_saved_is_read(tmp_path, rslora, record_error):
+    config, theirs, _ = pair(pet(ATTENTION))
+    told = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_rslora=rslora
+    )
+    adapted = peft.get_peft_model(theirs, told)
+    torch.manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(tmp_path)
+    adapter = open_adapter(tmp_path, config)
+    _, _, ours = pair(adapter.pet)
+    for parameter in ours.trainable_params():
+        parameter.set_data(Tensor(np.array(adapter.tensors.read(parameter.name))))
+    ids = random_ids(config)
+    got = ours(Tensor(ids)).asnumpy()
+    record_error("logits", got, logits_of(adapted, ids), PEFT_TOLERANCE)

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="most bytes of a file for Hugging Face, such as 500MB (default: 5GB)",
     )
-    add("--merge_lora", type=Path, metavar="ADAPTER", help="add a LoRA run's checkpoint to them")
+    add("--merge_lora", type=Path, metavar="ADAPTER", help="add a LoRA run's checkpoint, or PEFT's")
     add("--workers", type=_positive, default=2, metavar="N", help="files at a time (default: 2)")
     add("--overwrite", action="store_true", help="replace an existing output when the new is whole")
     add("--dry_run", action="store_true", help="check everything, print the mapping, write nothing")

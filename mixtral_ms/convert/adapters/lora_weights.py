@@ -21,6 +21,7 @@ from mixtral_ms.config.derived.parameter_row import LORA_A, LORA_B, is_lora_name
 from mixtral_ms.config.sections.lora_section import PetSection
 from mixtral_ms.config.sections.model_section import MixtralConfig
 from mixtral_ms.convert.adapters.peft_export import CONFIG_FILE
+from mixtral_ms.convert.adapters.peft_import import described_base, open_peft
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 from mixtral_ms.parallel.grid.sharding_rules import adapter_shapes, parameter_of
@@ -38,33 +39,35 @@ class Adapter:
         network: that it was trained in.
         pet: rank, scale and target modules.
         tensors: A and B under our names.
-        base: what it was made for, see `base_record`.
+        base: what it was made for, see `base_record`; None where nothing says so.
     """
 
     path: Path
     network: MixtralConfig
     pet: PetSection
     tensors: TensorSource
-    base: Mapping[str, Any]
+    base: Mapping[str, Any] | None
 
 
 def open_adapter(path: Path, config: MixtralConfig, flag: str = ADAPTER_KEY) -> Adapter:
-    """An adapter for a network: a checkpoint of a LoRA run, or the latest of several.
+    """An adapter for a network: a LoRA run's checkpoint, or the latest of several; or PEFT's.
 
     Raises:
         UserError: there is none, it is damaged, or it does not fit the network.
     """
     if not path.is_dir():
         raise UserError(f"{flag}: the folder {path} does not exist")
-    if (path / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{flag}: {path} is in PEFT's format, which is only written: give the run's checkpoints"
-        )
-    adapter = _open_checkpoint(path, flag)
+    of_peft = (path / CONFIG_FILE).is_file()
+    adapter = _open_peft(path, config, flag) if of_peft else _open_checkpoint(path, flag)
     expected = adapter_shapes(_with_adapters(config, adapter.pet))
     _require_shapes(adapter, expected, flag)
     warn_of_other_numerics(adapter.path / STATE, adapter.network, config)
     return adapter
+
+
+def _open_peft(path: Path, config: MixtralConfig, flag: str) -> Adapter:
+    pet, tensors = open_peft(path, config.num_layers, flag)
+    return Adapter(path, _with_adapters(config, pet), pet, tensors, None)
 
 
 def _open_checkpoint(path: Path, flag: str) -> Adapter:
@@ -153,7 +156,19 @@ def require_continued(adapter: Adapter, pet: PetSection, fingerprint: str, given
             f"{now.scale:g}): what it adds to the weights would change at once. Set lora_alpha "
             f"{was.lora_alpha:g}"
         )
-    require_base(adapter.base, fingerprint, adapter.path, given)
+    _require_own_base(adapter, fingerprint, given)
+
+
+def _require_own_base(adapter: Adapter, fingerprint: str, given: str) -> None:
+    if adapter.base is not None:
+        require_base(adapter.base, fingerprint, adapter.path, given)
+        return
+    get_logger().warning(
+        "%s is for the weights %r, as PEFT says: nothing shows whether those of %s are they",
+        adapter.path,
+        described_base(adapter.path),
+        given,
+    )
 
 
 def fingerprint_of(source: TensorSource) -> str:
@@ -243,6 +258,9 @@ def adapted(
         UserError: there is none, it is damaged, does not fit, or was made for other weights.
     """
     adapter = open_adapter(path, config, flag)
-    require_base(adapter.base, fingerprint_of(weights), adapter.path, str(weights.path))
+    if adapter.base is None:
+        _require_own_base(adapter, "", str(weights.path))
+    else:
+        require_base(adapter.base, fingerprint_of(weights), adapter.path, str(weights.path))
     get_logger().info("adapter from %s", adapter.path)
     return AdaptedWeights(weights, adapter)

@@ -31,7 +31,8 @@ from mixtral_ms.files import write_aside
 
 PEFT_PREFIX = "adapter_model"
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", f"{PEFT_PREFIX}.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Of every tensor's name."""
 _TRANSFORMERS = ("hf_fused", "hf")
 """The formats whose names transformers' modules and parameters have."""
 
@@ -78,7 +79,7 @@ class _Export:
         """Take over the adapters of one layer."""
         for row, lora in adaptable_rows():
             if row.expert_axis is None and (pair := self._pair(row, layer)):
-                module, parameter = _theirs(row, layer)
+                module, parameter = transformers_names(row, layer)
                 self._put(module, pair)
                 if lora.peft == "module":
                     self.modules.append(module)
@@ -89,7 +90,7 @@ class _Export:
     def _add_experts(self, layer: int) -> None:
         """One wrapper lies in the other: gate_up_proj's in down_proj's, where both are there."""
         gate, down, up = (self._pair(row, layer) for row in (EXPERT_GATE, EXPERT_DOWN, EXPERT_UP))
-        module, gate_up = _theirs(EXPERT_GATE, layer)
+        module, gate_up = transformers_names(EXPERT_GATE, layer)
         if one := gate or up:
             inner = f"{module}.base_layer" if down else module
             self._put(inner, _flat(_joined(one, gate, up)))
@@ -97,7 +98,7 @@ class _Export:
             self.doubled.append(gate_up)
         if down:
             self._put(module, _flat(down))
-            self.parameters.append(_theirs(EXPERT_DOWN, layer)[1])
+            self.parameters.append(transformers_names(EXPERT_DOWN, layer)[1])
 
     def _pair(self, row: ParameterRow, layer: int) -> Pair | None:
         module = row.module.format(layer=layer)
@@ -107,10 +108,10 @@ class _Export:
 
     def _put(self, module: str, pair: Pair) -> None:
         for letter, array in zip("AB", pair, strict=True):
-            self.tensors[f"{_PREFIX}{module}.lora_{letter}.weight"] = array
+            self.tensors[f"{PREFIX}{module}.lora_{letter}.weight"] = array
 
 
-def _theirs(row: ParameterRow, layer: int) -> tuple[str, str]:
+def transformers_names(row: ParameterRow, layer: int) -> tuple[str, str]:
     """transformers' module that has a parameter, and the parameter."""
     stored = row.stored(*_TRANSFORMERS)
     if stored is None:

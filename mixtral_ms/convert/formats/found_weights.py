@@ -150,7 +150,7 @@ class FoundWeights:
     def format_name(self) -> str | None:
         """The tensors' format (a key of FORMATS) as the record says it; None: they show it."""
         name = read_json_object(self.record).get(FORMAT_KEY) if self.record else None
-        return name if name in FORMATS else None
+        return name if isinstance(name, str) and name in FORMATS else None
 
     @cached_property
     def chat_template(self) -> Any:

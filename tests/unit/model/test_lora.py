@@ -1,10 +1,12 @@
 """LoRA: what is adapted, gradients, dropout, and adapters on disk."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from helpers.lora import ATTENTION, EVERYTHING, adapted_network, adapters_of, pet, save_adapter
 from helpers.tiny import random_ids, shifted, tiny_config
 from mindspore import Tensor
@@ -13,6 +15,7 @@ from mixtral_ms.checkpoint.formats.tensor_source import TensorInfo
 from mixtral_ms.config.derived.parameter_table import adapted_rows
 from mixtral_ms.config.sections.parallel_section import ParallelConfig
 from mixtral_ms.convert.adapters import lora_weights as lora
+from mixtral_ms.convert.adapters.peft_export import write_peft
 from mixtral_ms.data.loader.batch import Batch
 from mixtral_ms.errors import UserError
 from mixtral_ms.kernels.cells.experts import PackedExperts
@@ -272,5 +275,61 @@ def test_an_adapter_of_another_network_is_refused(tmp_path):
 def test_what_is_no_adapter_is_refused(tmp_path, place):
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="does not exist|PEFT's format"):
+    with pytest.raises(UserError, match="does not exist|lacks 'r'"):
         lora.open_adapter(tmp_path / place, tiny_config())
+
+
+def written_for_peft(folder, **change):
+    """An adapter of ours in PEFT's format, with other keys of its configuration."""
+    network = adapted_network(tiny_config(), pet(alpha=7.0))
+    write_peft(folder, adapters_of(network), network.config.pet_config, "the/base")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    return network
+
+
+def test_what_was_written_for_peft_is_read_again(tmp_path):
+    network = written_for_peft(tmp_path)
+    adapter = lora.open_adapter(tmp_path, tiny_config())
+    assert (adapter.pet.lora_rank, adapter.pet.scale) == (3, 7.0 / 3)
+    for name, values in adapters_of(network).items():
+        np.testing.assert_array_equal(adapter.tensors.read(name), values)
+    assert adapter.tensors.infos.keys() == adapters_of(network).keys()
+
+
+def test_a_scale_by_the_root_of_the_rank(tmp_path):
+    written_for_peft(tmp_path, use_rslora=True)
+    assert lora.open_adapter(tmp_path, tiny_config()).pet.scale == pytest.approx(7.0 / 3**0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"use_dora": True}, "use_dora is True"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters is"),
+        ({"r": "8"}, "'r'"),
+        ({"lora_alpha": None}, "'lora_alpha'"),
+        ({"r": 4}, "does not fit"),
+    ],
+)
+def test_what_peft_has_and_we_have_not_is_named(tmp_path, change, said):
+    written_for_peft(tmp_path, **change)
+    with pytest.raises(UserError) as caught:
+        lora.open_adapter(tmp_path, tiny_config())
+    assert said in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_what_peft_adapts_elsewhere_is_named(tmp_path):
+    written_for_peft(tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.lora_A.weight"] = np.ones((3, 4), np.float32)
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="adapts base_model.model.lm_head.lora_A.weight"):
+        lora.open_adapter(tmp_path, tiny_config())
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks adapter_model.safetensors"):
+        lora.open_adapter(tmp_path, tiny_config())
