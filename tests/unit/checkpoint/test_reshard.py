@@ -322,9 +322,13 @@ def test_rank_folders_that_are_not_one_checkpoint(tmp_path, names, message):
         find_rank_files(tmp_path)
 
 
-def test_two_files_with_one_tensor_are_refused(tmp_path):
-    tensor = {"w": (np.zeros(2, np.float32), "float32")}
-    files = [write_tensors(tmp_path / name, tensor) for name in ("a.ckpt", "b.ckpt")]
+@pytest.mark.parametrize("other", [np.ones(2, np.float32), np.zeros(2, np.int32), np.zeros(3)])
+def test_two_files_with_another_tensor_of_one_name_are_refused(tmp_path, other):
+    arrays = {"a.ckpt": np.zeros(2, np.float32), "b.ckpt": other}
+    files = [
+        write_tensors(tmp_path / name, {"w": (array, array.dtype.name)})
+        for name, array in arrays.items()
+    ]
     with pytest.raises(UserError, match="'w' is in"):
         MergedSource(tmp_path, [open_tensors(file) for file in files])
 
