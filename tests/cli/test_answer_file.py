@@ -12,8 +12,10 @@ from helpers.answering import make_model
 from helpers.runs import environment
 
 from mixtral_ms.cli.commands.run import main as run
+from mixtral_ms.cli.support.answers import predict_mode
 from mixtral_ms.cli.support.answers.answer_file import answer_file, checked_output
 from mixtral_ms.cli.support.exit_status import run_command
+from mixtral_ms.config import load_config
 from mixtral_ms.errors import UserError
 from mixtral_ms.infer.engine.sampling_params import Generation
 
@@ -83,6 +85,7 @@ def test_without_an_answer_nothing_is_left(output):
 def test_a_killed_run_has_written_what_it_had(output):
     code = """
 import os, pathlib, signal, sys
+from mixtral_ms.cli.support.answers import predict_mode
 from mixtral_ms.cli.support.answers.answer_file import answer_file
 from mixtral_ms.infer.engine.sampling_params import Generation
 with answer_file(pathlib.Path(sys.argv[1]), overwrite=False) as take:
@@ -226,3 +229,22 @@ def test_answers_are_written_whoever_looks(model, tmp_path, shell, shown):
     assert [row["prompt"] for row in rows] == ["\u4f60\u597d", "\ud83d", *"ab" * 19]
     assert [row["finish_reason"] for row in rows] == ["length", "error", *["length"] * 38]
     assert not os.path.exists(tmp_path / "a.jsonl.partial")
+
+
+@pytest.mark.parametrize(
+    ("environment_", "writes"),
+    [
+        ({}, True),
+        ({"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "2", "RANK_ID": "0"}, True),
+        ({"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "2", "RANK_ID": "1"}, False),
+        ({"MS_ROLE": "MS_SCHED", "MS_WORKER_NUM": "2"}, False),
+    ],
+)
+def test_the_first_rank_writes_for_all(model, tmp_path, monkeypatch, environment_, writes):
+    for name, value in environment_.items():
+        monkeypatch.setenv(name, value)
+    config = load_config(model)
+    config.generation.output_file = str(tmp_path / "a.jsonl")
+    with predict_mode._output(config, []) as take:
+        take(0, answer("a"))
+    assert (tmp_path / "a.jsonl").exists() == writes

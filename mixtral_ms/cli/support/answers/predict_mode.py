@@ -14,7 +14,7 @@ from mixtral_ms.infer.load_model import LoadedModel
 from mixtral_ms.infer.predict import predict
 from mixtral_ms.infer.text.prompts import read_prompts
 from mixtral_ms.log import get_logger
-from mixtral_ms.parallel.comm.launched import own_rank
+from mixtral_ms.parallel.comm.launched import is_scheduler, own_rank
 from mixtral_ms.train.trainer import Trainer
 
 _SHOWN = 40
@@ -78,7 +78,7 @@ def _output(config: RunConfig, inputs: list[tuple[str, str]]) -> Iterator[TakeAn
     inputs += [("--load_checkpoint", config.load_checkpoint or "")]
     inputs += [("--vocab_file", config.processor.tokenizer.vocab_file or "")]
     path = checked_output(section.output_file, overwrite=section.overwrite, inputs=inputs)
-    if own_rank():
+    if own_rank() or is_scheduler():
         yield lambda index, answer: None
         return
     with answer_file(path, overwrite=section.overwrite) as take:
