@@ -151,6 +151,15 @@ def test_a_format_that_is_none_is_found_by_the_names(value, outputs):
     converted(outputs / "m.ckpt", "gmm")
 
 
+def test_a_record_of_a_network_that_the_target_has_no_place_for_is_named(outputs):
+    record = outputs / "m.ckpt.json"
+    data = json.loads(record.read_text())
+    data["model_config"]["qkv_has_bias"] = True
+    record.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"m\.ckpt: the format hf .*has no place for"):
+        converted(outputs / "m.ckpt", "hf")
+
+
 RECORD_DAMAGES = {
     "a tensor without shape": lambda files: tensor(files).pop("shape"),
     "a tensor without hash": lambda files: tensor(files).pop("sha256"),

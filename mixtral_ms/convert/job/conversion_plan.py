@@ -115,8 +115,11 @@ def plan_conversion(
     Raises:
         UserError: the source is not whole, or tensors of several dtypes would become one.
     """
-    source_layouts = layout_of(source_format, config)
-    target_layouts = layout_of(target_format, config)
+    try:
+        source_layouts = layout_of(source_format, config)
+        target_layouts = layout_of(target_format, config)
+    except UserError as error:
+        raise UserError(f"{source.path}: {error}") from None
     problems, left_out = source_problems(source.infos, source_layouts)
     if problems:
         raise UserError(problems_text(f"{source.path} is not as it should be", problems))
