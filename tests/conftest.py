@@ -144,6 +144,16 @@ def record_error(report_error):
     return check
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """What a test printed goes to another process as UTF-8, and some print what is none."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
 _seconds = Counter()
 _errors = {}
 
