@@ -52,5 +52,5 @@ prepare_venv() {
 
 # Options of pytest for all tests: as many files at once as there are processors, at most four, for
 # each takes some 3 GB. Tests that share what they make stay together: tests/conftest.py says which.
-PROCESSORS=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+PROCESSORS=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PYTEST_AT_ONCE=(-n "$((PROCESSORS > 4 ? 4 : PROCESSORS))" --dist loadgroup)

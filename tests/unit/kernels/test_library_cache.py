@@ -28,12 +28,12 @@ def sources(tmp_path, monkeypatch):
     return folder
 
 
-CONTENT = b"\x7fELF as it was compiled" * 999
+CONTENT = b"\x7fELF as it was built" * 999
 
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """How often something was compiled; what is compiled and loaded is no library."""
+def builds(monkeypatch):
+    """How often something was built; what is built and loaded is no library."""
     times = []
 
     def compile_(compiler, sources, path):
@@ -77,13 +77,13 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_what_is_not_as_it_was_built_is_built_again(sources, compiled, damage):
+def test_what_is_not_as_it_was_built_is_built_again(sources, builds, damage):
     path = built("answer", sources)
     assert built("answer", sources) == path
-    assert len(compiled) == 1
+    assert len(builds) == 1
     damage(path)
     assert built("answer", sources) == path
-    assert len(compiled) == 2
+    assert len(builds) == 2
     assert path.read_bytes() == CONTENT
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
     assert path.stat().st_uid == os.getuid()
@@ -95,7 +95,7 @@ def test_a_library_is_compiled_and_loaded(sources):
     assert library_cache.is_whole(path)
 
 
-def test_the_folder_is_private(sources, compiled):
+def test_the_folder_is_private(sources, builds):
     path = built("answer", sources)
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     path.parent.chmod(0o777)
@@ -103,7 +103,7 @@ def test_the_folder_is_private(sources, compiled):
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_a_link_in_place_of_the_lock_is_not_followed(sources, tmp_path, compiled, caplog_of):
+def test_a_link_in_place_of_the_lock_is_not_followed(sources, tmp_path, builds, caplog_of):
     path = built("answer", sources)
     mine = tmp_path / "mine"
     mine.write_text("mine")
@@ -169,14 +169,14 @@ def empty_home(cache, monkeypatch):
     ],
 )
 def test_without_a_safe_folder_numpy_serves(
-    sources, tmp_path, monkeypatch, compiled, caplog_of, arrange, why
+    sources, tmp_path, monkeypatch, builds, caplog_of, arrange, why
 ):
     arrange(tmp_path / "cache", monkeypatch)
     assert built("answer", sources) is None
     said = caplog_of()
     assert "C++ kernels are off, numpy serves: " in said
     assert why in said
-    assert compiled == []
+    assert builds == []
 
 
 @pytest.mark.parametrize("home", ["", None])
