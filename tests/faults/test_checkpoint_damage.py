@@ -269,7 +269,7 @@ def test_write_that_fails_half_way_leaves_the_earlier_ones(damaged):
     result = subprocess.run(
         command, check=False, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
     )
-    assert "big: File too large (it needs 0.2 MB" in result.stdout, result
+    assert "big: File too large (it needs 1,248,576 bytes" in result.stdout, result
     assert "earlier checkpoints are untouched" in result.stdout
     assert sorted(root.rglob("*")) == before
     assert resolve_checkpoint(root) == damaged

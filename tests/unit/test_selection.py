@@ -11,10 +11,10 @@ TESTS = Path(__file__).parents[1]
 
 class Item:
     def __init__(self, file, *marks):
-        self.path, self.marks = TESTS / file, set(marks)
+        self.path, self.marks, self.fixturenames = TESTS / file, set(marks), ()
 
-    def add_marker(self, name):
-        self.marks.add(name)
+    def add_marker(self, mark):
+        self.marks.add(getattr(mark, "name", mark))
 
     def get_closest_marker(self, name):
         return name if name in self.marks else None

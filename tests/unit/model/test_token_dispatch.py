@@ -244,7 +244,7 @@ def check_output(kind, x_TD, valid_T, **moe_config):
     total = max(1, routed.counts.sum())
     np.testing.assert_allclose(load_E, routed.counts / total, atol=1e-6)
     lost = routed.counts.sum() - routed.kept.sum()
-    np.testing.assert_allclose(dropped, lost / total if routed.counts.sum() else 1.0, atol=1e-6)
+    np.testing.assert_allclose(dropped, lost / total, atol=1e-6)
     return routed
 
 
