@@ -37,6 +37,7 @@ TINY = ROOT / "research/mixtral_tiny/pretrain_mixtral-tiny.yaml"
 LARGE = ROOT / "research/mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
 PARTS = ("kernels", "training", "layer")
 STEPS, LAYER_STEPS, GLOBAL_BATCH = 10, 6, 8
+TINY_DATA, TINY_LENGTH = "tiny.mindrecord", 64
 
 # Devices -> the grid; a step has the same sequences on each, and so the same loss.
 GRIDS = {1: {}, 2: {"model_parallel": 2}, 8: {"model_parallel": 2, "pipeline_stage": 2}}
@@ -78,12 +79,17 @@ def write_data(path: Path, rows: int, length: int, vocab: int) -> None:
         writer.write(input_ids=(np.cumsum(steps, 1) % vocab).astype(np.int32))
 
 
+def write_tiny_data(options: Options) -> None:
+    """What the tiny network is trained on."""
+    write_data(options.output / TINY_DATA, STEPS * GLOBAL_BATCH, TINY_LENGTH, 32000)
+
+
 def run(options: Options, name: str, order: Sequence[object], processes: int = 1) -> str | None:
     """Start a program, on several devices by the launcher; why it failed, or None.
 
     What it prints goes to OUTPUT/NAME.log.
     """
-    log = options.output / f"{name}.log"
+    log = _log(options, name)
     command = [sys.executable, *map(str, order)]
     if processes > 1:
         with socket.socket() as listener:
@@ -115,11 +121,11 @@ def _end(log: Path) -> str:
     return next((line for line in reversed(lines) if line), "nothing was printed")[:200]
 
 
-def order_of(config: Path, output: Path, keys: dict[str, Any]) -> list[object]:
-    """The command line of a training run with these keys."""
+def flags_of(config: Path, output: Path, keys: dict[str, Any]) -> list[object]:
+    """The flags of a training run with these keys."""
     settings = [f"--{key}={value}" for key, value in keys.items()]
-    order = [ROOT / "run_mindformer.py", "--config", config, "--output_dir", output]
-    return [*order, *settings, "--set", "callbacks=[{type: Report, enabled: False}]"]
+    report = ("--set", "callbacks=[{type: Report, enabled: False}]")
+    return ["--config", config, "--output_dir", output, *settings, *report]
 
 
 def metrics_of(output: Path) -> list[dict[str, Any]]:
@@ -142,7 +148,7 @@ def _log(options: Options, name: str) -> Path:
 
 def tiny_losses(options: Options, devices: int) -> list[float] | str:
     """Losses of the tiny network on so many devices, or why there are none."""
-    name, data = f"training-{devices}", options.output / "tiny.mindrecord"
+    name, data = f"training-{devices}", options.output / TINY_DATA
     output = _fresh(options.output / name)
     grid = GRIDS[devices]
     keys = {
@@ -154,7 +160,7 @@ def tiny_losses(options: Options, devices: int) -> list[float] | str:
         "runner_config.global_batch_size": GLOBAL_BATCH,
         "runner_config.peak_tflops": 1,  # measuring it would take longer than the run
         "train_dataset.data_loader.shuffle": False,
-        "model.model_config.seq_length": 64,
+        "model.model_config.seq_length": TINY_LENGTH,
         "model.model_config.compute_dtype": "float32",
         "do_eval": False,
         **{f"parallel_config.{key}": size for key, size in grid.items()},
@@ -162,7 +168,8 @@ def tiny_losses(options: Options, devices: int) -> list[float] | str:
     if "pipeline_stage" in grid:
         micro_batches = GLOBAL_BATCH // grid.get("data_parallel", 1)
         keys["parallel_config.micro_batch_num"] = micro_batches
-    failed = run(options, name, order_of(TINY, output, keys), devices)
+    order = [ROOT / "run_mindformer.py", *flags_of(TINY, output, keys)]
+    failed = run(options, name, order, devices)
     return failed or [one["loss"] for one in metrics_of(output)]
 
 
@@ -175,7 +182,7 @@ def _fresh(folder: Path) -> Path:
 
 def training(options: Options) -> Iterator[Row]:
     """The tiny network's losses beside the CPU's."""
-    write_data(options.output / "tiny.mindrecord", STEPS * GLOBAL_BATCH, 64, 32000)
+    write_tiny_data(options)
     expected = json.loads(LOSSES.read_text(encoding="utf-8"))["losses"]
     bound = BOUNDS[options.device]
     for devices in options.devices:
@@ -209,8 +216,8 @@ def layer(options: Options) -> Iterator[Row]:
     keys["parallel.enable_parallel_optimizer"] = False
     if options.device == "CPU":
         keys["runner_config.peak_tflops"] = 1
-    order = order_of(LARGE, output, keys)
-    failed = run(options, "layer", [__file__, "--measure", options.output / "peak", *order[1:]])
+    order = [__file__, "--measure", options.output / "peak", *flags_of(LARGE, output, keys)]
+    failed = run(options, "layer", order)
     if failed:
         yield Row("layer", "FAILED", failed)
         return
@@ -287,7 +294,7 @@ def check(options: Options) -> int:
 def store_losses(options: Options) -> int:
     """Make the file of losses anew, by one CPU process."""
     options.output.mkdir(parents=True, exist_ok=True)
-    write_data(options.output / "tiny.mindrecord", STEPS * GLOBAL_BATCH, 64, 32000)
+    write_tiny_data(options)
     losses = tiny_losses(options, 1)
     if isinstance(losses, str):
         raise UserError(losses)

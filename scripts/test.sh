@@ -40,8 +40,8 @@ finish() {
   exit "$1"
 }
 
-# shellcheck disable=SC2329 # part calls it
 # Both environments at once: unpacking takes one processor and most of the time.
+# shellcheck disable=SC2329 # part calls it
 install() {
   local status=0 other=''
   case " $* " in

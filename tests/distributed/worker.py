@@ -170,8 +170,9 @@ def emulate() -> None:
     from helpers.hccl_emulation import emulate_hccl  # noqa: PLC0415
     from pytest import MonkeyPatch  # noqa: PLC0415, PT013
 
-    emulate_ascend(MonkeyPatch())
-    emulate_hccl(MonkeyPatch())
+    patch = MonkeyPatch()
+    emulate_ascend(patch)
+    emulate_hccl(patch)
 
 
 def main() -> None:

@@ -11,24 +11,13 @@ from helpers import convert_oracle as oracle
 from mixtral_ms.checkpoint.reshard.open_checkpoint import open_source
 from mixtral_ms.checkpoint.reshard.transform_checkpoint import TransformOptions, transform
 from mixtral_ms.cli.support.inspection import inspect_checkpoint
-from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
 from mixtral_ms.convert.formats.found_weights import find_weights
 from mixtral_ms.convert.formats.open_weight_files import open_found
 from mixtral_ms.convert.formats.weight_view import open_weights
 from mixtral_ms.convert.job.conversion import ConvertOptions, convert, prepare
 from mixtral_ms.errors import UserError
 
-NETWORK = MixtralConfig(
-    vocab_size=oracle.VOCABULARY,
-    hidden_size=oracle.HIDDEN,
-    intermediate_size=oracle.WIDTH,
-    num_layers=oracle.LAYERS,
-    num_heads=oracle.HEADS,
-    n_kv_heads=oracle.KV_HEADS,
-    head_dim=oracle.HEAD,
-    theta=1e6,
-    moe_config=MoEConfig(expert_num=3, num_experts_chosen=2),
-)
+NETWORK = oracle.network(theta=1e6)
 OUTPUTS = {
     "m.ckpt": ("m.ckpt", "m.ckpt.json"),
     "m.safetensors": ("m.safetensors", "m.safetensors.json"),

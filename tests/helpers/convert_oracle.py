@@ -6,8 +6,17 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
+from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
+
 VOCABULARY, HIDDEN, WIDTH, HEADS, KV_HEADS, HEAD = 20, 12, 10, 4, 2, 6
 LAYERS = 2
+
+
+def network(**changes):
+    """Our configuration of a network of these sizes, with 3 experts."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": WIDTH}
+    sizes |= {"num_layers": LAYERS, "num_heads": HEADS, "n_kv_heads": KV_HEADS, "head_dim": HEAD}
+    return MixtralConfig(**{**sizes, "moe_config": MoEConfig(expert_num=3), **changes})
 
 
 def huggingface(experts, dtype=np.float32, seed=0):

@@ -44,13 +44,16 @@ _MANIFEST_SHAPE: JsonShape = {
     "strategy": (str, None),
     "layout_sha256": (str, None),
 }
+LOSS_SCALE_SHAPE: JsonShape = {"value": float, "good_steps": int, "skipped_in_a_row": int}
+BASE_SHAPE: JsonShape = {"path": str, "fingerprint": str}
+"""Of the weights beneath adapters."""
 _STATE_SHAPE: JsonShape = {
     "step": int,
     "optimizer_updates?": int,
-    "loss_scale?": {"value": float, "good_steps": int, "skipped_in_a_row": int},
+    "loss_scale?": LOSS_SCALE_SHAPE,
     "data?": {},
     "model_config?": {},
-    "base?": {"path": str, "fingerprint": str},
+    "base?": BASE_SHAPE,
 }
 
 

@@ -14,6 +14,7 @@ from mixtral_ms.cli.support.plan.plan_report import as_data, as_text, as_yaml
 from mixtral_ms.config import RunConfig, load_config
 from mixtral_ms.config.checks.check_config import find_contradictions
 from mixtral_ms.config.loading.resolve import rank_count
+from mixtral_ms.config.sections.parallel_section import GRID_SIZES
 from mixtral_ms.config.sections.run_modes import RUN_MODES
 from mixtral_ms.errors import UserError
 from mixtral_ms.files import new_file, not_an_input
@@ -40,13 +41,6 @@ examples:
       --run_mode predict --devices 2 --memory 64GB
 """
 _UNITS = {"": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
-_KEYS = {
-    "dp": "data_parallel",
-    "mp": "model_parallel",
-    "ep": "expert_parallel",
-    "pp": "pipeline_stage",
-    "cp": "context_parallel",
-}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -224,9 +218,11 @@ def _fixed(text: str) -> dict[str, int]:
     fixed = {}
     for item in filter(None, text.split(",")):
         key, _, value = (part.strip() for part in item.partition("="))
-        if key not in _KEYS or not value.isdecimal():
-            raise UserError(f"--fix {text!r}: write it as {', '.join(_KEYS)} with sizes: mp=8,cp=1")
-        fixed[_KEYS[key]] = int(value)
+        if key not in GRID_SIZES or not value.isdecimal():
+            raise UserError(
+                f"--fix {text!r}: write it as {', '.join(GRID_SIZES)} with sizes: mp=8,cp=1"
+            )
+        fixed[GRID_SIZES[key]] = int(value)
     return fixed
 
 

@@ -4,16 +4,8 @@ from collections.abc import Iterator
 
 from mixtral_ms.config.loading.resolve import micro_batch_size
 from mixtral_ms.config.sections.model_section import NO_TOKEN
+from mixtral_ms.config.sections.parallel_section import GRID_SIZES
 from mixtral_ms.config.sections.run_section import RunConfig
-
-_SIZES = (
-    "data_parallel",
-    "model_parallel",
-    "expert_parallel",
-    "pipeline_stage",
-    "context_parallel",
-    "micro_batch_num",
-)
 
 
 def remarks(config: RunConfig) -> Iterator[str]:
@@ -27,8 +19,8 @@ def remarks(config: RunConfig) -> Iterator[str]:
 
 
 def _of_ranks(config: RunConfig) -> Iterator[str]:
-    grid = config.parallel_config
-    larger = ", ".join(f"{key} {size}" for key in _SIZES if (size := getattr(grid, key)) > 1)
+    grid, sizes = config.parallel_config, (*GRID_SIZES.values(), "micro_batch_num")
+    larger = ", ".join(f"{key} {size}" for key in sizes if (size := getattr(grid, key)) > 1)
     if larger and not config.use_parallel:
         yield f"use_parallel is False: parallel_config's {larger} have no effect"
 

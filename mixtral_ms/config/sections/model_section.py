@@ -94,6 +94,12 @@ class MoEConfig:
         """Whether every assignment is kept."""
         return self.capacity_factor <= 0
 
+    @property
+    def exchange_parts(self) -> int:
+        """In how many parts experts of a capacity exchange and compute their tokens."""
+        in_parts = self.comp_comm_parallel and not self.dropless
+        return self.comp_comm_parallel_degree if in_parts else 1
+
 
 def _head_dim(model: "MixtralConfig") -> int:
     if model.num_heads < 1 or model.hidden_size % model.num_heads:

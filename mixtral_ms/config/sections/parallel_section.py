@@ -107,6 +107,16 @@ class HcclBuffers:
     """Neighbours in the pipeline."""
 
 
+GRID_SIZES = {
+    "dp": "data_parallel",
+    "mp": "model_parallel",
+    "ep": "expert_parallel",
+    "pp": "pipeline_stage",
+    "cp": "context_parallel",
+}
+"""Short name of each size of the rank grid -> its key."""
+
+
 @dataclass
 class ParallelConfig:
     """`parallel_config`: sizes of the rank grid."""

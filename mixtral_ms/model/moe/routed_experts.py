@@ -198,8 +198,8 @@ class RoutedExperts(nn.Cell):
         if local_experts is None or mesh.exchange.size == 1:
             return None
         if self.experts.layout == "padded" and capacity is not None:
-            degree = moe.comp_comm_parallel_degree if moe.comp_comm_parallel else 1
-            return PaddedExchange(mesh.exchange, len(local_experts), capacity, degree)
+            parts = moe.exchange_parts
+            return PaddedExchange(mesh.exchange, len(local_experts), capacity, parts)
         slots = tokens * moe.num_experts_chosen
         return ExpertExchange(mesh.exchange, len(local_experts), slots, capacity)
 

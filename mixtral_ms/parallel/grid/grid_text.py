@@ -1,18 +1,11 @@
 """The rank grid as text: `dp=2,mp=4,ep=2,pp=2,zero=1`."""
 
 from mixtral_ms.config.loading.section_builder import nearest
-from mixtral_ms.config.sections.parallel_section import ParallelConfig
+from mixtral_ms.config.sections.parallel_section import GRID_SIZES, ParallelConfig
 from mixtral_ms.errors import UserError
 
-_SIZES = {
-    "dp": "data_parallel",
-    "mp": "model_parallel",
-    "ep": "expert_parallel",
-    "pp": "pipeline_stage",
-    "cp": "context_parallel",
-}
 _SWITCHES = ("vocab_emb_dp", "zero")
-_ALIASES = {"tp": "mp"} | {field: key for key, field in _SIZES.items()}
+_ALIASES = {"tp": "mp"} | {field: key for key, field in GRID_SIZES.items()}
 _EXAMPLE = "dp=2,mp=4,ep=2,pp=2,zero=1"
 
 
@@ -34,7 +27,7 @@ def parse_grid(text: str, flag: str = "grid") -> tuple[ParallelConfig, bool]:
     for item in text.split(","):
         name, _, value = (part.strip() for part in item.partition("="))
         key = _ALIASES.get(name, name)
-        if key not in _SIZES and key not in _SWITCHES:
+        if key not in GRID_SIZES and key not in _SWITCHES:
             raise UserError(f"{flag} {text!r}: {_unknown(name)}")
         if key in values:
             raise UserError(f"{flag} {text!r}: {key} is given twice")
@@ -42,13 +35,13 @@ def parse_grid(text: str, flag: str = "grid") -> tuple[ParallelConfig, bool]:
     zero = bool(values.pop("zero", 0))
     grid = ParallelConfig(vocab_emb_dp=bool(values.pop("vocab_emb_dp", 1)))
     for key, size in values.items():
-        setattr(grid, _SIZES[key], size)
+        setattr(grid, GRID_SIZES[key], size)
     return grid, zero
 
 
 def format_grid(grid: ParallelConfig, *, zero: bool) -> str:
     """The text that `parse_grid` reads; cp, zero and vocab_emb_dp only where they say something."""
-    sizes = {key: getattr(grid, field) for key, field in _SIZES.items()}
+    sizes = {key: getattr(grid, field) for key, field in GRID_SIZES.items()}
     parts = [f"{key}={size}" for key, size in sizes.items() if key != "cp" or size > 1]
     parts += [] if grid.vocab_emb_dp else ["vocab_emb_dp=0"]
     parts += ["zero=1"] if zero else []
@@ -56,7 +49,7 @@ def format_grid(grid: ParallelConfig, *, zero: bool) -> str:
 
 
 def _unknown(name: str) -> str:
-    known = [*_SIZES, *_SWITCHES]
+    known = [*GRID_SIZES, *_SWITCHES]
     if not name:
         return f"an empty key; write it as {_EXAMPLE}"
     close = nearest(name, [*known, *_ALIASES])

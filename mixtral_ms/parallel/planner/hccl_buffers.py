@@ -25,6 +25,5 @@ def _of_rank(grid: ParallelConfig, stage: int) -> tuple[int, int]:
         return kind
 
     world = Mesh(grid).world_size
-    stage_size = Mesh(grid).stage_size
-    Mesh(grid, stage * stage_size, make).make_groups()
+    Mesh(grid, world // grid.pipeline_stage * stage, make).make_groups()
     return len(sizes), sum(sizes)

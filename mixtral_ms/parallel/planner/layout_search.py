@@ -19,7 +19,7 @@ from mixtral_ms.config.loading.resolve import (
 )
 from mixtral_ms.config.loading.step_choices import step_choices
 from mixtral_ms.config.sections.model_section import MoEConfig
-from mixtral_ms.config.sections.parallel_section import ParallelConfig
+from mixtral_ms.config.sections.parallel_section import GRID_SIZES, ParallelConfig
 from mixtral_ms.config.sections.run_section import RunConfig
 from mixtral_ms.parallel.planner.memory_model import NetworkTensors, RankMemory, memory_plan
 from mixtral_ms.parallel.planner.time_model import Cluster, Time, step_time
@@ -152,11 +152,7 @@ def sections(layout: Layout) -> dict[str, dict[str, Any]]:
         "parallel_config": {
             name: getattr(grid, name)
             for name in (
-                "data_parallel",
-                "model_parallel",
-                "expert_parallel",
-                "pipeline_stage",
-                "context_parallel",
+                *GRID_SIZES.values(),
                 "micro_batch_num",
                 "use_seq_parallel",
                 "vocab_emb_dp",

@@ -140,7 +140,7 @@ def _exposed_exchange(config: RunConfig, exchange: float, products: float) -> fl
     In n parts, one part is exchanged while the next is computed: the first part's way there and
     the last one's way back are always waited for, and so is what takes longer than the products.
     """
-    first = 1 / _exchange_parts(config)
+    first = 1 / config.model.model_config.moe_config.exchange_parts
     return exchange * first + max(0.0, exchange - products) * (1 - first)
 
 
@@ -182,15 +182,9 @@ def _moved(config: RunConfig, rank: RankMemory, times: int) -> float:
     casts = 1 / micro_batches(config) if step_choices(config).working_weights else times
     gradients = rank.gradients / PARAMETER_BYTES
     moved = (casts * _CAST + times * _READ) * values + _GRADIENT * gradients
-    more_parts = _exchange_parts(config) - 1
+    more_parts = config.model.model_config.moe_config.exchange_parts - 1
     experts = rank.experts / PARAMETER_BYTES
     return moved + more_parts * (times * _READ + _GRADIENT_OF_PART) * experts
-
-
-def _exchange_parts(config: RunConfig) -> int:
-    """In how many parts experts exchange and compute their tokens."""
-    moe = config.model.model_config.moe_config
-    return moe.comp_comm_parallel_degree if moe.comp_comm_parallel and not moe.dropless else 1
 
 
 def _sending_seconds(config: RunConfig, cluster: Cluster, traffic: Traffic) -> dict[str, float]:

@@ -9,7 +9,12 @@ from mixtral_ms.checkpoint.formats.tensor_source import TensorSource
 from mixtral_ms.checkpoint.reshard.open_checkpoint import OpenedSource, open_source
 from mixtral_ms.checkpoint.shards.assemble import is_optimizer_state
 from mixtral_ms.checkpoint.store.folders import list_checkpoints
-from mixtral_ms.checkpoint.store.manifest import STATE, verify_checkpoint
+from mixtral_ms.checkpoint.store.manifest import (
+    BASE_SHAPE,
+    LOSS_SCALE_SHAPE,
+    STATE,
+    verify_checkpoint,
+)
 from mixtral_ms.checkpoint.store.store import find_checkpoint
 from mixtral_ms.config import RunConfig
 from mixtral_ms.config.checks.saved_network import saved_network
@@ -42,7 +47,7 @@ _SPLIT_KEYS = ("batch_size", "data_parallel", "micro_batches")
 _STATE: dict[str | type[str], JsonShape] = {
     "step": int,
     "optimizer_updates": int,
-    "loss_scale": {"value": float, "good_steps": int, "skipped_in_a_row": int},
+    "loss_scale": LOSS_SCALE_SHAPE,
     "data": {
         "fingerprint": str,
         "seed": int,
@@ -54,7 +59,6 @@ _STATE: dict[str | type[str], JsonShape] = {
     "training?": {"keys": dict, "next_learning_rate": float},
 }
 """What is read of a state; older ones lack what has a question mark."""
-_BASE: JsonShape = {"fingerprint": str, "path": str}
 _RESTORE = (
     "Restore these, or start a new run from the weights: --resume_training False "
     "--load_checkpoint {path} with a new --output_dir"
@@ -187,7 +191,7 @@ def restore(
 def _require_sound(state: Mapping[str, Any], path: Path, *, of_adapters: bool) -> None:
     """A manifest tells damage; this is of states that something else has written."""
     where = str(path / STATE)
-    require_shape(dict(state), _STATE | ({"base": _BASE} if of_adapters else {}), where)
+    require_shape(dict(state), _STATE | ({"base": BASE_SHAPE} if of_adapters else {}), where)
     scale = state["loss_scale"]
     for key, value in (
         ("step", state["step"]),

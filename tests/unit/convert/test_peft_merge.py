@@ -4,23 +4,12 @@ import numpy as np
 from helpers import convert_oracle as oracle
 
 from mixtral_ms.config.sections.lora_section import PetSection
-from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
 from mixtral_ms.convert.adapters.peft_export import write_peft
 from mixtral_ms.convert.job.conversion import ConvertOptions, convert, prepare
 from mixtral_ms.parallel.grid.sharding_rules import adapter_shapes
 
 PET = PetSection(lora_rank=2, lora_alpha=6.0, target_modules=".*wq|.*wo")
-NETWORK = MixtralConfig(
-    vocab_size=oracle.VOCABULARY,
-    hidden_size=oracle.HIDDEN,
-    intermediate_size=oracle.WIDTH,
-    num_layers=oracle.LAYERS,
-    num_heads=oracle.HEADS,
-    n_kv_heads=oracle.KV_HEADS,
-    head_dim=oracle.HEAD,
-    moe_config=MoEConfig(expert_num=3),
-    pet_config=PET,
-)
+NETWORK = oracle.network(pet_config=PET)
 
 
 def test_weights_with_the_product_added(tmp_path):

@@ -10,24 +10,13 @@ from helpers import convert_oracle as oracle
 from mixtral_ms.checkpoint.formats.dtype_casts import cast
 from mixtral_ms.checkpoint.formats.safetensors_format import write_safetensors
 from mixtral_ms.checkpoint.formats.tensor_source import outgoing
-from mixtral_ms.config.sections.model_section import MixtralConfig, MoEConfig
 from mixtral_ms.convert.formats.found_weights import find_weights
 from mixtral_ms.convert.formats.weight_view import open_weights
 from mixtral_ms.errors import UserError
 from mixtral_ms.log import get_logger
 from mixtral_ms.parallel.grid.sharding_rules import parameter_shapes
 
-CONFIG = MixtralConfig(
-    vocab_size=oracle.VOCABULARY,
-    hidden_size=oracle.HIDDEN,
-    intermediate_size=oracle.WIDTH,
-    num_layers=oracle.LAYERS,
-    num_heads=oracle.HEADS,
-    n_kv_heads=oracle.KV_HEADS,
-    head_dim=oracle.HEAD,
-    theta=1e6,
-    moe_config=MoEConfig(expert_num=3, num_experts_chosen=2),
-)
+CONFIG = oracle.network(theta=1e6)
 MOE = "model.layers.1.block_sparse_moe."
 ROUTER = "model.layers.1.feed_forward.routed_experts.router.dense.weight"
 EXPERTS = "model.layers.1.feed_forward.routed_experts.ffn.w2.weight"
